@@ -1,0 +1,573 @@
+"""The config of a run: sections, reading YAML and flags, and one-line errors.
+
+A config is one YAML file, one run. Precedence: the file, then ``--section.key VALUE`` flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import torch
+import yaml
+from pydantic import Discriminator, Field, Tag, ValidationError
+from pydantic_core import ErrorDetails
+
+from largebatch import optim, schedules
+from largebatch.data import SOURCES
+from largebatch.data.loader import LoaderConfig
+from largebatch.distributed import BackendConfig, Precision
+from largebatch.models import MODELS
+from largebatch.scaling import AveragingRule, LrRule, Reference
+from largebatch.schedules import Realization, Schedule
+from largebatch.section import Section, UserError, nearest
+
+Coefficient = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class BatchConfig(Section):
+    """Batch sizes, in samples over all ranks and accumulation steps."""
+
+    reference_size: Count
+    """Global batch size the hyper-parameters were tuned at."""
+    size: Count
+    """Global batch size to train at (at the start, where the batch grows)."""
+    max_size: Count | None = None
+    """Most samples of an update, where the batch grows (about N_train/10: Smith et al. 2018)."""
+    micro_size: Count | None = None
+    """Most samples of one forward pass on one rank; the rest is accumulated. None: a rank's whole share at once."""
+    at_epoch_end: Literal["carry", "cut"] = "carry"
+    """carry: a batch reaches into the next epoch; cut: each epoch ends with a smaller batch, at that batch's own rate."""
+
+
+class OptimizerBase(Section):
+    """What every optimizer has."""
+
+    lr: Positive
+    """Learning rate tuned at the reference batch size."""
+    weight_decay: NonNegative = 0.0
+    """Weight decay."""
+    decay_norm_and_bias: bool = False
+    """Decay norms and biases too."""
+    max_grad_norm: Positive | None = None
+    """Clip the gradient's global norm to this."""
+
+    def reference_values(self) -> dict[str, Any]:
+        """Return the values that follow the batch size, besides lr."""
+        names = ("momentum", "betas", "alpha", "eps")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return the optimizer over parameter groups, which carry their weight decay."""
+        raise NotImplementedError
+
+
+class SGDConfig(OptimizerBase):
+    """Stochastic gradient descent."""
+
+    name: Literal["sgd"] = "sgd"
+    """Optimizer: sgd, adagrad, rmsprop, adam or adamw."""
+    momentum: Coefficient = 0.0
+    """Momentum tuned at the reference batch size."""
+    nesterov: bool = False
+    """Nesterov's look-ahead momentum."""
+    form: Literal["sum", "velocity", "average"] = "sum"
+    """Where the learning rate enters: sum (torch.optim), velocity (inside v), average (running average of gradients)."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return optim.SGD(groups, self.lr, self.momentum, nesterov=self.nesterov, form=self.form)
+
+
+class AdagradConfig(OptimizerBase):
+    """Adagrad."""
+
+    name: Literal["adagrad"] = "adagrad"
+    """Optimizer: sgd, adagrad, rmsprop, adam or adamw."""
+    eps: NonNegative = 1e-10
+    """Added to the root of the second moment."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return optim.Adagrad(groups, self.lr, self.eps)
+
+
+class RMSPropConfig(OptimizerBase):
+    """RMSProp."""
+
+    name: Literal["rmsprop"] = "rmsprop"
+    """Optimizer: sgd, adagrad, rmsprop, adam or adamw."""
+    alpha: Coefficient = 0.99
+    """Coefficient of the running average of squares, at the reference batch size."""
+    momentum: Coefficient = 0.0
+    """Heavy-ball momentum at the reference batch size."""
+    eps: NonNegative = 1e-8
+    """Added to the root of the second moment."""
+    centered: bool = False
+    """Divide by the standard deviation instead of the root of the second moment."""
+    exponent: Literal[0.5, 1] = 0.5
+    """Power of the second moment that divides the gradient."""
+    bias_correction: Literal["none", "running_mean"] = "none"
+    """none as published, or running_mean: weights 1/min(t, N)."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return optim.RMSProp(
+            groups,
+            self.lr,
+            self.alpha,
+            self.eps,
+            momentum=self.momentum,
+            centered=self.centered,
+            exponent=self.exponent,
+            bias_correction=self.bias_correction,
+        )
+
+
+class AdamConfig(OptimizerBase):
+    """Adam, with L2 weight decay (adam) or a decoupled one (adamw)."""
+
+    name: Literal["adam", "adamw"] = "adamw"
+    """Optimizer: sgd, adagrad, rmsprop, adam or adamw."""
+    betas: tuple[Coefficient, Coefficient] = (0.9, 0.999)
+    """Coefficients of the two running averages at the reference batch size."""
+    eps: NonNegative = 1e-8
+    """Added to the root of the second moment."""
+    bias_correction: Literal["published", "running_mean"] = "published"
+    """published: divide by 1 - beta^t; running_mean: weights 1/min(t, N)."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        cls = optim.AdamW if self.name == "adamw" else optim.Adam
+        return cls(groups, self.lr, self.betas, self.eps, bias_correction=self.bias_correction)
+
+
+class ScalingConfig(Section):
+    """How hyper-parameters follow the batch size. Coefficients: keep, half_life or length (fixed in samples), or a number."""
+
+    rule: LrRule = "linear"
+    """Learning rate: linear in the batch size (the temperature is kept), sqrt (plain Adam and RMSProp), or none."""
+    momentum: AveragingRule | Coefficient = "keep"
+    """Momentum; the learning rate follows it by (1 - mu)."""
+    beta1: AveragingRule | Coefficient | None = None
+    """Adam's beta1. None: kept, but of fixed length in samples under sqrt."""
+    beta2: AveragingRule | Coefficient | None = None
+    """Adam's beta2 and RMSProp's alpha. None: of fixed half-life in samples, of fixed length under sqrt."""
+
+
+class ScheduleBase(Section):
+    """What every schedule has."""
+
+    epochs: Positive
+    """Length of the run in epochs."""
+    realize: Realization = "lr"
+    """A falling temperature falls by the lr, by a growing batch, or by batch_then_lr (Smith et al. 2018)."""
+
+    def build(self, samples_per_epoch: int) -> Schedule:
+        """Return the factor of the temperature as a function of samples seen."""
+        raise NotImplementedError
+
+    def total_samples(self, samples_per_epoch: int) -> int:
+        """Return the samples of the whole run."""
+        return round(self.epochs * samples_per_epoch)
+
+
+class ConstantConfig(ScheduleBase):
+    """A constant temperature."""
+
+    name: Literal["constant"] = "constant"
+    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+
+    def build(self, samples_per_epoch: int) -> Schedule:
+        """Return the schedule."""
+        return schedules.Constant()
+
+
+class StepConfig(ScheduleBase):
+    """Steps at milestones."""
+
+    name: Literal["step"]
+    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    milestones_epochs: list[Positive]
+    """Epochs after which the temperature is multiplied by the factor."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Factor at each milestone."""
+
+    def build(self, samples_per_epoch: int) -> Schedule:
+        """Return the schedule."""
+        milestones = tuple(round(epoch * samples_per_epoch) for epoch in self.milestones_epochs)
+        if list(milestones) != sorted(set(milestones)):
+            raise UserError(f"schedule.milestones_epochs: expected rising epochs, got {self.milestones_epochs}")
+        if milestones and milestones[-1] >= self.total_samples(samples_per_epoch):
+            raise UserError(
+                f"schedule.milestones_epochs: {self.milestones_epochs[-1]:g} lies at or past the end of the run "
+                f"(schedule.epochs: {self.epochs:g}) and would never be reached"
+            )
+        return schedules.Step(milestones, self.factor)
+
+
+class DecayConfig(ScheduleBase):
+    """A fall over the whole run: linear, or polynomial, or along a cosine."""
+
+    name: Literal["linear", "cosine"]
+    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    final: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Factor of the temperature at the end."""
+
+    def build(self, samples_per_epoch: int) -> Schedule:
+        """Return the schedule."""
+        total = self.total_samples(samples_per_epoch)
+        return schedules.Cosine(total, self.final) if self.name == "cosine" else schedules.Polynomial(total, 1.0, self.final)
+
+
+class PolynomialConfig(ScheduleBase):
+    """A polynomial fall over the whole run."""
+
+    name: Literal["polynomial"]
+    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    power: Positive = 2.0
+    """Power of the remaining share of the run."""
+    final: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Factor of the temperature at the end."""
+
+    def build(self, samples_per_epoch: int) -> Schedule:
+        """Return the schedule."""
+        return schedules.Polynomial(self.total_samples(samples_per_epoch), self.power, self.final)
+
+
+class InverseSqrtConfig(ScheduleBase):
+    """Constant, then falling as the inverse square root of samples."""
+
+    name: Literal["inverse_sqrt"]
+    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    timescale_epochs: Positive = 1.0
+    """Epochs before the fall begins."""
+
+    def build(self, samples_per_epoch: int) -> Schedule:
+        """Return the schedule."""
+        return schedules.InverseSqrt(max(1, round(self.timescale_epochs * samples_per_epoch)))
+
+
+class RobbinsMonroConfig(ScheduleBase):
+    """1 / (1 + s/tau)^p, which satisfies the classical conditions for convergence."""
+
+    name: Literal["robbins_monro"]
+    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    timescale_epochs: Positive = 1.0
+    """tau in epochs."""
+    power: Annotated[float, Field(gt=0.5, le=1)] = 1.0
+    """p in (1/2, 1]."""
+
+    def build(self, samples_per_epoch: int) -> Schedule:
+        """Return the schedule."""
+        return schedules.RobbinsMonro(max(1, round(self.timescale_epochs * samples_per_epoch)), self.power)
+
+
+class TrapezoidConfig(ScheduleBase):
+    """Stable, then a linear fall at the end; the warm-up section gives the rising edge."""
+
+    name: Literal["trapezoid"]
+    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    decay_epochs: Positive
+    """Length of the fall at the end."""
+    final: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Factor of the temperature at the end."""
+
+    def build(self, samples_per_epoch: int) -> Schedule:
+        """Return the schedule."""
+        if self.decay_epochs > self.epochs:
+            raise UserError(
+                f"schedule.decay_epochs: expected at most schedule.epochs ({self.epochs:g}), got {self.decay_epochs:g}"
+            )
+        decay = max(1, round(self.decay_epochs * samples_per_epoch))
+        return schedules.Trapezoid(self.total_samples(samples_per_epoch), decay, self.final)
+
+
+class WarmupConfig(Section):
+    """The learning rate at the start of a run (Goyal et al. 2017)."""
+
+    name: Literal["gradual", "constant", "none"] = "none"
+    """gradual: linear from the start value; constant: the start value throughout; none."""
+    epochs: NonNegative = 0.0
+    """Length in epochs."""
+    start: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Start value as a factor of the scaled learning rate. None: the reference learning rate."""
+
+
+class EvaluateConfig(Section):
+    """Evaluation on the validation set."""
+
+    every_epochs: Positive = 1.0
+    """Epochs between evaluations; there is one at the end in any case."""
+    batch_size: Count = 512
+    """Samples of one forward pass on one rank."""
+
+
+class LogConfig(Section):
+    """Metrics and trackers. metrics.jsonl is always written."""
+
+    every_updates: Count = 10
+    """Updates between two rows of metrics.jsonl."""
+    trackers: list[Literal["wandb", "tensorboard"]] = []
+    """Further trackers: wandb, tensorboard."""
+    project: str = "largebatch"
+    """Project of Weights & Biases."""
+    wandb_mode: Literal["online", "offline"] = "offline"
+    """offline keeps the run in its folder, for `wandb sync` later."""
+
+
+FACTORY = "package.module:factory"
+
+
+def _names(section: type[Section]) -> tuple[str, ...]:
+    """Return the names that choose a section: the literal ones, or `FACTORY` where any import path does."""
+    return get_args(section.model_fields["name"].annotation) or (FACTORY,)
+
+
+def _by_name(sections: Sequence[type[Section]], default: str | None = None) -> Any:
+    """Return the union of sections told apart by the key ``name``; names with a colon are import paths."""
+    tag_of = {name: _names(section)[0] for section in sections for name in _names(section)}
+    members = tuple(Annotated[section, Tag(_names(section)[0])] for section in sections)
+
+    def tag(value: Any) -> str | None:
+        name = value.get("name", default) if isinstance(value, Mapping) else getattr(value, "name", default)
+        if not isinstance(name, str):
+            return None
+        return FACTORY if ":" in name and FACTORY in tag_of else tag_of.get(name, name)
+
+    # A union cannot be spelt in the source when its members come in a tuple.
+    return Annotated[Union[members], Discriminator(tag)]  # noqa: UP007
+
+
+DataConfig = _by_name(SOURCES)
+ModelConfig = _by_name(MODELS)
+OptimizerConfig = _by_name([SGDConfig, AdagradConfig, RMSPropConfig, AdamConfig])
+ScheduleConfig = _by_name(
+    [
+        ConstantConfig,
+        StepConfig,
+        DecayConfig,
+        PolynomialConfig,
+        InverseSqrtConfig,
+        RobbinsMonroConfig,
+        TrapezoidConfig,
+    ],
+    default="constant",
+)
+
+
+class Run(Section):
+    """One run."""
+
+    data: DataConfig
+    model: ModelConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    scaling: ScalingConfig = ScalingConfig()
+    schedule: ScheduleConfig
+    warmup: WarmupConfig = WarmupConfig()
+    loader: LoaderConfig = LoaderConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+    backend: BackendConfig = BackendConfig()
+    precision: Precision = "fp32"
+    """Arithmetic: fp32, fp64, or autocast to bf16 or fp16."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the initial weights and of the order of samples."""
+
+    def reference(self) -> Reference:
+        """Return the tuned hyper-parameters with the rules that carry them to another batch size.
+
+        Raises:
+            UserError: if a rule is set for something this optimizer does not have.
+        """
+        values = self.optimizer.reference_values()
+        uses = {"momentum": "momentum" in values, "beta1": "betas" in values, "beta2": "betas" in values or "alpha" in values}
+        for key, used in uses.items():
+            if key in self.scaling.model_fields_set and not used:
+                raise UserError(f"scaling.{key}: optimizer '{self.optimizer.name}' has no such coefficient; remove the key")
+        return Reference(
+            self.batch.reference_size,
+            self.optimizer.lr,
+            **values,
+            rule=self.scaling.rule,
+            momentum_rule=self.scaling.momentum if uses["momentum"] else None,
+            beta1_rule=self.scaling.beta1,
+            beta2_rule=self.scaling.beta2,
+        )
+
+    def to_yaml(self) -> str:
+        """Return the resolved config, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        UserError: if the file is missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        raise UserError(f"{path}: no such config file{near}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections (data, model, batch, ...), got {type(values).__name__}")
+    return values
+
+
+def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Read ``--section.key VALUE`` and ``--section.key=VALUE`` into {"section.key": value}, values as YAML has them.
+
+    Raises:
+        UserError: for a word that is no flag, or a flag without a value.
+    """
+    values: dict[str, Any] = {}
+    words = iter(flags)
+    for word in words:
+        if not word.startswith("--") or len(word) < 3:
+            raise UserError(f"command line: expected a flag like --batch.size 256, got '{word}'")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise UserError(f"command line: --{key} needs a value, like --{key} VALUE")
+            text = following
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"command line: --{key}: '{text}' cannot be read as a YAML value") from error
+    return values
+
+
+def merge_flags(values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
+    """Write flags into a config's values, in place; return warnings.
+
+    A flag that changes a section's ``name`` drops the file's keys that the newly named kind does not have.
+    """
+    warnings = []
+    for key, value in sorted(flags.items(), key=lambda item: not item[0].endswith(".name")):
+        *path, last = key.split(".")
+        section = values
+        for part in path:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise UserError(f"command line: --{key}: '{part}' is not a section")
+        if last == "name" and len(path) == 1 and section.get("name") not in (None, value):
+            fields = _fields_of(Run, path, {**values, path[0]: {"name": value}})
+            unused = [k for k in section if fields and k not in fields]
+            for k in unused:
+                del section[k]
+            if unused:
+                warnings.append(f"{path[0]}.name: '{value}' has no {', '.join(unused)}; left out")
+        section[last] = value
+    return warnings
+
+
+def _members(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the section classes in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    elif get_origin(annotation) is not None:
+        for part in get_args(annotation):
+            yield from _members(part)
+
+
+def section_class(field: str, name: Any) -> type[Section] | None:
+    """Return the class of a section of `Run`, by the ``name`` in it where the section has several kinds."""
+    info = Run.model_fields.get(field)
+    members = list(_members(info.annotation)) if info else []
+    if len(members) <= 1:
+        return members[0] if members else None
+    wanted = FACTORY if isinstance(name, str) and ":" in name else name
+    return next((member for member in members if wanted in _names(member)), None)
+
+
+def _fields_of(root: type[Section], path: Sequence[Any], values: Mapping[str, Any]) -> list[str]:
+    """Return the known keys of the section at ``path``."""
+    if not path:
+        return list(root.model_fields)
+    inner = values.get(str(path[0]))
+    section = section_class(str(path[0]), inner.get("name") if isinstance(inner, Mapping) else None)
+    return list(section.model_fields) if section else []
+
+
+def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
+    """Return one validation error as: where, what was expected, what came."""
+    loc = list(error["loc"])
+    if len(loc) > 1 and loc[0] in ("data", "model", "optimizer", "schedule"):
+        del loc[1]  # the tag that chose the kind of section
+    where = ".".join(str(part) for part in loc if not str(part).startswith(("constrained-", "literal[", "function-")))
+    kind, came = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        known = _fields_of(Run, loc[:-1], values)
+        section = ".".join(map(str, loc[:-1]))
+        return f"{where}: unknown key{nearest(str(loc[-1]), known)}; {section or 'a run'} knows {', '.join(known)}"
+    if kind == "missing":
+        return f"{where}: missing; add it to the config or pass --{where} VALUE"
+    if kind == "union_tag_invalid":
+        names = [
+            name
+            for member in _members(Run.model_fields[str(loc[0])].annotation)
+            for name in _names(member)
+        ]
+        name = came.get("name") if isinstance(came, Mapping) else came
+        return f"{where}.name: unknown '{name}'{nearest(str(name), names)}; expected one of {', '.join(names)}"
+    if kind == "union_tag_not_found":
+        if not isinstance(came, Mapping):
+            return f"{where}: expected a section with keys, got {came!r}"
+        return f"{where}.name: missing; say which one"
+    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = "a section with keys"
+    return f"{where}: expected {message}, got {came!r}"
+
+
+def load_config(path: Path, flags: Mapping[str, Any] | None = None) -> tuple[Run, list[str]]:
+    """Read a config file, apply flags, and check every value.
+
+    Args:
+        path: the YAML file.
+        flags: {"section.key": value}, as from `parse_flags`.
+
+    Returns:
+        The run, and warnings about flags.
+
+    Raises:
+        UserError: for anything wrong in the file or the flags, in one line.
+    """
+    values = read_yaml(path)
+    for key in [key for key, value in values.items() if value is None and key in Run.model_fields]:
+        values[key] = {}
+    warnings = merge_flags(values, flags or {})
+    return check_config(values, str(path)), warnings
+
+
+def check_config(values: Mapping[str, Any], where: str = "config") -> Run:
+    """Return the run that nested values describe.
+
+    Raises:
+        UserError: for the first thing wrong in them.
+    """
+    try:
+        return Run.model_validate(values)
+    except ValidationError as error:
+        details = error.errors()
+        # One union member's complaint stands for all (a coefficient is a name or a number).
+        places = reduce(lambda seen, d: seen if d["loc"][:2] in seen else [*seen, d["loc"][:2]], details, [])  # type: ignore[var-annotated]
+        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+        raise UserError(f"{where}: {_describe(details[0], values)}{more}") from error

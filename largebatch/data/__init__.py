@@ -1,0 +1,42 @@
+"""Data: which samples enter an update, and where they come from."""
+
+from largebatch.data.factory import FactoryData, MapSamples
+from largebatch.data.folder import FolderSamples, ImageFolder
+from largebatch.data.hashing import uniforms
+from largebatch.data.images import ImageSamples, crop_flip
+from largebatch.data.source import Samples, Source, TensorSamples
+from largebatch.data.synthetic import SyntheticImages
+from largebatch.data.text import Text
+from largebatch.data.vision import Cifar10, Digits, FashionMnist, Mnist
+from largebatch.section import Section
+
+SOURCES: tuple[type[Section], ...] = (
+    Digits,
+    FashionMnist,
+    Mnist,
+    Cifar10,
+    ImageFolder,
+    Text,
+    SyntheticImages,
+    FactoryData,
+)
+
+__all__ = [
+    "SOURCES",
+    "Cifar10",
+    "Digits",
+    "FactoryData",
+    "FashionMnist",
+    "FolderSamples",
+    "ImageFolder",
+    "ImageSamples",
+    "MapSamples",
+    "Mnist",
+    "Samples",
+    "Source",
+    "SyntheticImages",
+    "TensorSamples",
+    "Text",
+    "crop_flip",
+    "uniforms",
+]

@@ -1,0 +1,147 @@
+"""Data sets of the user's own, by import path."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import TensorDataset, default_collate
+
+from largebatch.data.hashing import sample_hashes
+from largebatch.data.sampler import SampleKeys
+from largebatch.data.source import Samples, Source, TensorSamples
+from largebatch.section import Section, UserError, import_factory
+from largebatch.task import Task
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Put Python's, NumPy's and torch's (CPU) random states back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@dataclass(frozen=True)
+class MapSamples:
+    """An ordinary map-style data set, asked for a batch at a time.
+
+    Python's, NumPy's and torch's global random states are seeded from (seed, epoch, index) before each sample and put
+    back after the batch, so a transform that draws from them depends on the sample alone.
+
+    Args:
+        dataset: has ``__len__`` and ``__getitem__(int) -> (input, target)``.
+        seed: seed of the run.
+    """
+
+    dataset: Any
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
+        """Return the samples stacked by torch's default_collate.
+
+        Raises:
+            UserError: if a sample is not a pair.
+        """
+        samples = []
+        with _random_states_kept():
+            hashes = sample_hashes(self.seed, keys.epochs, keys.indices)
+            for index, sample_seed in zip(keys.indices.tolist(), hashes.tolist(), strict=True):
+                random.seed(sample_seed)
+                np.random.seed(sample_seed & 0xFFFFFFFF)
+                # The CPU generator alone: torch.manual_seed would reset the accelerators' generators as well.
+                torch.default_generator.manual_seed(sample_seed & 0x7FFFFFFFFFFFFFFF)
+                sample = self.dataset[index]
+                if not isinstance(sample, tuple | list) or len(sample) != 2:
+                    raise UserError(
+                        f"data.name: sample {index} of {type(self.dataset).__name__} should be a pair (input, target), "
+                        f"it is of type {type(sample).__name__}"
+                    )
+                samples.append(sample)
+        inputs, targets = default_collate(samples)
+        return inputs, targets
+
+
+def as_samples(dataset: Any, seed: int) -> Samples:
+    """Return a map-style data set as Samples; two tensors in a TensorDataset stay as fast as they are.
+
+    Raises:
+        UserError: if it has no ``__len__`` or no ``__getitem__``.
+    """
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        return TensorSamples(*dataset.tensors)
+    for method in ("__len__", "__getitem__"):
+        if not hasattr(dataset, method):
+            raise UserError(f"data.name: the factory's data set, a {type(dataset).__name__}, has no {method}")
+    return MapSamples(dataset, seed)
+
+
+def call_factory(factory: Callable[..., Any], where: str, options: dict[str, Any], extra: dict[str, Any]) -> Any:
+    """Call a user's factory with his options, and with those of our own arguments that it names.
+
+    Raises:
+        UserError: if the options do not fit its signature.
+    """
+    signature = inspect.signature(factory)
+    arguments = {**{name: value for name, value in extra.items() if name in signature.parameters}, **options}
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}; the factory takes {signature}") from error
+    return factory(**arguments)
+
+
+class FactoryData(Section):
+    """A data set from a function of your own.
+
+    The function is called as ``factory(**options)``, with ``seed=`` besides if it has a parameter of that name, and
+    returns either a ``largebatch.data.Source`` or ``(train, val, task)``: two map-style data sets, whose samples are
+    pairs (input, target), and a ``largebatch.task.Task``.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    """Where the function is: package.module:factory."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function."""
+
+    def load(self, seed: int) -> Source:
+        """Return what the factory gives, with ordinary data sets adapted.
+
+        Raises:
+            UserError: if it cannot be imported, the options do not fit it, or it returns something else.
+        """
+        factory = import_factory(self.name, "data.name")
+        result = call_factory(factory, "data.options", self.options, {"seed": seed})
+        if isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], Task):
+            train, val, task = result
+            result = Source(as_samples(train, seed), as_samples(val, seed), task)
+        if not isinstance(result, Source):
+            raise UserError(
+                f"data.name: '{self.name}' should return a Source or (train, val, Task), it returned a "
+                f"{type(result).__name__}"
+            )
+        for half, samples in (("training", result.train), ("validation", result.val)):
+            if not isinstance(samples, Samples):
+                raise UserError(
+                    f"data.name: the {half} set of '{self.name}' should have __len__ and __getitems__(SampleKeys), it "
+                    f"is a {type(samples).__name__}; ordinary data sets are returned as (train, val, Task)"
+                )
+            if len(samples) == 0:
+                raise UserError(f"data.name: the {half} set of '{self.name}' is empty")
+        return result

@@ -1,0 +1,239 @@
+"""Folders of photographs, one folder a class: ImageNet's layout and its usual preparation."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from largebatch.data.hashing import uniforms
+from largebatch.data.images import normalize
+from largebatch.data.sampler import SampleKeys
+from largebatch.data.source import Source, data_path
+from largebatch.section import Section, UserError
+from largebatch.task import Task
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_CROP_ATTEMPTS = 10
+_NUM_DRAWS = 2 * _CROP_ATTEMPTS + 3  # two for each attempt's size, two for the place, one for the mirroring
+
+
+def random_resized_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the part of an image that Inception's training crop takes: 8 to 100 % of its area, aspect 3/4 to 4/3.
+
+    A size that does not fit is drawn anew, ten times at most; then the largest centred part of a permitted aspect is
+    taken.
+
+    Args:
+        width: of the image, pixels, >= 1.
+        height: of the image, pixels, >= 1.
+        draws: uniform numbers in [0, 1): ten for the areas, ten for the aspects, one each for left and top; (22,).
+
+    Returns:
+        (left, top, right, bottom), pixels, right and bottom exclusive.
+
+    References:
+        Szegedy et al., "Going deeper with convolutions", CVPR 2015; the retries as in torchvision's RandomResizedCrop.
+    """
+    areas = width * height * (0.08 + (1 - 0.08) * draws[:_CROP_ATTEMPTS])
+    log_aspects = math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * draws[_CROP_ATTEMPTS : 2 * _CROP_ATTEMPTS]
+    for area, log_aspect in zip(areas, log_aspects, strict=True):
+        crop_width = round(math.sqrt(area * math.exp(log_aspect)))
+        crop_height = round(math.sqrt(area / math.exp(log_aspect)))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(draws[-2] * (width - crop_width + 1))
+            top = int(draws[-1] * (height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    crop_width = min(width, max(1, round(height * 4 / 3)))
+    crop_height = min(height, max(1, round(width * 4 / 3)))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def center_box(width: int, height: int, image_size: int) -> tuple[float, float, float, float]:
+    """Return the part of an image that validation looks at.
+
+    The usual protocol resizes the shorter side to 256/224 of the crop and cuts out the centre. Seen from the original
+    image that is a centred square of 224/256 of the shorter side, which one resize takes straight to its final size.
+
+    Args:
+        width: of the image, pixels.
+        height: of the image, pixels.
+        image_size: side of the crop, pixels; with the shorter side at round(image_size * 256 / 224).
+
+    Returns:
+        (left, top, right, bottom), pixels, not necessarily whole.
+    """
+    side = min(width, height) * image_size / round(image_size * 256 / 224)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+@dataclass(frozen=True)
+class FolderSamples:
+    """Photographs on disk, decoded, cropped and resized when asked for.
+
+    Args:
+        root: folder that the files are named from.
+        files: paths below it; one array of bytes, because a million Python strings would be copied into every worker.
+        labels: int64 (N,).
+        image_size: side of the square that comes out, pixels.
+        augment: whether to crop and mirror at random.
+        seed: seed of the augmentation.
+    """
+
+    root: Path
+    files: np.ndarray
+    labels: Tensor
+    image_size: int
+    augment: bool
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
+        """Return (images float32 (n, 3, s, s), labels int64 (n,)).
+
+        Raises:
+            UserError: naming the file, if one cannot be decoded.
+        """
+        images = torch.empty(len(keys), self.image_size, self.image_size, 3, dtype=torch.uint8)
+        draws = uniforms(self.seed, keys.epochs, keys.indices, _NUM_DRAWS)
+        for row, index in enumerate(keys.indices):
+            image = read_image(self.root / os.fsdecode(self.files[index]))
+            if self.augment:
+                box: tuple[float, ...] = random_resized_box(*image.size, draws[row, :-1])
+            else:
+                box = center_box(*image.size, self.image_size)
+            pixels = np.array(self._resized(image, box))
+            images[row] = torch.from_numpy(pixels[:, ::-1].copy() if self.augment and draws[row, -1] < 0.5 else pixels)
+        chosen = torch.from_numpy(keys.indices)
+        return (
+            normalize(images.permute(0, 3, 1, 2).contiguous(), IMAGENET_MEAN, IMAGENET_STD),
+            self.labels.index_select(0, chosen),
+        )
+
+    def _resized(self, image: Image, box: tuple[float, ...]) -> Image:
+        size = (self.image_size, self.image_size)
+        return image.resize(size, resample=_pillow().Resampling.BILINEAR, box=box)  # type: ignore[arg-type]
+
+
+def _pillow() -> Any:
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise UserError(
+            "data.name: image_folder reads photographs with Pillow, which is not installed: "
+            "pip install 'largebatch[vision]'"
+        ) from error
+    return PIL.Image
+
+
+def read_image(file: Path) -> Image:
+    """Return an image file as RGB, decoded completely.
+
+    Raises:
+        UserError: naming the file, if it cannot be read.
+    """
+    pillow = _pillow()
+    try:
+        with pillow.open(file) as image:
+            return image.convert("RGB")
+    # What Pillow raises on broken files depends on the format; SyntaxError is its word for a broken PNG.
+    except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
+        raise UserError(f"data.path: image '{file}' cannot be read ({error}); replace or remove it") from error
+
+
+def class_names(folder: Path) -> list[str]:
+    """Return the names of the class folders in a folder, sorted.
+
+    Raises:
+        UserError: if it is missing or has no folders.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"data.path: no folder '{folder.name}' in '{folder.parent}' (expected train/CLASS and val/CLASS)"
+        )
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"data.path: '{folder}' has no folders, one for each class, with images in them")
+    return names
+
+
+def list_images(folder: Path, names: list[str], classes: list[str]) -> tuple[np.ndarray, Tensor]:
+    """List the images of some classes, in a fixed order.
+
+    Args:
+        folder: holds a folder for each name.
+        names: the folders to list.
+        classes: all classes; a name's place in here is its label.
+
+    Returns:
+        Paths below ``folder`` as bytes (N,), and labels int64 (N,).
+
+    Raises:
+        UserError: if a class has no image.
+    """
+    files: list[bytes] = []
+    labels: list[int] = []
+    label_of = {name: label for label, name in enumerate(classes)}
+    for name in names:
+        with os.scandir(folder / name) as entries:
+            found = sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
+        if not found:
+            raise UserError(f"data.path: class folder '{folder / name}' has no images ({', '.join(SUFFIXES)})")
+        files += [os.fsencode(f"{name}/{file}") for file in found]
+        labels += [label_of[name]] * len(found)
+    return np.array(files), torch.tensor(labels)
+
+
+class ImageFolder(Section):
+    """Photographs in path/train/CLASS/ and path/val/CLASS/, prepared as is usual for ImageNet."""
+
+    name: Literal["image_folder"] = "image_folder"
+    """The data set."""
+
+    path: str
+    """Folder that holds train and val."""
+
+    image_size: int = Field(default=224, ge=1)
+    """Side of the images that the model sees, pixels."""
+
+    augment: bool = True
+    """Train on random parts of the photographs (8 to 100 % of the area), mirrored half of the time."""
+
+    def load(self, seed: int) -> Source:
+        """Return the photographs; they are read when asked for, not here.
+
+        Raises:
+            UserError: if a folder is missing or empty, a validation class is not among the training classes, or Pillow
+                is not installed.
+        """
+        _pillow()
+        root = data_path(self.path)
+        classes = class_names(root / "train")
+        val_classes = class_names(root / "val")
+        for name in val_classes:
+            if name not in classes:
+                raise UserError(f"data.path: class '{name}' of '{root / 'val'}' is not among the classes in train")
+        files, labels = list_images(root / "train", classes, classes)
+        val_files, val_labels = list_images(root / "val", val_classes, classes)
+        return Source(
+            FolderSamples(root / "train", files, labels, self.image_size, self.augment, seed),
+            FolderSamples(root / "val", val_files, val_labels, self.image_size, False, seed),
+            Task("classification", (3, self.image_size, self.image_size), len(classes)),
+        )

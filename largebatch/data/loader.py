@@ -1,0 +1,125 @@
+"""The stock DataLoader over a plan's micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from largebatch.data.sampler import PlanSampler, SampleKeys
+from largebatch.data.source import Samples
+from largebatch.section import Section, UserError
+
+
+class LoaderConfig(Section):
+    """The data loader."""
+
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Worker processes per rank; 0 loads in the training process."""
+    prefetch: Annotated[int, Field(ge=1)] = 2
+    """Micro-batches each worker holds ready."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The samples of one forward and backward pass on one rank.
+
+    Args:
+        inputs: (n, ...) on the device.
+        targets: (n, ...) on the device.
+        num_samples: samples that count; 0 where an idle rank holds a stand-in so that it can take part in the reduction.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    num_samples: int
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _data_loader(samples: Samples, batch_sampler: Any, config: LoaderConfig, device: torch.device) -> DataLoader[Any]:
+    workers: dict[str, Any] = {"prefetch_factor": config.prefetch} if config.num_workers else {}
+    return DataLoader(
+        samples,  # type: ignore[arg-type]  # a Samples is fetched by __getitems__, with the keys its batch sampler yields
+        batch_sampler=batch_sampler,
+        num_workers=config.num_workers,
+        collate_fn=_as_is,
+        pin_memory=device.type == "cuda",
+        **workers,
+    )
+
+
+def _fetch(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Take the next batch to the device; floating-point inputs and targets in the model's dtype."""
+    try:
+        inputs, targets = next(batches)
+    except UserError as error:
+        # A worker's error arrives with its traceback in the message; the last line is what was raised.
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+    return move(inputs), move(targets)
+
+
+class TrainLoader:
+    """Hands out a run's micro-batches, update by update.
+
+    One stock DataLoader runs through the whole plan, so its workers prefetch across updates, epochs and changes of the
+    batch size.
+
+    Args:
+        samples: the training set.
+        sampler: which samples enter which micro-batch of this rank.
+        config: workers and prefetch.
+        device: where batches go.
+        dtype: of floating-point inputs.
+    """
+
+    def __init__(
+        self, samples: Samples, sampler: PlanSampler, config: LoaderConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.sampler, self.device, self.dtype = sampler, device, dtype
+        self.batches = iter(_data_loader(samples, sampler, config, device))
+
+    def next(self, batch_size: int) -> Iterator[tuple[MicroBatch, bool]]:
+        """Yield this rank's micro-batches of the next update, and whether each is the last.
+
+        Args:
+            batch_size: B of this update over all ranks, as the plan says.
+        """
+        pieces = self.sampler.pieces(batch_size)
+        for number, piece in enumerate(pieces, start=1):
+            inputs, targets = _fetch(self.batches, self.device, self.dtype)
+            yield MicroBatch(inputs, targets, piece.stop - piece.start), number == len(pieces)
+
+
+def evaluation_batches(
+    samples: Samples,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    config: LoaderConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[MicroBatch]:
+    """Yield this rank's part of a data set, each sample on exactly one rank."""
+    mine = np.arange(len(samples))[rank::world_size]
+    keys = [
+        SampleKeys(np.zeros(len(part), dtype=np.int64), part)
+        for part in (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+    ]
+    batches = iter(_data_loader(samples, keys, config, device))
+    for key in keys:
+        inputs, targets = _fetch(batches, device, dtype)
+        yield MicroBatch(inputs, targets, len(key))

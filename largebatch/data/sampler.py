@@ -1,0 +1,140 @@
+"""Which samples enter which update: a pure function of the seed, the samples seen and the batch size.
+
+One random shuffle an epoch is split over ranks (Goyal et al. 2017, remark 4). Sample number k of a run is entry
+k mod N of the permutation of epoch k // N, so an update's batch is known from (seed, samples seen, batch size) alone: the
+number of ranks, the micro-batch size and the loader's workers change who computes a sample, never which ones are used.
+A batch that reaches past the end of an epoch carries on in the next one, so every epoch uses every sample once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SampleKeys:
+    """The samples of one micro-batch: what a data set is asked for.
+
+    Args:
+        epochs: epoch each sample is drawn in, int64 (n,); with the index it fixes the sample's augmentation.
+        indices: index into the data set, int64 (n,).
+    """
+
+    epochs: np.ndarray
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, part: slice) -> SampleKeys:
+        return SampleKeys(self.epochs[part], self.indices[part])
+
+
+@lru_cache(maxsize=2)
+def epoch_permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """Return the order in which an epoch visits the data set, int64 (num_samples,)."""
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+def global_batch(seed: int, num_samples: int, samples_seen: int, batch_size: int) -> SampleKeys:
+    """Return the samples of one update over all ranks, in their order.
+
+    Args:
+        seed: seed of the run, >= 0.
+        num_samples: N, samples in the data set.
+        samples_seen: samples used by all earlier updates.
+        batch_size: B, samples of this update.
+    """
+    positions = np.arange(samples_seen, samples_seen + batch_size)
+    epochs, offsets = np.divmod(positions, num_samples)
+    indices = np.empty(batch_size, dtype=np.int64)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        here = epochs == epoch
+        indices[here] = epoch_permutation(seed, epoch, num_samples)[offsets[here]]
+    return SampleKeys(epochs, indices)
+
+
+def rank_share(batch_size: int, rank: int, world_size: int, group_size: int = 1) -> slice:
+    """Return the part of a global batch that one rank computes.
+
+    Ranks take contiguous runs of whole groups, the first ones one group more where the count is uneven, so that the
+    samples of a normalisation group (batch norm over a fixed number of samples) stay together on any number of ranks.
+    A last, smaller group belongs to the last rank that has any.
+
+    Args:
+        batch_size: B, samples of the update over all ranks.
+        rank: this rank, in [0, world_size).
+        world_size: number of ranks.
+        group_size: samples that must stay together.
+    """
+    num_groups = -(-batch_size // group_size)
+    base, extra = divmod(num_groups, world_size)
+    first = rank * base + min(rank, extra)
+    last = first + base + (rank < extra)
+    return slice(min(first * group_size, batch_size), min(last * group_size, batch_size))
+
+
+def micro_batches(share: slice, micro_batch_size: int) -> list[slice]:
+    """Cut a rank's share of a batch into the pieces of one forward and backward pass each.
+
+    A rank without a sample in this update gets one empty piece: it still has to take part in the reduction.
+    """
+    starts = range(share.start, share.stop, micro_batch_size)
+    return [slice(start, min(start + micro_batch_size, share.stop)) for start in starts] or [slice(0, 0)]
+
+
+class BatchSizes(Protocol):
+    """What the sampler needs to know of a plan."""
+
+    total_samples: int
+
+    def batch_size(self, samples_seen: int) -> int:
+        """Return the global batch size of the update that starts after ``samples_seen`` samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlanSampler:
+    """Batch sampler of a stock DataLoader: this rank's micro-batches of a whole run, one update after the other.
+
+    Because the batch sizes come from the plan, the loader's workers prefetch across a change of the batch size.
+
+    Args:
+        plan: batch size as a function of samples seen, and the samples of the whole run.
+        num_samples: N, samples in the training set.
+        seed: seed of the run.
+        rank: this rank.
+        world_size: number of ranks.
+        micro_batch_size: most samples of one forward pass on one rank; None for the rank's whole share.
+        group_size: samples that must stay on one rank and in one micro-batch.
+        samples_seen: where to begin.
+    """
+
+    plan: BatchSizes
+    num_samples: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    micro_batch_size: int | None = None
+    group_size: int = 1
+    samples_seen: int = 0
+
+    def pieces(self, batch_size: int) -> Sequence[slice]:
+        """Return this rank's micro-batches of an update, as slices of the global batch."""
+        share = rank_share(batch_size, self.rank, self.world_size, self.group_size)
+        return micro_batches(share, self.micro_batch_size or batch_size)
+
+    def __iter__(self) -> Iterator[SampleKeys]:
+        samples_seen = self.samples_seen
+        while samples_seen < self.plan.total_samples:
+            batch_size = self.plan.batch_size(samples_seen)
+            keys = global_batch(self.seed, self.num_samples, samples_seen, batch_size)
+            for piece in self.pieces(batch_size):
+                # An idle rank loads one sample, which the trainer gives no weight.
+                yield keys[piece] if piece.stop > piece.start else keys[0:1]
+            samples_seen += batch_size

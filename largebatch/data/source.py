@@ -1,0 +1,112 @@
+"""What a data set is here: two sets of samples, asked for a batch at a time, and the task they pose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from largebatch.data.sampler import SampleKeys
+from largebatch.section import UserError
+from largebatch.task import Task
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A set of samples that hands out whole batches.
+
+    The stock DataLoader calls ``__getitems__`` with whatever its ``batch_sampler`` yields, so an object of this kind
+    works there with ``collate_fn`` the identity. What comes back depends on the seed and on each sample's own
+    (epoch, index) alone, never on the other samples of the batch.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
+        """Return the batch (inputs (n, ...), targets (n, ...))."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set, ready for training.
+
+    Args:
+        train: training samples; augmentation, if any, happens in here.
+        val: validation samples, never augmented.
+        task: what the samples ask of a model.
+    """
+
+    train: Samples
+    val: Samples
+    task: Task
+
+
+@dataclass(frozen=True)
+class TensorSamples:
+    """Samples that lie in memory as they go into the model.
+
+    Args:
+        inputs: (N, ...).
+        targets: (N, ...).
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
+        """Return (inputs (n, ...), targets (n, ...)): two index_selects, nothing else."""
+        chosen = torch.from_numpy(keys.indices)
+        return self.inputs.index_select(0, chosen), self.targets.index_select(0, chosen)
+
+
+def data_path(path: str) -> Path:
+    """Return the path of a config's ``data.path``, with ``~`` expanded.
+
+    Raises:
+        UserError: if nothing lies there.
+    """
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UserError(f"data.path: nothing lies at '{found}'; give the place of the data on this machine")
+    return found
+
+
+def validation_size(num_samples: int, fraction: float) -> int:
+    """Return how many of ``num_samples`` are validation samples.
+
+    Raises:
+        UserError: if training or validation would be left without a sample.
+    """
+    num_val = round(num_samples * fraction)
+    if not 0 < num_val < num_samples:
+        raise UserError(
+            f"data.val_fraction: {fraction} of {num_samples} samples leaves {num_samples - num_val} for training and "
+            f"{num_val} for validation; both need at least 1"
+        )
+    return num_val
+
+
+def limited(num_samples: int, limit: int | None) -> int:
+    """Return the training samples to use when ``data.num_train`` is ``limit``.
+
+    Raises:
+        UserError: if the data set has fewer.
+    """
+    if limit is not None and limit > num_samples:
+        raise UserError(f"data.num_train: {limit} samples asked for, the training set has {num_samples}")
+    return num_samples if limit is None else limit
+
+
+def fixed_order(num_samples: int) -> np.ndarray:
+    """Return one shuffle of a data set, the same in every run whatever its seed, int64 (num_samples,)."""
+    return np.random.default_rng(0).permutation(num_samples)

@@ -1,0 +1,93 @@
+"""Made-up images of any shape and number, for speed measurements and dry runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from largebatch.data.hashing import sample_hashes
+from largebatch.data.sampler import SampleKeys
+from largebatch.data.source import Source
+from largebatch.section import Section
+from largebatch.task import Task
+
+_NUM_OFFSETS = 1 << 22
+
+
+@dataclass(frozen=True)
+class SyntheticSamples:
+    """A coarse pattern for each class plus noise, put together when asked for: the images exist nowhere.
+
+    Drawing 150,000 normal numbers for one image of ImageNet's size would cost more than decoding a photograph. The
+    noise is a window of one long fixed strip of normal numbers instead, at a place given by the sample's hash.
+
+    Args:
+        patterns: what the classes look like, float32 (num_classes, c, p, q) with p and q far below the image's size.
+        noise: the strip, float32 (places + c * h * w - 1,).
+        image_shape: (c, h, w).
+        num_samples: samples in this half of the data set.
+        first: number of the first sample, so that training and validation do not share any.
+        seed: seed of the data set.
+    """
+
+    patterns: Tensor
+    noise: Tensor
+    image_shape: tuple[int, int, int]
+    num_samples: int
+    first: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
+        """Return (images float32 (n, c, h, w), labels int64 (n,)); sample i is of class i modulo num_classes."""
+        channels, height, width = self.image_shape
+        # The epoch stays out of the hash: a sample looks the same in every epoch.
+        hashes = sample_hashes(self.seed, np.zeros_like(keys.indices), keys.indices + self.first)
+        num_pixels = channels * height * width
+        offsets = torch.from_numpy((hashes % np.uint64(len(self.noise) - num_pixels + 1)).astype(np.int64))
+        labels = torch.from_numpy((keys.indices + self.first) % len(self.patterns))
+        images = self.noise.unfold(0, num_pixels, 1).index_select(0, offsets).view(-1, channels, height, width)
+        patterns = self.patterns.index_select(0, labels)
+        return images.add_(F.interpolate(patterns, size=(height, width), mode="nearest")), labels
+
+
+class SyntheticImages(Section):
+    """Images made up from the seed: a pattern for each class plus noise. Takes no memory, whatever their number."""
+
+    name: Literal["synthetic_images"] = "synthetic_images"
+    """The data set."""
+
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 32, 32)
+    """Channels, height and width of an image."""
+
+    num_classes: int = Field(default=10, ge=1)
+    """Number of classes."""
+
+    num_samples: int = Field(default=50_000, ge=1)
+    """Training images; 1281167 is ImageNet's number."""
+
+    num_val: int = Field(default=1_000, ge=1)
+    """Validation images."""
+
+    noise: float = Field(default=1.0, ge=0)
+    """Standard deviation of the noise on a pixel; that of the classes' patterns is 1."""
+
+    def load(self, seed: int) -> Source:
+        """Return the images; the seed of the run fixes the patterns and the noise."""
+        channels, height, width = self.shape
+        generator = torch.Generator().manual_seed(seed)
+        patterns = torch.randn(self.num_classes, channels, min(8, height), min(8, width), generator=generator)
+        strip = self.noise * torch.randn(_NUM_OFFSETS + channels * height * width - 1, generator=generator)
+        return Source(
+            SyntheticSamples(patterns, strip, self.shape, self.num_samples, 0, seed),
+            SyntheticSamples(patterns, strip, self.shape, self.num_val, self.num_samples, seed),
+            Task("classification", self.shape, self.num_classes),
+        )

@@ -1,0 +1,234 @@
+"""Image sets that fit into memory: digits, MNIST, Fashion-MNIST, CIFAR-10."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from largebatch.data.images import Augment, ImageSamples
+from largebatch.data.source import Source, TensorSamples, data_path, fixed_order, limited, validation_size
+from largebatch.section import Section, UserError
+from largebatch.task import Task
+
+
+class Digits(Section):
+    """1797 handwritten digits of 8 x 8 pixels that come with scikit-learn: needs no download."""
+
+    name: Literal["digits"] = "digits"
+    """The data set."""
+
+    val_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the images kept for validation; the split is the same for every seed."""
+
+    def load(self, seed: int) -> Source:
+        """Return the images standardised by the mean and standard deviation of all pixels, shape (1, 8, 8)."""
+        from sklearn.datasets import load_digits  # takes a second to import: only for whom it is for
+
+        digits = load_digits()
+        pixels = torch.from_numpy(digits.images).to(torch.float32).unsqueeze(1)  # (1797, 1, 8, 8), values 0 to 16
+        images = (pixels - 4.884) / 6.017
+        labels = torch.from_numpy(digits.target).to(torch.int64)
+        order = torch.from_numpy(fixed_order(len(labels)))
+        num_val = validation_size(len(labels), self.val_fraction)
+        val, train = order[:num_val], order[num_val:]
+        return Source(
+            TensorSamples(images[train], labels[train]),
+            TensorSamples(images[val], labels[val]),
+            Task("classification", (1, 8, 8), 10),
+        )
+
+
+class _ImageBytes(Section):
+    """What the image sets in memory have in common."""
+
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
+
+    name: str
+    """The data set."""
+
+    path: str
+    """Folder with the files of the data set."""
+
+    crop_padding: int = Field(default=4, ge=0)
+    """Zeros on every side before a random crop, pixels."""
+
+    num_train: int | None = Field(default=None, ge=1)
+    """Use only the first so many training images, for a quick study; null for all."""
+
+    def _source(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], augment: Augment, seed: int) -> Source:
+        images, labels = train
+        num_train = limited(len(labels), self.num_train)
+        return Source(
+            ImageSamples(images[:num_train], labels[:num_train], self.mean, self.std, augment, self.crop_padding, seed),
+            ImageSamples(*val, self.mean, self.std),
+            Task("classification", tuple(images.shape[1:]), 10),
+        )
+
+
+class _IdxImages(_ImageBytes):
+    """What MNIST and the sets in its file format have in common."""
+
+    augment: Augment = "none"
+    """Random changes of the training images: crop pads and crops, crop_flip mirrors half of them besides."""
+
+    def load(self, seed: int) -> Source:
+        """Return the training files as training set and the t10k files as validation set.
+
+        Raises:
+            UserError: if a file is missing or broken.
+        """
+        folder = data_path(self.path)
+        return self._source(idx_pair(folder, "train"), idx_pair(folder, "t10k"), self.augment, seed)
+
+
+class Mnist(_IdxImages):
+    """MNIST: 60,000 handwritten digits of 28 x 28 pixels, from its four IDX files, packed by gzip or not."""
+
+    mean: ClassVar = (0.1307,)
+    std: ClassVar = (0.3081,)
+
+    name: Literal["mnist"] = "mnist"
+    """The data set."""
+
+
+class FashionMnist(_IdxImages):
+    """Fashion-MNIST: 60,000 photographs of clothes, 28 x 28 pixels, in the file format of MNIST."""
+
+    mean: ClassVar = (0.2860,)
+    std: ClassVar = (0.3530,)
+
+    name: Literal["fashion_mnist"] = "fashion_mnist"
+    """The data set."""
+
+
+class Cifar10(_ImageBytes):
+    """CIFAR-10: 50,000 colour photographs of 32 x 32 pixels in ten classes, from the original binary version."""
+
+    mean: ClassVar = (0.4914, 0.4822, 0.4465)
+    std: ClassVar = (0.2470, 0.2435, 0.2616)
+
+    name: Literal["cifar10"] = "cifar10"
+    """The data set."""
+
+    augment: Augment = "crop_flip"
+    """Random changes of the training images: crop pads and crops, crop_flip mirrors half of them besides."""
+
+    def load(self, seed: int) -> Source:
+        """Return data_batch_1 to 5 as training set and test_batch as validation set.
+
+        Raises:
+            UserError: if a file is missing or broken.
+        """
+        folder = data_path(self.path)
+        if (folder / "cifar-10-batches-bin").is_dir():
+            folder = folder / "cifar-10-batches-bin"
+        parts = [cifar_batch(folder / f"data_batch_{part}.bin") for part in range(1, 6)]
+        train = torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+        return self._source(train, cifar_batch(folder / "test_batch.bin"), self.augment, seed)
+
+
+def idx_pair(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
+    """Read the images and labels of one half of MNIST.
+
+    Args:
+        folder: where the files lie.
+        prefix: ``train`` or ``t10k``.
+
+    Returns:
+        Images uint8 (N, 1, 28, 28) and labels int64 (N,) in 0 to 9.
+
+    Raises:
+        UserError: naming the file, what was expected and what came.
+    """
+    images_file, images = read_idx(folder, f"{prefix}-images-idx3-ubyte", num_dimensions=3)
+    labels_file, labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", num_dimensions=1)
+    if images.shape[1:] != (28, 28):
+        raise UserError(
+            f"data.path: '{images_file}' should hold images of 28 x 28 pixels, it says {images.shape[1]} x "
+            f"{images.shape[2]}"
+        )
+    if len(images) != len(labels):
+        raise UserError(
+            f"data.path: '{images_file}' holds {len(images)} images, but '{labels_file.name}' {len(labels)} labels"
+        )
+    if labels.max() > 9:
+        raise UserError(f"data.path: '{labels_file}' should hold labels 0 to 9, it holds {int(labels.max())}")
+    return images.unsqueeze(1), labels.to(torch.int64)
+
+
+def read_idx(folder: Path, file_name: str, num_dimensions: int) -> tuple[Path, Tensor]:
+    """Read one IDX file of bytes: two zeros, type 8, the number of dimensions, each as big-endian int32, the bytes.
+
+    Args:
+        folder: where the file lies.
+        file_name: its name, without the ``.gz`` it may carry.
+        num_dimensions: dimensions it must have.
+
+    Returns:
+        The file that was read, and its contents, uint8.
+
+    Raises:
+        UserError: if it is missing, not an IDX file of that many dimensions, empty, cut short or too long.
+    """
+    candidates = [folder / file_name, folder / f"{file_name}.gz"]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise UserError(f"data.path: no file '{file_name}' (nor '{file_name}.gz') in '{folder}'")
+    contents = _read_bytes(file)
+    expected_magic = 0x0800 + num_dimensions
+    magic = int.from_bytes(contents[:4], "big")
+    if len(contents) < 4 or magic != expected_magic:
+        raise UserError(f"data.path: '{file}' should begin with the number {expected_magic}, it begins with {magic}")
+    header = 4 + 4 * num_dimensions
+    shape = [int.from_bytes(contents[start : start + 4], "big") for start in range(4, header, 4)]
+    if len(contents) != header + math.prod(shape) or 0 in shape:
+        raise UserError(
+            f"data.path: '{file}' announces {' x '.join(map(str, shape))} values and should have "
+            f"{header + math.prod(shape)} bytes, it has {len(contents)}; fetch it again"
+        )
+    # A copy, because torch wants memory that it may write to.
+    return file, torch.from_numpy(np.frombuffer(contents, np.uint8, offset=header).copy()).view(shape)
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        if file.suffix == ".gz":
+            with gzip.open(file) as stream:
+                return stream.read()
+        return file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data.path: '{file}' cannot be read ({error}); fetch it again") from error
+
+
+def cifar_batch(file: Path) -> tuple[Tensor, Tensor]:
+    """Read one file of CIFAR-10's binary version: records of one label byte and 3 x 32 x 32 pixel bytes.
+
+    Returns:
+        Images uint8 (N, 3, 32, 32) and labels int64 (N,).
+
+    Raises:
+        UserError: if it is missing, empty, not made of whole records, or has a label above 9.
+    """
+    if not file.is_file():
+        raise UserError(f"data.path: no file '{file.name}' in '{file.parent}' (the binary version of CIFAR-10)")
+    contents = _read_bytes(file)
+    record = 1 + 3 * 32 * 32
+    if not contents or len(contents) % record:
+        raise UserError(
+            f"data.path: '{file}' should be made of records of {record} bytes, it has {len(contents)} bytes, "
+            f"{len(contents) % record} more than {len(contents) // record} records; fetch it again"
+        )
+    records = torch.from_numpy(np.frombuffer(contents, np.uint8).copy()).view(-1, record)
+    labels = records[:, 0].to(torch.int64)
+    if labels.max() > 9:
+        raise UserError(f"data.path: '{file}' should hold labels 0 to 9, it holds {int(labels.max())}")
+    return records[:, 1:].reshape(-1, 3, 32, 32), labels

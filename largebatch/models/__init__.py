@@ -1,0 +1,39 @@
+"""Models: small reference networks, ResNets, a GPT, and anything else by name or import path."""
+
+from largebatch.models.factory import FactoryModel
+from largebatch.models.gpt import GPT, GPTConfig
+from largebatch.models.norm import (
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    batch_norms,
+    commit_batch_statistics,
+    convert_batch_norm,
+    norm_group_size,
+)
+from largebatch.models.resnet import ResNet, ResNet18Config, ResNet50Config, resnet18, resnet50
+from largebatch.models.simple import CNN, MLP, CNNConfig, MLPConfig
+from largebatch.section import Section
+
+MODELS: tuple[type[Section], ...] = (MLPConfig, CNNConfig, ResNet18Config, ResNet50Config, GPTConfig, FactoryModel)
+
+__all__ = [
+    "CNN",
+    "GPT",
+    "MLP",
+    "MODELS",
+    "CNNConfig",
+    "FactoryModel",
+    "GPTConfig",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "MLPConfig",
+    "ResNet",
+    "ResNet18Config",
+    "ResNet50Config",
+    "batch_norms",
+    "commit_batch_statistics",
+    "convert_batch_norm",
+    "norm_group_size",
+    "resnet18",
+    "resnet50",
+]

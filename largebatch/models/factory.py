@@ -1,0 +1,108 @@
+"""Models from elsewhere: torchvision's and timm's by name, and functions of the user's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import nn
+
+from largebatch.models.norm import convert_batch_norm
+from largebatch.section import Section, UserError, import_factory, nearest
+from largebatch.task import Task
+
+
+def _library(name: str) -> ModuleType:
+    """Import torchvision.models or timm.
+
+    Raises:
+        UserError: if it is not installed, or does not fit the torch that is.
+    """
+    try:
+        if name == "timm":
+            import timm
+
+            return timm
+        import torchvision.models
+
+        return torchvision.models
+    # A torchvision built for another torch fails on import with a RuntimeError or an OSError.
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"model.name: {name} cannot be imported ({reason}); install the one for your torch: pip install {name}"
+        ) from error
+
+
+def _known(model_name: str, names: list[str], library: str) -> None:
+    if model_name not in names:
+        raise UserError(f"model.name: {library} has no model '{model_name}'{nearest(model_name, names)}")
+
+
+def _torchvision_model(name: str, task: Task, options: dict[str, Any]) -> nn.Module:
+    models = _library("torchvision")
+    _known(name, models.list_models(module=models), "torchvision")
+    return models.get_model(name, **{"weights": None, "num_classes": task.num_outputs, **options})
+
+
+def _timm_model(name: str, task: Task, options: dict[str, Any]) -> nn.Module:
+    timm = _library("timm")
+    # A name may carry the tag of pretrained weights: resnet50.a1_in1k.
+    _known(name.partition(".")[0], timm.list_models(), "timm")
+    defaults = {"num_classes": task.num_outputs}
+    if len(task.sample_shape) == 3 and task.sample_shape[0] != 3:
+        defaults["in_chans"] = task.sample_shape[0]
+    return timm.create_model(name, **{**defaults, **options})
+
+
+def _own_model(path: str, task: Task, options: dict[str, Any]) -> Any:
+    factory: Callable[..., Any] = import_factory(path, "model.name")
+    signature = inspect.signature(factory)
+    arguments = {"task": task, **options} if "task" in signature.parameters else options
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise UserError(f"model.options: {error}; the factory takes {signature}") from error
+    return factory(**arguments)
+
+
+class FactoryModel(Section):
+    """A model from torchvision, from timm, or from a function of your own.
+
+    A function of your own is called as ``factory(**options)``, with ``task=`` (a ``largebatch.task.Task``) besides if it
+    has a parameter of that name. torchvision's and timm's models get the data's number of classes.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+    """torchvision:NAME, timm:NAME, or package.module:factory."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the model or function."""
+
+    norm_group_size: Annotated[int, Field(ge=1)] | None = 32
+    """Samples whose statistics the model's batch norms use, whatever the batch size; null leaves them as they are, with
+    statistics over whatever a micro-batch holds."""
+
+    def build(self, task: Task) -> nn.Module:
+        """Return the model, its batch norms converted.
+
+        Raises:
+            UserError: if the library is missing, the model unknown, the options do not fit, or what comes is no model.
+        """
+        origin, _, name = self.name.partition(":")
+        if origin in ("torchvision", "timm"):
+            builder = _torchvision_model if origin == "torchvision" else _timm_model
+            try:
+                model = builder(name, task, self.options)
+            except TypeError as error:
+                raise UserError(f"model.options: {error}") from error
+        else:
+            model = _own_model(self.name, task, self.options)
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"model.name: '{self.name}' should return a torch.nn.Module, it returned a {type(model).__name__}"
+            )
+        return model if self.norm_group_size is None else convert_batch_norm(model, self.norm_group_size)

@@ -1,0 +1,81 @@
+"""Stochastic gradient descent with momentum, in the three forms that papers write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+MomentumForm = Literal["sum", "velocity", "average"]
+
+
+class SGD(torch.optim.SGD):
+    """torch.optim.SGD, and momentum's two other forms.
+
+        sum        v = mu*v + g;                 p -= eta*v        torch.optim.SGD
+        velocity   v = mu*v + eta*g;             p -= v            the lectures and most papers
+        average    v = (1-1/N)*v + g/N;          p -= N*eta*v      N = 1/(1-mu), a running average of gradients
+
+    With constant eta and mu all three follow one trajectory. They part when the two change during a run. In ``velocity`` a
+    gradient's total effect, eta/(1-mu), is fixed when it arrives; in ``sum`` a later learning rate multiplies gradients
+    already in the buffer (Goyal et al.'s momentum correction is the difference between these two); in ``average`` the buffer
+    keeps the gradient's unit whatever the momentum.
+
+    Args:
+        params: parameters or groups.
+        lr: eta, >= 0.
+        momentum: mu in [0, 1).
+        weight_decay: L2 coefficient, added to the gradient.
+        nesterov: look-ahead momentum, in the form ``sum`` only.
+        form: ``sum``, ``velocity`` or ``average``.
+        **kwargs: further arguments of torch.optim.SGD (foreach, fused, ...), in the form ``sum`` only.
+
+    References:
+        McAllester, TTIC 31230 (2020), "SGD with Momentum"; Goyal et al. 2017, arXiv:1706.02677, section 3.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        form: MomentumForm = "sum",
+        **kwargs: Any,
+    ) -> None:
+        if form not in ("sum", "velocity", "average"):
+            raise ValueError(f"form: expected sum, velocity or average, got {form!r}")
+        if form != "sum" and (nesterov or kwargs):
+            raise ValueError(f"form: {form!r} takes neither nesterov nor {sorted(kwargs) or 'further arguments'}")
+        self.form = form
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, **kwargs)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Do one update; ``closure`` as in torch.optim."""
+        if self.form == "sum":
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+            if group["weight_decay"]:
+                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            lr, mu = group["lr"], group["momentum"]
+            gain = lr if self.form == "velocity" else 1.0 - mu
+            torch._foreach_mul_(buffers, mu)
+            torch._foreach_add_(buffers, grads, alpha=gain)
+            torch._foreach_add_(params, buffers, alpha=-1.0 if self.form == "velocity" else -lr / (1.0 - mu))
+        return loss

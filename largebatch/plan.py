@@ -1,0 +1,135 @@
+"""The plan of a whole run, known before training: which batch size and which hyper-parameters at which sample."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from largebatch.scaling import Reference, temperature
+from largebatch.schedules import Constant, Realization, Schedule, Warmup, realized_batch_size
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of updates with one batch size and one formula of the learning rate.
+
+    Args:
+        first_sample: samples seen before its first update.
+        samples: samples it uses.
+        updates: its optimizer steps.
+        batch_size: B of its full updates.
+        lr_first: learning rate of its first full update.
+        lr_last: learning rate of its last full update.
+        averaging: momentum, or betas, or alpha, by the optimizer's name for it.
+    """
+
+    first_sample: int
+    samples: int
+    updates: int
+    batch_size: int
+    lr_first: float
+    lr_last: float
+    averaging: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Batch size and hyper-parameters as functions of samples seen.
+
+    Args:
+        reference: the hyper-parameters at the batch size they were tuned at.
+        batch_size_at_start: B of the first update, in samples.
+        total_samples: samples of the whole run.
+        samples_per_epoch: N_train.
+        schedule: factor of the reference temperature.
+        warmup: factor of the learning rate at the start.
+        realize: whether the schedule moves the learning rate or the batch size.
+        max_batch_size: where the batch size stops growing.
+        multiple_of: grown batch sizes are multiples of this.
+        at_epoch_end: ``carry`` lets a batch reach into the next epoch; ``cut`` ends each epoch with a smaller batch, whose
+            learning rate is the rule's at its own size.
+
+    Example:
+        >>> plan = Plan(Reference(256, 0.1, momentum=0.9), 8192, total_samples=81920, samples_per_epoch=40960)
+        >>> plan.batch_size(0), round(plan.at(0)["lr"], 6), plan.num_updates()
+        (8192, 3.2, 10)
+    """
+
+    reference: Reference
+    batch_size_at_start: int
+    total_samples: int
+    samples_per_epoch: int
+    schedule: Schedule = field(default_factory=Constant)
+    warmup: Warmup = field(default_factory=Warmup)
+    realize: Realization = "lr"
+    max_batch_size: int | None = None
+    multiple_of: int = 1
+    at_epoch_end: Literal["carry", "cut"] = "carry"
+
+    def full_batch_size(self, samples_seen: int) -> int:
+        """Return B before any cut at the end of an epoch or of the run."""
+        return realized_batch_size(
+            self.schedule(samples_seen), self.realize, self.batch_size_at_start, self.max_batch_size, self.multiple_of
+        )
+
+    def batch_size(self, samples_seen: int) -> int:
+        """Return the samples of the update that starts after ``samples_seen`` samples."""
+        size = min(self.full_batch_size(samples_seen), self.total_samples - samples_seen)
+        if self.at_epoch_end == "cut":
+            size = min(size, self.samples_per_epoch - samples_seen % self.samples_per_epoch)
+        return size
+
+    def at(self, samples_seen: int) -> dict[str, Any]:
+        """Return the optimizer's arguments for the update that starts after ``samples_seen`` samples.
+
+            eta = eta(B) * schedule(s) * warmup(s)
+
+        with eta(B) the reference's rule at this update's own batch size, so that under the linear rule a sample in the
+        smaller last batch has the same total effect as any other.
+        """
+        values = self.reference.at(self.batch_size(samples_seen))
+        values["lr"] *= self.schedule(samples_seen) * self.warmup(samples_seen)
+        return values
+
+    def temperature(self, samples_seen: int) -> float:
+        """Return eta0(s) = eta / ((1 - mu) * B) of the update that starts after ``samples_seen`` samples."""
+        values = self.at(samples_seen)
+        return temperature(values["lr"], self.batch_size(samples_seen), values.get("momentum", 0.0))
+
+    def updates(self) -> Iterator[tuple[int, int]]:
+        """Yield (samples seen before it, batch size) of every update of the run."""
+        samples_seen = 0
+        while samples_seen < self.total_samples:
+            size = self.batch_size(samples_seen)
+            yield samples_seen, size
+            samples_seen += size
+
+    def num_updates(self) -> int:
+        """Return the optimizer steps of the whole run."""
+        if self.realize == "lr" and self.at_epoch_end == "carry":
+            return math.ceil(self.total_samples / self.batch_size_at_start)
+        return sum(1 for _ in self.updates())
+
+    def stages(self) -> list[Stage]:
+        """Return the run as stages of one batch size and one formula each."""
+        breaks = sorted({*self.schedule.breakpoints(), *self.warmup.breakpoints()})
+        rows: list[list[int]] = []  # first sample, samples, updates, batch size, last full update's start, segment
+        for samples_seen, size in self.updates():
+            full = self.full_batch_size(samples_seen)
+            segment = bisect_right(breaks, samples_seen)
+            if not rows or rows[-1][3] != full or rows[-1][5] != segment:
+                rows.append([samples_seen, 0, 0, full, samples_seen, segment])
+            row = rows[-1]
+            row[1] += size
+            row[2] += 1
+            if size == full:
+                row[4] = samples_seen
+        stages = []
+        for first, samples, updates, full, last, _ in rows:
+            averaging = {k: v for k, v in self.at(last).items() if k in ("momentum", "betas", "alpha")}
+            lr_first, lr_last = self.at(first)["lr"], self.at(last)["lr"]
+            stages.append(Stage(first, samples, updates, full, lr_first, lr_last, averaging))
+        return stages

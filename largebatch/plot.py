@@ -1,0 +1,93 @@
+"""The picture of a run: loss, learning rate and batch size against samples seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from largebatch.tracking import read_metrics
+
+BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9702b", "#3a8a5f", "#8a8f98"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e8eb",
+    "grid.linewidth": 0.8,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": "#30343a",
+    "xtick.color": "#30343a",
+    "ytick.color": "#30343a",
+    "legend.frameon": False,
+    "figure.dpi": 130,
+    "savefig.bbox": "tight",
+}
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """Return a centred moving average; the window shrinks at both ends so that no value is invented."""
+    half = window // 2
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    left = np.maximum(np.arange(len(values)) - half, 0)
+    right = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (sums[right] - sums[left]) / (right - left)
+
+
+def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
+    """Draw curve.png from a run's metrics.jsonl; return its path, or None where there is nothing to draw yet."""
+    updates, evaluations = read_metrics(folder / "metrics.jsonl")
+    if not updates:
+        return None
+    matplotlib.use("Agg")
+
+    def column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows], dtype=float)
+
+    epochs, losses = column(updates, "samples") / samples_per_epoch, column(updates, "loss")
+    with plt.rc_context(STYLE):
+        figure, (loss_axis, lr_axis, batch_axis) = plt.subplots(
+            3, 1, figsize=(8, 7.5), sharex=True, height_ratios=[3, 1.2, 1.2], layout="constrained"
+        )
+        if len(losses) > 40:
+            loss_axis.plot(epochs, losses, color=BLUE, alpha=0.25, linewidth=0.8)
+            losses = smoothed(losses, max(3, len(losses) // 50))
+        loss_axis.plot(epochs, losses, color=BLUE, label="training loss", linewidth=1.6)
+        if evaluations:
+            at = column(evaluations, "samples") / samples_per_epoch
+            marks = "o" if len(at) <= 60 else None
+            loss_axis.plot(at, column(evaluations, "val_loss"), color=ORANGE, marker=marks, markersize=3, label="validation loss")
+            last = evaluations[-1]
+            if "val_accuracy" in last:
+                title += f"  ·  accuracy {last['val_accuracy']:.2%}"
+        if losses.min() > 0 and losses.max() / losses.min() > 20:
+            loss_axis.set_yscale("log")
+        loss_axis.set_ylabel("loss")
+        loss_axis.legend(loc="upper right")
+        loss_axis.set_title(title, loc="left", fontsize=11, color="#30343a")
+
+        lrs = column(updates, "lr")
+        lr_axis.plot(epochs, lrs, color=GREEN, linewidth=1.6)
+        if lrs.min() > 0 and lrs.max() / lrs.min() > 20:
+            lr_axis.set_yscale("log")
+        else:
+            lr_axis.set_ylim(0, lrs.max() * 1.1)
+        lr_axis.set_ylabel("learning rate")
+
+        # The smaller last batch of a run or an epoch is no change of the plan: show the largest since the row before.
+        sizes = column(updates, "batch_size")
+        if len(sizes) > 1 and sizes[-1] < sizes[-2]:
+            sizes[-1] = sizes[-2]
+        batch_axis.step(epochs, sizes, where="pre", color=GREY, linewidth=1.6)
+        batch_axis.set_ylim(0, sizes.max() * 1.15)
+        batch_axis.set_ylabel("batch size")
+        batch_axis.set_xlabel(f"epochs of {samples_per_epoch:,} samples")
+        batch_axis.set_xlim(left=0)
+        path = folder / "curve.png"
+        figure.savefig(path)
+        plt.close(figure)
+    return path

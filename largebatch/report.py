@@ -1,0 +1,202 @@
+"""What a person sees: the tables before and after a run, and its progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from largebatch.plan import Plan
+from largebatch.scaling import noise_scale, temperature
+
+Row = dict[str, Any]
+NAMES = {
+    "batch_size": "batch size",
+    "lr": "learning rate",
+    "momentum": "momentum",
+    "betas": "betas",
+    "alpha": "alpha",
+    "eps": "eps",
+}
+
+
+def number(value: Any) -> str:
+    """Return a value as a person writes it: four digits, thousands apart."""
+    if isinstance(value, tuple | list):
+        return ", ".join(f"{v:.6g}" for v in value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as 12 s, 3 min 05 s or 2 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def reference_table(plan: Plan) -> Table:
+    """Return the table: hyper-parameters at the reference batch size, and what they become at this run's."""
+    reference = plan.reference
+    size = plan.full_batch_size(0)
+    tuned, derived = reference.at(reference.batch_size), reference.at(size)
+    table = Table(title=f"Reference to this run (rule: {reference.rule})", title_justify="left")
+    for heading, justify in (("", "left"), ("reference", "right"), ("this run", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table.add_row("batch size", number(reference.batch_size), number(size))
+    for name, value in tuned.items():
+        table.add_row(NAMES[name], number(value), number(derived[name]))
+    temperatures = [
+        temperature(values["lr"], batch, values.get("momentum", 0.0))
+        for values, batch in ((tuned, reference.batch_size), (derived, size))
+    ]
+    table.add_row("temperature (lr per sample)", *(f"{t:.4g}" for t in temperatures))
+    scales = [
+        noise_scale(values["lr"], batch, plan.samples_per_epoch, values.get("momentum", 0.0))
+        for values, batch in ((tuned, reference.batch_size), (derived, size))
+    ]
+    table.add_row("noise scale lr*N/(B*(1-mu))", *(f"{s:.4g}" for s in scales))
+    return table
+
+
+def stage_table(plan: Plan, world_size: int, micro_size: int | None, group_size: int = 1, most: int = 14) -> Table:
+    """Return the table of the run's stages; a plan that changes at every update is shown by its first and last ones."""
+    stages = plan.stages()
+    updates = sum(stage.updates for stage in stages)
+    table = Table(
+        title=f"Plan: {plan.total_samples / plan.samples_per_epoch:g} epochs, {plan.total_samples:,} samples, "
+        f"{updates:,} updates on {world_size} rank{'s' * (world_size > 1)}",
+        title_justify="left",
+    )
+    for heading in ("epochs", "samples", "updates", "batch size", "ranks x micro x accum.", "learning rate", "averaging"):
+        table.add_column(heading, justify="right")
+    shown = stages if len(stages) <= most else stages[: most // 2] + stages[-most // 2 :]
+    for index, stage in enumerate(shown):
+        if len(stages) > most and index == most // 2:
+            table.add_row(*["..."] * 7)
+        first, last = (s / plan.samples_per_epoch for s in (stage.first_sample, stage.first_sample + stage.samples))
+        groups = -(-stage.batch_size // group_size)
+        share = min(stage.batch_size, -(-groups // world_size) * group_size)
+        micro = min(micro_size or share, share)
+        accumulation = -(-share // micro)
+        rates = number(stage.lr_first)
+        if abs(stage.lr_last - stage.lr_first) > 1e-9 * stage.lr_first:
+            rates += f" → {number(stage.lr_last)}"
+        table.add_row(
+            f"{first:.4g} – {last:.4g}",
+            number(stage.samples),
+            number(stage.updates),
+            number(stage.batch_size),
+            f"{world_size} x {micro:,} x {accumulation}",
+            rates,
+            ", ".join(f"{name} {number(value)}" for name, value in stage.averaging.items()),
+        )
+    return table
+
+
+def summary_table(summary: dict[str, Any], folder: str | None) -> Table:
+    """Return the closing table."""
+    table = Table(title=f"Run {summary['status']}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    rows = {
+        "updates": number(summary["updates"]),
+        "samples": number(summary["samples"]),
+        "epochs": number(summary["epochs"]),
+        "time": duration(summary["seconds"]),
+        "samples per second": f"{summary['samples_per_second']:,.0f}",
+        "training loss": number(summary["loss"]),
+        "validation loss": number(summary["val_loss"]),
+    }
+    if summary["val_accuracy"] is not None:
+        rows["validation accuracy"] = f"{summary['val_accuracy']:.2%}"
+        rows["best validation accuracy"] = f"{summary['best_val_accuracy']:.2%}"
+    if folder:
+        rows["run folder"] = folder
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+class ProgressBar:
+    """Progress on a terminal."""
+
+    def __init__(self, console: Console, total_samples: int) -> None:
+        self.val = ""
+        self.progress = Progress(
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.progress.add_task("", total=total_samples, shown="")
+        self.progress.start()
+
+    def log(self, row: Row) -> None:
+        """Move the bar."""
+        if "val_loss" in row:
+            self.val = f"  {_scores(row)}"
+            self.progress.update(self.task, completed=row["samples"])
+            return
+        self.progress.update(self.task, completed=row["samples"], shown=f"{_state(row)}{self.val}")
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.progress.stop()
+
+
+class ProgressLines:
+    """Progress where there is no terminal: a line at each evaluation, and at most one every few seconds between."""
+
+    def __init__(self, console: Console, total_samples: int, every_seconds: float = 5.0) -> None:
+        self.console, self.total, self.every = console, total_samples, every_seconds
+        self.started = self.last = time.monotonic()
+        self.row: Row = {}
+
+    def log(self, row: Row) -> None:
+        """Print a line where one is due."""
+        now = time.monotonic()
+        if "val_loss" not in row:
+            self.row = row
+            if now - self.last < self.every:
+                return
+        done = row["samples"] / self.total
+        left = (now - self.started) * (1 - done) / done
+        scores = f"  {_scores(row)}" if "val_loss" in row else ""
+        state = _state(self.row) if self.row else ""
+        self.console.print(f"{done:4.0%}  epoch {row['epoch']:<7.4g} {state}{scores}  {duration(left)} left", highlight=False)
+        self.last = now
+
+    def close(self) -> None:
+        """Do nothing: every line is out."""
+
+
+def _state(row: Row) -> str:
+    rate = f"{row['samples_per_second']:,.0f}/s"
+    return f"loss {row['loss']:.4f}  lr {row['lr']:.4g}  B {row['batch_size']:,}  {rate}"
+
+
+def _scores(row: Row) -> str:
+    accuracy = f"  accuracy {row['val_accuracy']:.2%}" if "val_accuracy" in row else ""
+    return f"val {row['val_loss']:.4f}{accuracy}"
+
+
+def create_console() -> Console:
+    """Return the console: as wide as the terminal, 110 columns where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def create_progress(console: Console, total_samples: int) -> ProgressBar | ProgressLines:
+    """Return a bar on a terminal, plain lines elsewhere."""
+    return ProgressBar(console, total_samples) if console.is_terminal else ProgressLines(console, total_samples)

@@ -1,0 +1,267 @@
+"""From a config to a result: the plan of a run, and the run itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from largebatch.config import Run
+from largebatch.data import Source
+from largebatch.distributed import Ranks, create_backend, launched_ranks
+from largebatch.models import norm_group_size
+from largebatch.plan import Plan
+from largebatch.plot import plot_run
+from largebatch.report import create_progress, reference_table, stage_table, summary_table
+from largebatch.schedules import Warmup
+from largebatch.section import UserError
+from largebatch.task import Task
+from largebatch.tracking import Observers, check_trackers, create_trackers
+from largebatch.trainer import Summary, Trainer
+
+
+def build_model(run: Run, task: Task) -> nn.Module:
+    """Return the model with initial weights that depend on the seed alone, the same on every rank."""
+    torch.manual_seed(run.seed)
+    return run.model.build(task)
+
+
+def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 1) -> tuple[Plan, list[str]]:
+    """Return the plan of a run, and what its user should know.
+
+    Args:
+        run: the config.
+        num_train: samples in the training set.
+        world_size: ranks.
+        group_size: samples that a normalisation layer takes its statistics over; batches are multiples of it.
+
+    Raises:
+        UserError: if the batch sizes cannot be had on these ranks, with the nearest that can.
+    """
+    reference = run.reference()
+    _check_batches(run, num_train, world_size, group_size)
+    schedule = run.schedule.build(num_train)
+    size, realize = run.batch.size, run.schedule.realize
+    if realize != "lr":
+        if run.scaling.rule == "none":
+            raise UserError(f"schedule.realize: '{realize}' needs a scaling.rule (linear or sqrt), got none")
+        total = run.schedule.total_samples(num_train)
+        if realize == "batch_then_lr" and run.batch.max_size is None:
+            raise UserError("batch.max_size: missing; schedule.realize batch_then_lr grows the batch up to it")
+        lowest = schedule(total - 1)
+        if run.batch.max_size is None and (lowest <= 0 or size / lowest > num_train):
+            raise UserError(
+                f"schedule.realize: the batch would grow past the {num_train} training samples; "
+                "set batch.max_size with batch_then_lr, or raise the schedule's final factor"
+            )
+    gain = reference.at(size)["lr"] / reference.lr
+    start = run.warmup.start if run.warmup.start is not None else min(1.0, 1.0 / gain)
+    if run.warmup.name != "none" and run.warmup.epochs == 0:
+        raise UserError(f"warmup.epochs: '{run.warmup.name}' needs a length > 0, got 0")
+    plan = Plan(
+        reference,
+        size,
+        run.schedule.total_samples(num_train),
+        num_train,
+        schedule,
+        Warmup(run.warmup.name, round(run.warmup.epochs * num_train), start),
+        realize,
+        run.batch.max_size if realize != "lr" else None,
+        group_size,
+        run.batch.at_epoch_end,
+    )
+    return plan, _warnings(run, num_train)
+
+
+def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -> None:
+    """Refuse batch sizes that do not fit, with the nearest that does."""
+    step = group_size
+    for key, size in (("batch.size", run.batch.size), ("batch.max_size", run.batch.max_size)):
+        if size is None:
+            continue
+        least = step * world_size
+        most = num_train // step * step
+        nearest = min(max(round(size / step) * step, least), most)
+        if least > most:
+            raise UserError(f"torchrun: {world_size} ranks need {least} samples an update; there are {num_train} to train on")
+        if size % step:
+            raise UserError(f"{key}: expected a multiple of the norm's group of {step} samples, got {size}; try {nearest}")
+        if size < least:
+            raise UserError(f"{key}: {size} cannot be split over {world_size} ranks of at least {step}; the nearest is {nearest}")
+        if size > most:
+            raise UserError(f"{key}: {size} is more than the {num_train} training samples; the nearest is {nearest}")
+    micro = run.batch.micro_size
+    if micro is not None and micro % step:
+        nearest = max(step, round(micro / step) * step)
+        raise UserError(f"batch.micro_size: expected a multiple of the norm's group of {step} samples, got {micro}; try {nearest}")
+    if micro is not None and micro > max(run.batch.size, run.batch.max_size or 0):
+        raise UserError(f"batch.micro_size: {micro} is more than batch.size {run.batch.size}; the nearest is {run.batch.size}")
+    if run.batch.max_size is not None and run.batch.max_size < run.batch.size:
+        raise UserError(f"batch.max_size: expected at least batch.size {run.batch.size}, got {run.batch.max_size}")
+
+
+def _warnings(run: Run, num_train: int) -> list[str]:
+    """Return what does not stop a run, but should be known before it is paid for."""
+    found = []
+    size, kappa = run.batch.size, run.batch.size / run.batch.reference_size
+    if run.batch.max_size is not None and run.schedule.realize == "lr":
+        found.append("batch.max_size is not used: schedule.realize is lr, so the batch does not grow")
+    if run.warmup.name == "none" and (run.warmup.epochs or run.warmup.start is not None):
+        found.append("warmup.epochs and warmup.start are not used: warmup.name is none")
+    if run.warmup.name != "none" and run.warmup.epochs >= run.schedule.epochs:
+        found.append(f"the warm-up ({run.warmup.epochs:g} epochs) fills the whole run ({run.schedule.epochs:g} epochs)")
+    largest = max(size, (run.batch.max_size or 0) if run.schedule.realize != "lr" else 0)
+    if largest > num_train / 10:
+        found.append(
+            f"batch size {largest:,} is more than a tenth of the {num_train:,} training samples: "
+            "updates are few and the linear rule tends to break there (Smith et al. 2018)"
+        )
+    if kappa > 1 and run.scaling.rule == "linear" and run.optimizer.name in ("adam", "adamw", "rmsprop", "adagrad"):
+        found.append(
+            f"the second moment of {run.optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not keep "
+            "the update's size; scaling.rule sqrt is the usual choice"
+        )
+    if run.scaling.rule == "none" and kappa != 1:
+        found.append(f"scaling.rule none: lr {run.optimizer.lr:g} is kept although the batch is {kappa:g} times the reference")
+    return found
+
+
+@dataclass
+class Result:
+    """A finished run: its summary, and its folder."""
+
+    summary: Summary
+    folder: Path | None
+
+
+def default_folder(name: str) -> Path:
+    """Return runs/NAME-DATE-TIME."""
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot take a run.
+
+    Raises:
+        UserError: if it holds a run already, or is a file, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out: {folder} is a file; name a folder")
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"--out: {folder} already holds a run; name another folder, or remove it")
+
+
+def train(
+    run: Run,
+    folder: Path | None = None,
+    console: Console | None = None,
+    ranks: Ranks | None = None,
+    source: Source | None = None,
+    warnings: tuple[str, ...] = (),
+) -> Result:
+    """Train a run; everything that can be refused is refused before anything is written.
+
+    Args:
+        run: the config.
+        folder: run folder; None writes nothing.
+        console: where tables and progress go; None prints nothing.
+        ranks: this process among all; None reads the environment that torchrun sets.
+        source: the data, where the caller has loaded it already.
+        warnings: what to tell beside the run's own warnings.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
+    ranks = launched_ranks() if ranks is None else ranks
+    if ranks.rank != 0:
+        folder_here, console = None, None
+    else:
+        folder_here = folder
+    if folder_here is not None:
+        check_folder(folder_here)
+    check_trackers(run.log)
+    source = run.data.load(run.seed) if source is None else source
+    model = build_model(run, source.task)
+    group_size = norm_group_size(model)
+    plan, plan_warnings = build_plan(run, len(source.train), ranks.world_size, group_size)
+    backend = create_backend(run.backend, run.precision, ranks)
+    observers = Observers()
+    try:
+        if console is not None:
+            _say_start(console, run, source, model, plan, backend.describe(), ranks.world_size, group_size)
+            for warning in (*warnings, *plan_warnings):
+                console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        if folder_here is not None:
+            _make_folder(folder_here, run)
+            observers.observers += create_trackers(run, folder_here)
+        if console is not None:
+            observers.observers.append(create_progress(console, plan.total_samples))
+        trainer = Trainer(run, source, model, plan, backend, observers, folder)
+        summary = trainer.train()
+        del trainer
+    finally:
+        observers.close()
+        backend.close()
+    if folder_here is not None:
+        (folder_here / "summary.json").write_text(json.dumps(summary.as_dict(), indent=2) + "\n", encoding="utf-8")
+        title = f"{folder_here.name}:  batch {run.batch.reference_size:,} → {run.batch.size:,}, {run.optimizer.name}"
+        plot_run(folder_here, title, plan.samples_per_epoch)
+    if console is not None:
+        console.print(summary_table(summary.as_dict(), str(folder_here) if folder_here else None))
+    return Result(summary, folder_here)
+
+
+def _make_folder(folder: Path, run: Run) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
+
+
+def _say_start(
+    console: Console, run: Run, source: Source, model: nn.Module, plan: Plan, devices: str, world_size: int, group_size: int
+) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"[bold]{run.model.name}[/bold], {parameters:,} parameters, on [bold]{run.data.name}[/bold], "
+        f"{len(source.train):,} training and {len(source.val):,} validation samples; {devices}",
+        highlight=False,
+    )
+    console.print(reference_table(plan), stage_table(plan, world_size, run.batch.micro_size, group_size))
+
+
+def describe_plan(run: Run, world_size: int, console: Console) -> None:
+    """Print the plan of a run without training it.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
+    declared = getattr(run.data, "train_samples", None)
+    task = run.data.task() if declared is not None else None
+    if task is None:
+        source = run.data.load(run.seed)
+        task, declared = source.task, len(source.train)
+    with torch.device("meta"):
+        model = run.model.build(task)
+    group_size = norm_group_size(model)
+    plan, warnings = build_plan(run, declared, world_size, group_size)
+    console.print(
+        f"[bold]{run.model.name}[/bold], {sum(p.numel() for p in model.parameters()):,} parameters, on "
+        f"[bold]{run.data.name}[/bold], {declared:,} training samples",
+        highlight=False,
+    )
+    console.print(reference_table(plan), stage_table(plan, world_size, run.batch.micro_size, group_size))
+    verdict = "satisfies" if plan.schedule.robbins_monro else "does not satisfy"
+    console.print(
+        f"schedule '{run.schedule.name}' {verdict} the classical conditions for convergence: {plan.schedule.why}", highlight=False
+    )
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+

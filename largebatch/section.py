@@ -1,0 +1,51 @@
+"""The base of every config section, and the one exception a user's mistake raises."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: shown as one line, without a traceback, with exit code 2.
+
+    The message says where, what was expected, what came, and what to do.
+    """
+
+
+class Section(BaseModel):
+    """One section of a config. Unknown keys are refused; attribute docstrings become the command-line help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the closest known word, or the empty string."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def import_factory(path: str, where: str) -> Callable[..., Any]:
+    """Import ``package.module:attribute``.
+
+    Args:
+        path: module path and attribute, separated by a colon.
+        where: the config key that named it, for the error.
+
+    Raises:
+        UserError: if the module or the attribute does not exist or is not callable.
+    """
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{where}: cannot import '{module_name}' ({error}); is it on PYTHONPATH?") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        known = [name for name in vars(module) if not name.startswith("_")]
+        raise UserError(f"{where}: module '{module_name}' has no callable '{attribute}'{nearest(attribute, known)}")
+    return factory
