@@ -64,11 +64,9 @@ def _main(arguments: list[str]) -> int:
     if known.config is None:
         raise UserError(f"command line: name a config, like: largebatch {known.command} configs/digits.yaml")
     if known.command == "study":
-        if rest:
-            raise UserError(f"command line: a study's settings stand in its file; got {rest[0]}")
         from largebatch.study import run_study
 
-        return run_study(known.config, known.out, known.jobs)
+        return run_study(known.config, known.out, known.jobs, rest)
 
     from largebatch.config import load_config, parse_flags
     from largebatch.help import describe_settings
@@ -102,10 +100,11 @@ def _main(arguments: list[str]) -> int:
 def _usage(command: str) -> str:
     """Return the lines above the settings in ``--help``."""
     own = {"train": "[--out DIR] [--section.key VALUE ...]", "plan": "[--world-size N] [--section.key VALUE ...]"}
-    lines = [f"usage: largebatch {command} CONFIG {own.get(command, '[--out DIR] [--jobs N]')}"]
+    own["study"] = "[--out DIR] [--jobs N] [--section.key VALUE ...]"
+    lines = [
+        f"usage: largebatch {command} CONFIG {own[command]}",
+        "       --section.key VALUE sets a config key; values are YAML: 0.1, true, [128, 128].",
+    ]
     if command != "study":
-        lines += [
-            "       --section.key VALUE sets a config key for this run; values are YAML: 0.1, true, [128, 128].",
-            f"       largebatch {command} CONFIG --help lists every key with its value in that config.",
-        ]
+        lines.append(f"       largebatch {command} CONFIG --help lists every key with its value in that config.")
     return "\n".join(lines)

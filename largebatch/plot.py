@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -72,7 +73,7 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
 
         lrs = column(updates, "lr")
         lr_axis.plot(epochs, lrs, color=GREEN, linewidth=1.6)
-        if lrs.min() > 0 and lrs.max() / lrs.min() > 20:
+        if lrs.min() > 0 and lrs.max() > 20 * np.quantile(lrs, 0.25):  # steps; a cosine reads better on a linear scale
             lr_axis.set_yscale("log")
         else:
             lr_axis.set_ylim(0, lrs.max() * 1.1)
@@ -88,6 +89,39 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
         batch_axis.set_xlabel(f"epochs of {samples_per_epoch:,} samples")
         batch_axis.set_xlim(left=0)
         path = folder / "curve.png"
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+class Curves(Protocol):
+    """What `plot_study` needs of a variant: its name, and its validation loss by seed (seeds, p) at epochs (p,)."""
+
+    name: str
+    epochs: np.ndarray
+    val_loss: np.ndarray
+
+
+def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
+    """Draw curves.png: the mean validation loss of each variant, with a band of one standard deviation over seeds."""
+    matplotlib.use("Agg")
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8.5, 5), layout="constrained")
+        colors = plt.get_cmap("viridis")(np.linspace(0.0, 0.9, max(1, len(variants) - 1)))
+        finite = np.concatenate([variant.val_loss[np.isfinite(variant.val_loss)] for variant in variants])
+        for number, variant in enumerate(variants):
+            mean, deviation = variant.val_loss.mean(axis=0), variant.val_loss.std(axis=0)
+            color = "#111418" if number == 0 else colors[number - 1]
+            width = 2.4 if number == 0 else 1.4
+            axis.plot(variant.epochs, mean, color=color, linewidth=width, marker="o", markersize=3, label=variant.name)
+            axis.fill_between(variant.epochs, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
+        if len(finite) and finite.max() > 5 * finite.min() > 0:
+            axis.set_yscale("log")
+        axis.set_xlabel("epochs")
+        axis.set_ylabel("validation loss")
+        axis.set_title(title, loc="left", fontsize=11, color="#30343a")
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+        path = folder / "curves.png"
         figure.savefig(path)
         plt.close(figure)
     return path

@@ -67,7 +67,7 @@ class Text(Section):
         num_windows = len(contents) // length
         if num_windows < 2:
             raise UserError(
-                f"data.path: '{file}' has {len(contents)} bytes; a context of {self.context} needs at least {2 * length}"
+                f"data.path: '{file}' has {len(contents)} bytes; a context of {self.context} needs {2 * length} or more"
             )
         windows = torch.from_numpy(contents[: num_windows * length]).view(num_windows, length)
         num_train = num_windows - validation_size(num_windows, self.val_fraction)

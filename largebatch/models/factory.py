@@ -72,8 +72,8 @@ def _own_model(path: str, task: Task, options: dict[str, Any]) -> Any:
 class FactoryModel(Section):
     """A model from torchvision, from timm, or from a function of your own.
 
-    A function of your own is called as ``factory(**options)``, with ``task=`` (a ``largebatch.task.Task``) besides if it
-    has a parameter of that name. torchvision's and timm's models get the data's number of classes.
+    A function of your own is called as ``factory(**options)``, with ``task=`` (a ``largebatch.task.Task``) besides if
+    it has a parameter of that name. torchvision's and timm's models get the data's number of classes.
     """
 
     name: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]

@@ -1,9 +1,9 @@
 """Batch normalisation over a fixed number of samples, whatever the micro-batch and however many the ranks.
 
 Goyal et al. keep the batch that normalises at 32 samples while the batch that updates grows: it is part of the model,
-and a change of it would change the loss. So the statistics are taken over consecutive groups of exactly that many samples
-and are never synchronised between devices. The running statistics are, once an update, because they are weights of
-the model in evaluation and a saved model must not depend on which rank saved it.
+and a change of it would change the loss. So the statistics are taken over consecutive groups of exactly that many
+samples and are never synchronised between devices. The running statistics are, once an update, because they are weights
+of the model in evaluation, and a saved model must not depend on which rank saved it.
 
 References:
     Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv:1706.02677, section 3, "Batch normalization".

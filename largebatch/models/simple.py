@@ -96,7 +96,7 @@ class MLPConfig(Section):
     name: Literal["mlp"] = "mlp"
     """The model."""
 
-    hidden: list[Width] = [128]
+    hidden: list[Width] = Field(default=[128])
     """Widths of the hidden layers; an empty list makes a linear model."""
 
     activation: Activation = "relu"

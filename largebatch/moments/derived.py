@@ -1,0 +1,173 @@
+"""Tensors computed from parameters alone: views, casts, position embeddings, reparametrised weights.
+
+Where every element of the result is one element of one parameter and none appears twice, the shadow goes through the
+same operation and autograd brings the squares back. Otherwise the result's per-sample gradients are pulled back to
+the parameters one by one, which is exact and slow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from largebatch.moments.scope import Scope
+from largebatch.moments.tap import Count, Operand
+from largebatch.section import UserError
+
+# The output's elements are the input's, each at most once.
+_REARRANGING = {
+    Tensor.t,
+    Tensor.transpose,
+    Tensor.permute,
+    Tensor.view,
+    Tensor.view_as,
+    Tensor.reshape,
+    Tensor.reshape_as,
+    Tensor.flatten,
+    Tensor.unflatten,
+    Tensor.unsqueeze,
+    Tensor.squeeze,
+    Tensor.select,
+    Tensor.narrow,
+    Tensor.contiguous,
+    Tensor.clone,
+    Tensor.movedim,
+    Tensor.swapaxes,
+    Tensor.flip,
+    Tensor.roll,
+    Tensor.diagonal,
+    Tensor.T.__get__,
+    Tensor.mT.__get__,
+    torch.t,
+    torch.transpose,
+    torch.permute,
+    torch.reshape,
+    torch.flatten,
+    torch.unsqueeze,
+    torch.squeeze,
+    torch.select,
+    torch.narrow,
+    torch.clone,
+    torch.movedim,
+    torch.swapaxes,
+    torch.flip,
+    torch.roll,
+    torch.cat,
+    torch.concat,
+    torch.stack,
+    torch.hstack,
+    torch.vstack,
+}
+# The same, in several pieces that share no element.
+_SPLITTING = {
+    Tensor.chunk,
+    Tensor.split,
+    Tensor.unbind,
+    Tensor.tensor_split,
+    Tensor.__iter__,
+    torch.chunk,
+    torch.split,
+    torch.unbind,
+    torch.tensor_split,
+}
+# The same, in another type; the shadow keeps its own.
+_CASTING = {Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as}
+_EXPANDING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch.tile, torch.broadcast_to}
+_EXPANDING |= {Tensor.broadcast_to}
+_INDEXING = {Tensor.__getitem__}
+
+
+def derive(scope: Scope, func: Any, args: Any, kwargs: Any, operands: list[Operand]) -> Any:
+    """Run an operation on operands and constants, and note on its results where they come from."""
+    if func in _EXPANDING:
+        expanded = _expand_to_samples(scope, func, args, kwargs, operands[0])
+        if expanded is not None:
+            return expanded
+    output = func(*args, **kwargs)
+    pieces = output if isinstance(output, (list, tuple)) else (output,)
+    if not any(isinstance(piece, Tensor) and piece.requires_grad for piece in pieces):
+        return output
+    if isinstance(output, Tensor) and scope.operand(output) is not None:
+        return output  # contiguous(), float() and the like may return their argument
+    shadows = _shadows(scope, func, args, kwargs, operands)
+    bases = tuple(dict.fromkeys(base for operand in operands for base in operand.bases))
+    counts = tuple(dict.fromkeys(count for operand in operands for count in operand.counts))
+    guards = tuple(dict.fromkeys(guard for operand in operands for guard in operand.guards))
+    if len(pieces) > 1 and shadows is not None:
+        for operand in operands:
+            operand.use()
+    shadow_pieces = shadows if isinstance(shadows, (list, tuple)) else (shadows,) * len(pieces)
+    for piece, shadow in zip(pieces, shadow_pieces, strict=True):
+        if not isinstance(piece, Tensor) or not piece.requires_grad:
+            continue
+        if len(pieces) > 1 and shadow is not None:
+            own = Count()  # the pieces share nothing, so that each may be used once
+            operand = Operand(piece, shadow, bases, (own,), (*guards, own))
+        else:
+            operand = Operand(piece, shadow, bases, counts, guards)
+        piece._largebatch_operand = operand  # type: ignore[attr-defined]
+    return output
+
+
+def _shadows(scope: Scope, func: Any, args: Any, kwargs: Any, operands: list[Operand]) -> Any:
+    """Return the operation applied to the operands' shadows, None if it is not a rearrangement."""
+    if any(operand.shadow is None for operand in operands):
+        return None
+    if len(operands) > 1 and len({id(count) for operand in operands for count in operand.counts}) < len(operands):
+        return None  # cat([w, w])
+    if func in _CASTING:
+        return operands[0].shadow
+    if func in _INDEXING:
+        if not _is_slice(args[1]):
+            return None
+    elif func is torch.embedding:
+        if not _is_distinct(args[1] if len(args) > 1 else kwargs["indices"]):
+            return None
+    elif func not in _REARRANGING and func not in _SPLITTING:
+        return None
+    return func(*_swap(scope, args), **{name: _swap(scope, value) for name, value in kwargs.items()})
+
+
+def _swap(scope: Scope, value: Any) -> Any:
+    """Replace the operands in a (nested) argument by their shadows."""
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        return type(value)([_swap(scope, item) for item in value])
+    operand = scope.operand(value)
+    return value if operand is None else operand.shadow
+
+
+def _is_slice(index: Any) -> bool:
+    items = index if isinstance(index, tuple) else (index,)
+    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
+
+
+def _is_distinct(indices: Tensor) -> bool:
+    """Whether no index occurs twice, so that looking up rows only rearranges them."""
+    if torch.compiler.is_compiling():
+        # Values cannot be read while tracing. A constant index is a range of positions in all but name.
+        return True
+    return indices.unique().numel() == indices.numel()
+
+
+def _expand_to_samples(scope: Scope, func: Any, args: Any, kwargs: Any, operand: Operand) -> Tensor | None:
+    """Expand an operand along the samples, as class tokens are; None if the operation does something else."""
+    tensor, dim, rows = operand.tensor, scope.batch_dim, scope.num_samples
+    with torch.no_grad():
+        result = func(*[tensor.detach() if a is tensor else a for a in args], **kwargs)
+    source = (1,) * (result.ndim - tensor.ndim) + tuple(tensor.shape)
+    if rows is None or result.ndim <= dim or result.shape[dim] != rows or source[dim] != 1 or rows == 1:
+        return None
+    expanded = scope.expand(operand, dim, rows, result.ndim, func.__name__)
+    if expanded.shape == result.shape:
+        return expanded
+    rest = [size // have for size, have in zip(result.shape, expanded.shape, strict=True)]
+    is_copying = func in (Tensor.repeat, Tensor.tile, torch.tile)
+    return expanded.repeat(rest) if is_copying else expanded.expand(result.shape)
+
+
+def refuse_general(operand: Operand) -> None:
+    """Raise where an operand's per-sample gradients would have to be pulled back under torch.compile."""
+    if operand.shadow is None:
+        raise UserError(f"track: parameter '{operand.bases[0].name}' is used through a function under torch.compile")

@@ -1,0 +1,52 @@
+"""Broadcast elementwise operations: position embeddings, LayerScale, class tokens, gates, PReLU.
+
+An operand is expanded to one copy per sample (no memory: stride zero). The operation's own backward then returns the
+gradient of each copy, which is the per-sample gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from largebatch.moments.scope import Scope, rule
+
+_NAMES = (
+    "add sub subtract rsub mul multiply div divide true_divide pow maximum minimum fmax fmin where lerp addcmul addcdiv "
+    "atan2 hypot copysign float_power logaddexp masked_fill xlogy"
+).split()
+_DUNDERS = "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow ipow".split()
+FUNCTIONS: set[Any] = {getattr(space, name) for name in _NAMES for space in (torch, Tensor) if hasattr(space, name)}
+FUNCTIONS |= {getattr(Tensor, f"{name}_") for name in _NAMES if hasattr(Tensor, f"{name}_")}
+FUNCTIONS |= {getattr(Tensor, f"__{name}__") for name in _DUNDERS if hasattr(Tensor, f"__{name}__")}
+
+
+def run(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run `func` with every operand expanded along the samples."""
+    values = (*args, *kwargs.values())
+    ndim = max(value.ndim for value in values if isinstance(value, Tensor))
+    batched = next(value for value in values if scope.operand(value) is None and scope.is_batched(value))
+    dim = scope.batch_dim + ndim - batched.ndim
+    rows = batched.shape[scope.batch_dim]
+
+    def expanded(value: Any) -> Any:
+        operand = scope.operand(value)
+        return value if operand is None else scope.expand(operand, dim, rows, ndim, func.__name__)
+
+    return func(*map(expanded, args), **{name: expanded(value) for name, value in kwargs.items()})
+
+
+@rule(torch.prelu)
+def prelu(scope: Scope, input: Tensor, weight: Tensor) -> Tensor:
+    """max(0, x) + w * min(0, x); w holds one slope, or one for each channel (dimension 1)."""
+    slope = weight
+    if weight.numel() > 1:
+        slope = weight.view(1, -1, *[1] * (input.ndim - 2))
+    # max + w * min rather than where(x > 0, x, w * x), so that the slope's gradient is one product
+    return run(scope, torch.add, (input.clamp(min=0), _scaled(scope, input, slope)), {})
+
+
+def _scaled(scope: Scope, input: Tensor, slope: Tensor) -> Tensor:
+    return run(scope, torch.mul, (input.clamp(max=0), slope), {})  # type: ignore[no-any-return]

@@ -1,0 +1,198 @@
+"""Seeing every operation of a tracked module's forward pass.
+
+The mode is entered in each module's own forward, not once around the model: FSDP2 swaps parameters per module, and
+activation checkpointing runs a module again during the backward pass. Inside an outer tracked forward the inner ones
+only add their parameters to its scope.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from largebatch.moments import derived, elementwise, fallback
+from largebatch.moments.scope import RULES, Scope, Tracked
+from largebatch.moments.tap import Operand, Square
+
+
+class Interception(TorchFunctionMode):
+    """Send operations between operands and batched tensors to their rules."""
+
+    def __init__(self, scope: Scope):
+        super().__init__()
+        self.scope = scope
+
+    def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`, with a tap where it uses a tracked parameter."""
+        kwargs = kwargs or {}
+        scope = self.scope
+        operands, is_batched = _inspect(scope, args, kwargs)
+        if not operands or not torch.is_grad_enabled():
+            output = func(*args, **kwargs)
+            if is_batched:
+                _mark(output)
+            return output
+        if isinstance(func, types.FunctionType) and func in _BODIES:
+            with self:
+                return attention(scope, func, args, kwargs) if func in _ATTENTION else _BODIES[func](*args, **kwargs)
+        if not is_batched:
+            return derived.derive(scope, func, args, kwargs, operands)
+        rule = RULES.get(func)
+        if rule is not None:
+            return rule(scope, *args, **kwargs)
+        if func in elementwise.FUNCTIONS:
+            return elementwise.run(scope, func, args, kwargs)
+        return fallback.run(scope, func, args, kwargs)
+
+
+def _inspect(scope: Scope, args: Any, kwargs: Any) -> tuple[list[Operand], bool]:
+    operands: list[Operand] = []
+    is_batched = False
+    for value in (*args, *kwargs.values()):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, Tensor):
+                operand = scope.operand(item)
+                if operand is not None:
+                    operands.append(operand)
+                elif not is_batched:
+                    is_batched = scope.is_batched(item)
+    return operands, is_batched
+
+
+def _mark(output: Any) -> None:
+    """Mark the results that would not be known as batched by requiring a gradient."""
+    for item in output if isinstance(output, (list, tuple)) else (output,):
+        if isinstance(item, Tensor) and not item.requires_grad:
+            item._largebatch_batched = True  # type: ignore[attr-defined]
+
+
+def attention(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run the body of `F.multi_head_attention_forward`, whose tensors are [time, batch, width] or flattened from it."""
+    outer = scope.batch_dim, scope.width
+    query = args[0] if args else kwargs["query"]
+    if query.ndim == 3:
+        scope.batch_dim, scope.width = 1, query.shape[1]
+    try:
+        return _BODIES[func](*args, **kwargs)
+    finally:
+        scope.batch_dim, scope.width = outer
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def _body(function: types.FunctionType) -> types.FunctionType:
+    """Return a copy of a function of torch.nn.functional that goes straight to its body.
+
+    The original hands itself to the mode before it does anything else; the mode wants the operations inside.
+    """
+    skip = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)
+    names = {**function.__globals__, **skip}
+    copy = types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_BODIES = {
+    function: _body(function)
+    for function in vars(F).values()
+    if isinstance(function, types.FunctionType) and "has_torch_function" in " ".join(function.__code__.co_names)
+}
+_ATTENTION = {F.multi_head_attention_forward}
+
+
+class _State:
+    """The scope of the forward pass that is running, and the size of the last one's batch."""
+
+    scope: Scope | None = None
+    aliases: dict[int, Tensor] | None = None
+    num_samples: int | None = None
+
+
+_state = _State()
+
+
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Take the place of a tracked module's forward."""
+    original = self.__dict__.get("_largebatch_forward") or types.MethodType(type(self).forward, self)
+    if not torch.is_grad_enabled():
+        return original(*args, **kwargs)
+    tracked: Tracked = self._largebatch  # type: ignore[assignment]
+    run = _forward_squared if tracked.per == "micro_batch" else _forward_tapped
+    return run(self, tracked, original, args, kwargs)
+
+
+forward.__name__ = "forward"
+
+
+def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
+    scope = _state.scope
+    if scope is not None:
+        scope.enter(module)
+        outer = scope.batch_dim, scope.width
+        scope.batch_dim, scope.width = tracked.batch_dim, None
+        try:
+            if tracked.use_fallback:
+                return fallback.run_module(scope, module, original, args, kwargs)
+            return original(*args, **kwargs)
+        finally:
+            scope.batch_dim, scope.width = outer
+    scope = _outermost(module, tracked, args, kwargs)
+    _state.scope = scope
+    try:
+        if tracked.use_fallback:
+            return fallback.run_module(scope, module, original, args, kwargs)
+        with Interception(scope):
+            return original(*args, **kwargs)
+    finally:
+        _state.scope = None
+
+
+def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> Scope:
+    """Return the scope of a forward pass that starts here; its first tensor argument tells the number of samples."""
+    dim = tracked.batch_dim
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > dim]
+    rows = tensors[0].shape[dim] if tensors else None
+    scope = Scope(num_samples=rows, batch_dim=dim)
+    for tensor in tensors:
+        if tensor.shape[dim] == rows:
+            scope.inputs.add(id(tensor))
+            scope.keep.append(tensor)
+    scope.enter(module)
+    return scope
+
+
+def _forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
+    """Run forward with every parameter of the subtree replaced by an alias whose backward squares."""
+    is_outermost = _state.aliases is None
+    if is_outermost:
+        _state.aliases = {}
+    aliases = _state.aliases
+    assert aliases is not None
+    mine: list[tuple[nn.Module, str]] = []
+    try:
+        for owner in tracked.owners:
+            notes: Tracked = owner._largebatch  # type: ignore[assignment]
+            for name, shadow_name in notes.names.items():
+                parameter = owner._parameters[name]
+                if parameter is None or not parameter.requires_grad or name in owner.__dict__:
+                    continue
+                if id(parameter) not in aliases:
+                    aliases[id(parameter)] = Square.apply(parameter, owner._parameters[shadow_name])
+                owner.__dict__[name] = aliases[id(parameter)]  # found before _parameters
+                mine.append((owner, name))
+        return original(*args, **kwargs)
+    finally:
+        for owner, name in mine:
+            del owner.__dict__[name]
+        if is_outermost:
+            _state.aliases = None

@@ -1,0 +1,178 @@
+"""The bookkeeping of one forward pass: its parameters, its samples, and the taps put on its operations.
+
+Three kinds of tensors are told apart: *operands* (tracked parameters and what is computed from them alone), *batched*
+tensors (the inputs of the outermost tracked forward, whatever is computed from them, and anything else that requires a
+gradient), and constants, such as `torch.arange(positions)`.
+
+The samples lie along dimension 0 (or the `batch_dim` given to `track`). A dimension of k times as many rows is read as
+k rows for each sample, sample by sample, which is what `x.view(batch * tokens, width)` makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from largebatch.moments.tap import Base, Collect, Expand, Expanded, Operand, Operation, Tap
+from largebatch.section import UserError
+
+Rule = Callable[..., Any]
+
+# Filled by `rule`: a rule takes (scope, *args, **kwargs of the operation).
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*functions: Any) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule of `functions`."""
+
+    def register(handler: Rule) -> Rule:
+        for function in functions:
+            RULES[function] = handler
+        return handler
+
+    return register
+
+
+@dataclass
+class Tracked:
+    """What `track` notes on a module.
+
+    Attributes:
+        names: this module's parameters, name -> name of the shadow.
+        path: the module's name in the model, for messages.
+        owners: the modules of the subtree that own tracked parameters.
+        per: "sample" or "micro_batch".
+        batch_dim: dimension of the samples in this module's activations.
+        use_fallback: whether to differentiate the module as a whole, one sample at a time.
+    """
+
+    names: dict[str, str]
+    path: str
+    owners: list[nn.Module]
+    per: str
+    batch_dim: int
+    use_fallback: bool = False
+
+
+@dataclass(eq=False)
+class Scope:
+    """One forward pass of the outermost tracked module.
+
+    Attributes:
+        num_samples: n, samples in the pass; None if no input tells.
+        batch_dim: dimension of the samples in the module that is running.
+        width: rows along `batch_dim` where it is not 0, needed to undo a flattening of (time, batch).
+        operands: id of a parameter -> its bookkeeping.
+        inputs: ids of the tensors the outermost module was called with.
+        keep: those tensors, so that no other takes their ids.
+    """
+
+    num_samples: int | None
+    batch_dim: int
+    width: int | None = None
+    operands: dict[int, Operand] = field(default_factory=dict)
+    inputs: set[int] = field(default_factory=set)
+    keep: list[Any] = field(default_factory=list)
+
+    def enter(self, module: nn.Module) -> None:
+        """Take in the parameters of a module that is about to run, its children's too: it may use them itself."""
+        for owner in module._largebatch.owners:  # type: ignore[union-attr]
+            tracked: Tracked = owner._largebatch  # type: ignore[assignment]
+            for name, shadow_name in tracked.names.items():
+                parameter = owner._parameters[name]
+                if parameter is None or not parameter.requires_grad or id(parameter) in self.operands:
+                    continue
+                shadow = owner._parameters[shadow_name]
+                assert shadow is not None
+                base = Base(f"{tracked.path}.{name}".lstrip("."), parameter, shadow)
+                counts = (base.count,)
+                self.operands[id(parameter)] = Operand(parameter, shadow, (base,), counts, counts)
+
+    def operand(self, value: Any) -> Operand | None:
+        """Return the bookkeeping of an operand, None for any other value."""
+        if not isinstance(value, Tensor):
+            return None
+        found = self.operands.get(id(value))
+        if found is None:
+            found = getattr(value, "_largebatch_operand", None)
+        return found
+
+    def is_batched(self, value: Any) -> bool:
+        """Whether a tensor that is no operand depends on the samples."""
+        return isinstance(value, Tensor) and (
+            value.requires_grad or id(value) in self.inputs or hasattr(value, "_largebatch_batched")
+        )
+
+    def samples_in(self, rows: int, function: str) -> int:
+        """Return the number of samples, given the rows along the batch dimension of an argument of `function`."""
+        if self.num_samples is None:
+            self.num_samples = rows
+        if rows % self.num_samples or rows == 0:
+            raise UserError(
+                f"track: an argument of {function} has {rows} rows along dimension {self.batch_dim}, where the model's "
+                f"input has {self.num_samples} samples; give track() the batch_dim of this module, name it in fallback="
+                "..., or use per='micro_batch'"
+            )
+        return self.num_samples
+
+    def token(self, operands: tuple[Operand, ...]) -> Tensor | None:
+        """Count a use of the operands and return a token of a collector behind all of them."""
+        if torch.compiler.is_compiling():
+            for operand in operands:
+                operand.use()
+                if not operand.is_alone:
+                    names = ", ".join(base.name for base in operand.bases)
+                    raise UserError(
+                        f"track: parameter '{names}' is used more than once or through a function in one forward pass, "
+                        "which is not supported under torch.compile; leave that module uncompiled, or use "
+                        "per='micro_batch'"
+                    )
+            return None
+        fresh: list[Base] = []
+        tokens: list[Tensor] = []
+        for operand in operands:
+            operand.use()
+            for base in operand.bases:
+                if base.token is None and base not in fresh:
+                    fresh.append(base)
+                elif base.token is not None and all(base.token is not token for token in tokens):
+                    tokens.append(base.token)
+        if fresh:
+            token = Collect.apply(tuple(fresh), *[t for base in fresh for t in (base.parameter, base.shadow)])
+            for base in fresh:
+                base.token = token
+            tokens.append(token)
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+    def tap(self, operation: Operation, output: Tensor, saved: tuple[Tensor, ...], operands: tuple[Any, ...]) -> Tensor:
+        """Put a tap for `operands` (one for each of the operation's roles) on `output`."""
+        token = self.token(operands)
+        if token is not None:
+            operation.operands = operands
+        pairs = [t for operand in operands for t in (operand.tensor, _shadow_or_self(operand))]
+        return Tap.apply(operation, len(saved), output, token, *saved, *pairs)  # type: ignore[no-any-return]
+
+    def expand(self, operand: Operand, dim: int, rows: int, ndim: int, function: str) -> Tensor:
+        """Return `operand` as [.., rows at `dim`, ..] of `ndim` dimensions, with a tap that tells the samples apart."""
+        operation = Expanded(self.samples_in(rows, function))
+        token = self.token((operand,))
+        if token is not None:
+            operation.operands = (operand,)
+        shape = (1,) * (ndim - operand.tensor.ndim) + tuple(operand.tensor.shape)
+        if shape[dim] != 1:
+            raise UserError(
+                f"track: {function} meets a parameter of shape {list(operand.tensor.shape)} whose own dimension lies "
+                f"along the samples ({rows} rows); use per='micro_batch'"
+            )
+        shadow = _shadow_or_self(operand)
+        expanded = Expand.apply(operation, dim, rows, token, operand.tensor.reshape(shape), shadow.reshape(shape))
+        return expanded  # type: ignore[no-any-return]
+
+
+def _shadow_or_self(operand: Operand) -> Tensor:
+    # Without a shadow of its own the operand's squares come from the collector; the tap then returns None twice.
+    return operand.tensor if operand.shadow is None else operand.shadow

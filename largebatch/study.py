@@ -1,0 +1,255 @@
+"""A study: variants of one config, several seeds each, compared in a table and a figure.
+
+    base: fashion_mnist_cnn_bn.yaml         # beside the study's file
+    seeds: [0, 1, 2]
+    set: {schedule.epochs: 9}               # for every variant
+    variants:
+      reference: {batch.size: 32}           # the first one is what the others are held against
+      no warm-up: {batch.size: 512, warmup.name: none}
+
+Every run is an ordinary run folder, STUDY/VARIANT/seed-N. A study that was cut short goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from largebatch.config import Run, check_config, merge_flags, parse_flags, read_yaml
+from largebatch.distributed import Ranks
+from largebatch.report import create_console, duration
+from largebatch.run import train
+from largebatch.section import Section, UserError
+from largebatch.tracking import read_metrics
+
+
+class Study(Section):
+    """The file of a study."""
+
+    base: str
+    """Config that the variants change, beside the study's file."""
+    seeds: list[int] = Field(min_length=1)
+    """Seeds of every variant."""
+    set: dict[str, Any] = {}
+    """Flags for every variant: {section.key: value}."""
+    variants: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Flags of each variant, by its name; the first is the reference of the comparison."""
+
+
+@dataclass
+class Variant:
+    """What the runs of one variant came to, a row for each seed.
+
+    Args:
+        name: of the variant.
+        run: its config, of the first seed.
+        summaries: summary.json of each seed.
+        epochs: where the curves stand, (p,).
+        val_loss: validation loss of each seed at those epochs, (seeds, p); NaN after a run diverged.
+    """
+
+    name: str
+    run: Run
+    summaries: list[dict[str, Any]] = field(default_factory=list)
+    epochs: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    val_loss: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+    def finals(self, name: str) -> np.ndarray:
+        """Return a value of the summaries for the seeds that finished."""
+        done = [s[name] for s in self.summaries if s["status"] == "finished" and s[name] is not None]
+        return np.array(done, dtype=float)
+
+
+def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[str, list[Run]]]:
+    """Read a study and the config of each of its runs.
+
+    Args:
+        path: the study's file.
+        flags: for every variant, from the command line; they win over the file.
+
+    Raises:
+        UserError: for anything wrong in the study, its base or a variant.
+    """
+    try:
+        study = Study.model_validate(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {where}: {first['msg']}; a study has base, seeds, set and variants") from error
+    runs = {}
+    for name, changes in study.variants.items():
+        runs[name] = []
+        for seed in study.seeds:
+            values = read_yaml(path.parent / study.base)
+            merge_flags(values, {**study.set, **changes, **flags, "seed": seed})
+            runs[name].append(check_config(values, f"{path}: variant '{name}'"))
+    return study, runs
+
+
+def slug(name: str) -> str:
+    """Return a variant's name as a folder name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def _limit_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def _train_quietly(run: Run, folder: Path) -> dict[str, Any]:
+    """Train one run of a study in a worker process; return its summary."""
+    return train(run, folder, None, Ranks()).summary.as_dict()
+
+
+def _finished(run: Run, folder: Path) -> bool:
+    """Return whether a folder holds this very run, finished.
+
+    Raises:
+        UserError: if it holds another one.
+    """
+    summary = folder / "summary.json"
+    if not summary.exists():
+        return False
+    if (folder / "config.yaml").read_text(encoding="utf-8") != run.to_yaml():
+        raise UserError(f"{folder}: holds a run of another config; name another --out, or remove it")
+    return True
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run that was cut short has left; only files a run writes."""
+    for name in ("metrics.jsonl", "config.yaml"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | None = None) -> int:
+    """Train what is not trained yet, then write table.md, table.json and curves.png; return the exit code.
+
+    Args:
+        path: the study's file.
+        out: study folder; None for runs/NAME.
+        jobs: runs at a time.
+        flag_words: ``--section.key VALUE`` for every variant.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs: expected at least 1, got {jobs}")
+    study, runs = load_study(path, parse_flags(flag_words or []))
+    out = out or Path("runs") / path.stem
+    console = create_console()
+    todo = []
+    for name, by_seed in runs.items():
+        for seed, run in zip(study.seeds, by_seed, strict=True):
+            folder = out / slug(name) / f"seed-{seed}"
+            if not _finished(run, folder):
+                _clear(folder)
+                todo.append((name, seed, run, folder))
+    total = sum(map(len, runs.values()))
+    console.print(f"{path.stem}: {total} runs, {total - len(todo)} of them finished before; {jobs} at a time in {out}")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _limit_threads, (threads,)) as pool:
+        futures = {pool.submit(_train_quietly, run, folder): (name, seed) for name, seed, run, folder in todo}
+        for future in as_completed(futures):
+            name, seed = futures[future]
+            summary = future.result()
+            accuracy = f"  accuracy {summary['val_accuracy']:.2%}" if summary["val_accuracy"] is not None else ""
+            val = f"  val {summary['val_loss']:.4f}" if summary["val_loss"] is not None else ""
+            console.print(
+                f"{name}, seed {seed}: {summary['status']}{val}{accuracy}  {duration(summary['seconds'])}", highlight=False
+            )
+    variants = [read_variant(name, by_seed, study.seeds, out) for name, by_seed in runs.items()]
+    write_results(variants, out, path.stem, console)
+    return 0
+
+
+def read_variant(name: str, runs: list[Run], seeds: list[int], out: Path) -> Variant:
+    """Read back what the runs of a variant came to; curves are interpolated to common epochs."""
+    variant = Variant(name, runs[0])
+    curves = []
+    for seed in seeds:
+        folder = out / slug(name) / f"seed-{seed}"
+        variant.summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        _, evaluations = read_metrics(folder / "metrics.jsonl")
+        curves.append(([row["epoch"] for row in evaluations], [row["val_loss"] for row in evaluations]))
+    every = runs[0].evaluate.every_epochs
+    # A batch reaches a little past the epoch at which it is evaluated, so the last common point is the end of the run.
+    variant.epochs = np.arange(1, int(runs[0].schedule.epochs / every + 1e-9) + 1) * every
+    variant.val_loss = np.array(
+        [
+            np.interp(variant.epochs, at, values, left=np.nan, right=np.nan) if at else np.full(len(variant.epochs), np.nan)
+            for at, values in curves
+        ]
+    )
+    return variant
+
+
+def curve_distance(variant: Variant, reference: Variant) -> float:
+    """Return the mean over epochs of the distance between the two mean validation-loss curves; NaN where one diverged."""
+    if len(variant.epochs) != len(reference.epochs):
+        return float("nan")
+    gaps = np.abs(variant.val_loss.mean(axis=0) - reference.val_loss.mean(axis=0))
+    # An evaluation falls up to one update after its epoch, so a first point may have nothing to its left.
+    return float(gaps[~np.isnan(gaps)].mean()) if np.isfinite(gaps).any() else float("nan")
+
+
+def seed_deviation(variant: Variant) -> float:
+    """Return the mean over epochs of the standard deviation of the validation loss from seed to seed."""
+    if len(variant.val_loss) < 2:
+        return float("nan")
+    deviations = variant.val_loss.std(axis=0, ddof=1)
+    return float(deviations[~np.isnan(deviations)].mean()) if np.isfinite(deviations).any() else float("nan")
+
+
+def _spread(values: np.ndarray, form: str) -> str:
+    if len(values) == 0:
+        return "diverged"
+    deviation = f" ± {values.std(ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{values.mean():{form}}{deviation}"
+
+
+def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
+    """Return the table of a study, a row for each variant; the numbers are means over seeds ± their standard deviation."""
+    rows = []
+    for variant in variants:
+        run, summaries = variant.run, variant.summaries
+        diverged = sum(s["status"] != "finished" for s in summaries)
+        row = {
+            "variant": variant.name,
+            "batch size": f"{run.batch.size:,}",
+            "updates": f"{max(s['updates'] for s in summaries):,}",
+        }
+        if summaries[0]["val_accuracy"] is not None or run.model.name != "gpt":
+            row["error at the end, %"] = _spread(100 - 100 * variant.finals("val_accuracy"), ".2f")
+        row["val. loss at the end"] = _spread(variant.finals("val_loss"), ".4f")
+        row["distance of the curve"] = f"{curve_distance(variant, variants[0]):.4f}" if variant is not variants[0] else "-"
+        row["seed sd of the curve"] = f"{seed_deviation(variant):.4f}"
+        row["diverged"] = f"{diverged} of {len(summaries)}"
+        rows.append(row)
+    return rows
+
+
+def write_results(variants: list[Variant], out: Path, name: str, console: Console) -> None:
+    """Write table.md, table.json and curves.png, and print the table."""
+    rows = result_rows(variants)
+    (out / "table.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table = Table(title=name, title_justify="left")
+    for heading in rows[0]:
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+    from largebatch.plot import plot_study
+
+    console.print(f"{plot_study(variants, out, name)}", highlight=False)
