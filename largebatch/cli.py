@@ -6,6 +6,7 @@ A user's mistake is one line on standard error and exit code 2; a run that diver
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ class Parser(argparse.ArgumentParser):
 
 def create_parser() -> Parser:
     """Return the parser of everything but ``--section.key VALUE``."""
-    parser = Parser(prog="largebatch", description="Hyper-parameters tuned at a small batch, trained at any batch size.")
+    parser = Parser(
+        prog="largebatch", description="Hyper-parameters tuned at a small batch, trained at any batch size."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     train = commands.add_parser("train", add_help=False, help="train a config, alone or under torchrun")
     train.add_argument("config", nargs="?", type=Path)
@@ -48,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _main(sys.argv[1:] if arguments is None else list(arguments))
     except UserError as error:
-        from largebatch.distributed import launched_ranks
-
-        if launched_ranks().local_rank == 0:
+        if os.environ.get("LOCAL_RANK", "0") in ("0", ""):  # under torchrun, one line a node
             print(f"largebatch: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -68,7 +69,7 @@ def _main(arguments: list[str]) -> int:
 
         return run_study(known.config, known.out, known.jobs, rest)
 
-    from largebatch.config import load_config, parse_flags
+    from largebatch.config_file import load_config, parse_flags
     from largebatch.help import describe_settings
     from largebatch.report import create_console
 

@@ -1,19 +1,13 @@
-"""The config of a run: sections, reading YAML and flags, and one-line errors.
-
-A config is one YAML file, one run. Precedence: the file, then ``--section.key VALUE`` flags.
-"""
+"""The config of a run: its sections and what they mean. One YAML file is one run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
 
 import torch
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from largebatch import optim, schedules
 from largebatch.data import SOURCES
@@ -22,12 +16,18 @@ from largebatch.distributed import BackendConfig, Precision
 from largebatch.models import MODELS
 from largebatch.scaling import AveragingRule, LrRule, Reference
 from largebatch.schedules import Realization, Schedule
-from largebatch.section import Section, UserError, nearest
+from largebatch.section import Section, UserError
 
 Coefficient = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _half_or_one(value: float) -> float:
+    if value not in (0.5, 1.0):
+        raise ValueError("0.5 or 1")
+    return value
 
 
 class BatchConfig(Section):
@@ -48,6 +48,8 @@ class BatchConfig(Section):
 class OptimizerBase(Section):
     """What every optimizer has."""
 
+    name: str
+    """Optimizer: sgd, adagrad, rmsprop, adam or adamw."""
     lr: Positive
     """Learning rate tuned at the reference batch size."""
     weight_decay: NonNegative = 0.0
@@ -110,7 +112,7 @@ class RMSPropConfig(OptimizerBase):
     """Added to the root of the second moment."""
     centered: bool = False
     """Divide by the standard deviation instead of the root of the second moment."""
-    exponent: Literal[0.5, 1] = 0.5
+    exponent: Annotated[float, AfterValidator(_half_or_one)] = 0.5
     """Power of the second moment that divides the gradient."""
     bias_correction: Literal["none", "running_mean"] = "none"
     """none as published, or running_mean: weights 1/min(t, N)."""
@@ -148,7 +150,7 @@ class AdamConfig(OptimizerBase):
 
 
 class ScalingConfig(Section):
-    """How hyper-parameters follow the batch size. Coefficients: keep, half_life or length (fixed in samples), or a number."""
+    """How hyper-parameters follow the batch size. For coefficients: keep, half_life, length, or a number."""
 
     rule: LrRule = "linear"
     """Learning rate: linear in the batch size (the temperature is kept), sqrt (plain Adam and RMSProp), or none."""
@@ -163,6 +165,8 @@ class ScalingConfig(Section):
 class ScheduleBase(Section):
     """What every schedule has."""
 
+    name: str
+    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
     epochs: Positive
     """Length of the run in epochs."""
     realize: Realization = "lr"
@@ -222,7 +226,11 @@ class DecayConfig(ScheduleBase):
     def build(self, samples_per_epoch: int) -> Schedule:
         """Return the schedule."""
         total = self.total_samples(samples_per_epoch)
-        return schedules.Cosine(total, self.final) if self.name == "cosine" else schedules.Polynomial(total, 1.0, self.final)
+        return (
+            schedules.Cosine(total, self.final)
+            if self.name == "cosine"
+            else schedules.Polynomial(total, 1.0, self.final)
+        )
 
 
 class PolynomialConfig(ScheduleBase):
@@ -313,7 +321,7 @@ class LogConfig(Section):
 
     every_updates: Count = 10
     """Updates between two rows of metrics.jsonl."""
-    trackers: list[Literal["wandb", "tensorboard"]] = []
+    trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
     """Further trackers: wandb, tensorboard."""
     project: str = "largebatch"
     """Project of Weights & Biases."""
@@ -324,15 +332,15 @@ class LogConfig(Section):
 FACTORY = "package.module:factory"
 
 
-def _names(section: type[Section]) -> tuple[str, ...]:
+def section_names(section: type[Section]) -> tuple[str, ...]:
     """Return the names that choose a section: the literal ones, or `FACTORY` where any import path does."""
     return get_args(section.model_fields["name"].annotation) or (FACTORY,)
 
 
 def _by_name(sections: Sequence[type[Section]], default: str | None = None) -> Any:
     """Return the union of sections told apart by the key ``name``; names with a colon are import paths."""
-    tag_of = {name: _names(section)[0] for section in sections for name in _names(section)}
-    members = tuple(Annotated[section, Tag(_names(section)[0])] for section in sections)
+    tag_of = {name: section_names(section)[0] for section in sections for name in section_names(section)}
+    members = tuple(Annotated[section, Tag(section_names(section)[0])] for section in sections)
 
     def tag(value: Any) -> str | None:
         name = value.get("name", default) if isinstance(value, Mapping) else getattr(value, "name", default)
@@ -344,21 +352,27 @@ def _by_name(sections: Sequence[type[Section]], default: str | None = None) -> A
     return Annotated[Union[members], Discriminator(tag)]  # noqa: UP007
 
 
-DataConfig = _by_name(SOURCES)
-ModelConfig = _by_name(MODELS)
-OptimizerConfig = _by_name([SGDConfig, AdagradConfig, RMSPropConfig, AdamConfig])
-ScheduleConfig = _by_name(
-    [
-        ConstantConfig,
-        StepConfig,
-        DecayConfig,
-        PolynomialConfig,
-        InverseSqrtConfig,
-        RobbinsMonroConfig,
-        TrapezoidConfig,
-    ],
-    default="constant",
+OPTIMIZERS = (SGDConfig, AdagradConfig, RMSPropConfig, AdamConfig)
+SCHEDULES = (
+    ConstantConfig,
+    StepConfig,
+    DecayConfig,
+    PolynomialConfig,
+    InverseSqrtConfig,
+    RobbinsMonroConfig,
+    TrapezoidConfig,
 )
+
+if TYPE_CHECKING:  # a union made at run time is no type to a checker
+    DataConfig: TypeAlias = Any
+    ModelConfig: TypeAlias = Any
+    OptimizerConfig = OptimizerBase
+    ScheduleConfig = ScheduleBase
+else:
+    DataConfig = _by_name(SOURCES)
+    ModelConfig = _by_name(MODELS)
+    OptimizerConfig = _by_name(OPTIMIZERS)
+    ScheduleConfig = _by_name(SCHEDULES, default="constant")
 
 
 class Run(Section):
@@ -387,10 +401,16 @@ class Run(Section):
             UserError: if a rule is set for something this optimizer does not have.
         """
         values = self.optimizer.reference_values()
-        uses = {"momentum": "momentum" in values, "beta1": "betas" in values, "beta2": "betas" in values or "alpha" in values}
+        uses = {
+            "momentum": "momentum" in values,
+            "beta1": "betas" in values,
+            "beta2": "betas" in values or "alpha" in values,
+        }
         for key, used in uses.items():
-            if key in self.scaling.model_fields_set and not used:
-                raise UserError(f"scaling.{key}: optimizer '{self.optimizer.name}' has no such coefficient; remove the key")
+            if getattr(self.scaling, key) != ScalingConfig.model_fields[key].default and not used:
+                raise UserError(
+                    f"scaling.{key}: optimizer '{self.optimizer.name}' has no such coefficient; remove the key"
+                )
         return Reference(
             self.batch.reference_size,
             self.optimizer.lr,
@@ -404,170 +424,3 @@ class Run(Section):
     def to_yaml(self) -> str:
         """Return the resolved config, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        UserError: if the file is missing, unreadable, not YAML, or not a mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
-        raise UserError(f"{path}: no such config file{near}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text file ({error})") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections (data, model, batch, ...), got {type(values).__name__}")
-    return values
-
-
-def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """Read ``--section.key VALUE`` and ``--section.key=VALUE`` into {"section.key": value}, values as YAML has them.
-
-    Raises:
-        UserError: for a word that is no flag, or a flag without a value.
-    """
-    values: dict[str, Any] = {}
-    words = iter(flags)
-    for word in words:
-        if not word.startswith("--") or len(word) < 3:
-            raise UserError(f"command line: expected a flag like --batch.size 256, got '{word}'")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            following = next(words, None)
-            if following is None:
-                raise UserError(f"command line: --{key} needs a value, like --{key} VALUE")
-            text = following
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"command line: --{key}: '{text}' cannot be read as a YAML value") from error
-    return values
-
-
-def merge_flags(values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
-    """Write flags into a config's values, in place; return warnings.
-
-    A flag that changes a section's ``name`` drops the file's keys that the newly named kind does not have.
-    """
-    warnings = []
-    for key, value in sorted(flags.items(), key=lambda item: not item[0].endswith(".name")):
-        *path, last = key.split(".")
-        section = values
-        for part in path:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                raise UserError(f"command line: --{key}: '{part}' is not a section")
-        if last == "name" and len(path) == 1 and section.get("name") not in (None, value):
-            fields = _fields_of(Run, path, {**values, path[0]: {"name": value}})
-            unused = [k for k in section if fields and k not in fields]
-            for k in unused:
-                del section[k]
-            if unused:
-                warnings.append(f"{path[0]}.name: '{value}' has no {', '.join(unused)}; left out")
-        section[last] = value
-    return warnings
-
-
-def _members(annotation: Any) -> Iterator[type[Section]]:
-    """Yield the section classes in an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    elif get_origin(annotation) is not None:
-        for part in get_args(annotation):
-            yield from _members(part)
-
-
-def section_class(field: str, name: Any) -> type[Section] | None:
-    """Return the class of a section of `Run`, by the ``name`` in it where the section has several kinds."""
-    info = Run.model_fields.get(field)
-    members = list(_members(info.annotation)) if info else []
-    if len(members) <= 1:
-        return members[0] if members else None
-    wanted = FACTORY if isinstance(name, str) and ":" in name else name
-    return next((member for member in members if wanted in _names(member)), None)
-
-
-def _fields_of(root: type[Section], path: Sequence[Any], values: Mapping[str, Any]) -> list[str]:
-    """Return the known keys of the section at ``path``."""
-    if not path:
-        return list(root.model_fields)
-    inner = values.get(str(path[0]))
-    section = section_class(str(path[0]), inner.get("name") if isinstance(inner, Mapping) else None)
-    return list(section.model_fields) if section else []
-
-
-def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
-    """Return one validation error as: where, what was expected, what came."""
-    loc = list(error["loc"])
-    if len(loc) > 1 and loc[0] in ("data", "model", "optimizer", "schedule"):
-        del loc[1]  # the tag that chose the kind of section
-    where = ".".join(str(part) for part in loc if not str(part).startswith(("constrained-", "literal[", "function-")))
-    kind, came = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        known = _fields_of(Run, loc[:-1], values)
-        section = ".".join(map(str, loc[:-1]))
-        return f"{where}: unknown key{nearest(str(loc[-1]), known)}; {section or 'a run'} knows {', '.join(known)}"
-    if kind == "missing":
-        return f"{where}: missing; add it to the config or pass --{where} VALUE"
-    if kind == "union_tag_invalid":
-        names = [
-            name
-            for member in _members(Run.model_fields[str(loc[0])].annotation)
-            for name in _names(member)
-        ]
-        name = came.get("name") if isinstance(came, Mapping) else came
-        return f"{where}.name: unknown '{name}'{nearest(str(name), names)}; expected one of {', '.join(names)}"
-    if kind == "union_tag_not_found":
-        if not isinstance(came, Mapping):
-            return f"{where}: expected a section with keys, got {came!r}"
-        return f"{where}.name: missing; say which one"
-    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        message = "a section with keys"
-    return f"{where}: expected {message}, got {came!r}"
-
-
-def load_config(path: Path, flags: Mapping[str, Any] | None = None) -> tuple[Run, list[str]]:
-    """Read a config file, apply flags, and check every value.
-
-    Args:
-        path: the YAML file.
-        flags: {"section.key": value}, as from `parse_flags`.
-
-    Returns:
-        The run, and warnings about flags.
-
-    Raises:
-        UserError: for anything wrong in the file or the flags, in one line.
-    """
-    values = read_yaml(path)
-    for key in [key for key, value in values.items() if value is None and key in Run.model_fields]:
-        values[key] = {}
-    warnings = merge_flags(values, flags or {})
-    return check_config(values, str(path)), warnings
-
-
-def check_config(values: Mapping[str, Any], where: str = "config") -> Run:
-    """Return the run that nested values describe.
-
-    Raises:
-        UserError: for the first thing wrong in them.
-    """
-    try:
-        return Run.model_validate(values)
-    except ValidationError as error:
-        details = error.errors()
-        # One union member's complaint stands for all (a coefficient is a name or a number).
-        places = reduce(lambda seen, d: seen if d["loc"][:2] in seen else [*seen, d["loc"][:2]], details, [])  # type: ignore[var-annotated]
-        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
-        raise UserError(f"{where}: {_describe(details[0], values)}{more}") from error

@@ -19,10 +19,16 @@ def _takes(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(str(part) for part in parts)
     if origin in (list, tuple):
-        return "[" + ", ".join(_takes(part) for part in parts if part is not Ellipsis) + (", ...]" if origin is list else "]")
+        return (
+            "["
+            + ", ".join(_takes(part) for part in parts if part is not Ellipsis)
+            + (", ...]" if origin is list else "]")
+        )
     if parts and origin is not dict:
         return " | ".join(_takes(part) for part in parts)
-    return {type(None): "null", dict: "{...}"}.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
+    return {type(None): "null", dict: "{...}"}.get(
+        origin or annotation, getattr(annotation, "__name__", str(annotation))
+    )
 
 
 def settings(section: Section, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
@@ -37,7 +43,9 @@ def settings(section: Section, path: str = "") -> Iterator[tuple[str, Any, str, 
 
 def describe_settings(run: Run) -> Table:
     """Return the table of a run's settings."""
-    table = Table(title="settings", title_justify="left", show_lines=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title="settings", title_justify="left", show_lines=False, pad_edge=False, box=None, padding=(0, 2, 0, 0)
+    )
     table.add_column("flag", no_wrap=True)
     table.add_column("this run", overflow="fold", max_width=18)
     table.add_column("takes", overflow="fold", max_width=26)

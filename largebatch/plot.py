@@ -13,7 +13,7 @@ import numpy as np
 from largebatch.tracking import read_metrics
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9702b", "#3a8a5f", "#8a8f98"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -61,7 +61,9 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
         if evaluations:
             at = column(evaluations, "samples") / samples_per_epoch
             marks = "o" if len(at) <= 60 else None
-            loss_axis.plot(at, column(evaluations, "val_loss"), color=ORANGE, marker=marks, markersize=3, label="validation loss")
+            loss_axis.plot(
+                at, column(evaluations, "val_loss"), color=ORANGE, marker=marks, markersize=3, label="validation loss"
+            )
             last = evaluations[-1]
             if "val_accuracy" in last:
                 title += f"  ·  accuracy {last['val_accuracy']:.2%}"

@@ -76,7 +76,15 @@ def stage_table(plan: Plan, world_size: int, micro_size: int | None, group_size:
         f"{updates:,} updates on {world_size} rank{'s' * (world_size > 1)}",
         title_justify="left",
     )
-    for heading in ("epochs", "samples", "updates", "batch size", "ranks x micro x accum.", "learning rate", "averaging"):
+    for heading in (
+        "epochs",
+        "samples",
+        "updates",
+        "batch size",
+        "ranks x micro x accum.",
+        "learning rate",
+        "averaging",
+    ):
         table.add_column(heading, justify="right")
     shown = stages if len(stages) <= most else stages[: most // 2] + stages[-most // 2 :]
     for index, stage in enumerate(shown):
@@ -175,7 +183,9 @@ class ProgressLines:
         left = (now - self.started) * (1 - done) / done
         scores = f"  {_scores(row)}" if "val_loss" in row else ""
         state = _state(self.row) if self.row else ""
-        self.console.print(f"{done:4.0%}  epoch {row['epoch']:<7.4g} {state}{scores}  {duration(left)} left", highlight=False)
+        self.console.print(
+            f"{done:4.0%}  epoch {row['epoch']:<7.4g} {state}{scores}  {duration(left)} left", highlight=False
+        )
         self.last = now
 
     def close(self) -> None:

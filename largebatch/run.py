@@ -75,7 +75,7 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         group_size,
         run.batch.at_epoch_end,
     )
-    return plan, _warnings(run, num_train)
+    return plan, _warnings(run, num_train, world_size)
 
 
 def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -> None:
@@ -88,24 +88,30 @@ def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -
         most = num_train // step * step
         nearest = min(max(round(size / step) * step, least), most)
         if least > most:
-            raise UserError(f"torchrun: {world_size} ranks need {least} samples an update; there are {num_train} to train on")
+            raise UserError(
+                f"torchrun: {world_size} ranks need {least} samples an update; there are {num_train} to train on"
+            )
         if size % step:
-            raise UserError(f"{key}: expected a multiple of the norm's group of {step} samples, got {size}; try {nearest}")
+            raise UserError(
+                f"{key}: expected a multiple of the norm's group of {step} samples, got {size}; try {nearest}"
+            )
         if size < least:
-            raise UserError(f"{key}: {size} cannot be split over {world_size} ranks of at least {step}; the nearest is {nearest}")
+            raise UserError(
+                f"{key}: {size} cannot be split over {world_size} ranks of at least {step}; the nearest is {nearest}"
+            )
         if size > most:
             raise UserError(f"{key}: {size} is more than the {num_train} training samples; the nearest is {nearest}")
     micro = run.batch.micro_size
     if micro is not None and micro % step:
         nearest = max(step, round(micro / step) * step)
-        raise UserError(f"batch.micro_size: expected a multiple of the norm's group of {step} samples, got {micro}; try {nearest}")
-    if micro is not None and micro > max(run.batch.size, run.batch.max_size or 0):
-        raise UserError(f"batch.micro_size: {micro} is more than batch.size {run.batch.size}; the nearest is {run.batch.size}")
+        raise UserError(
+            f"batch.micro_size: expected a multiple of the norm's group of {step} samples, got {micro}; try {nearest}"
+        )
     if run.batch.max_size is not None and run.batch.max_size < run.batch.size:
         raise UserError(f"batch.max_size: expected at least batch.size {run.batch.size}, got {run.batch.max_size}")
 
 
-def _warnings(run: Run, num_train: int) -> list[str]:
+def _warnings(run: Run, num_train: int, world_size: int) -> list[str]:
     """Return what does not stop a run, but should be known before it is paid for."""
     found = []
     size, kappa = run.batch.size, run.batch.size / run.batch.reference_size
@@ -116,6 +122,11 @@ def _warnings(run: Run, num_train: int) -> list[str]:
     if run.warmup.name != "none" and run.warmup.epochs >= run.schedule.epochs:
         found.append(f"the warm-up ({run.warmup.epochs:g} epochs) fills the whole run ({run.schedule.epochs:g} epochs)")
     largest = max(size, (run.batch.max_size or 0) if run.schedule.realize != "lr" else 0)
+    if run.batch.micro_size is not None and run.batch.micro_size > -(-largest // world_size):
+        found.append(
+            f"batch.micro_size {run.batch.micro_size} is not used: no rank has more than {-(-largest // world_size)} samples "
+            "of an update"
+        )
     if largest > num_train / 10:
         found.append(
             f"batch size {largest:,} is more than a tenth of the {num_train:,} training samples: "
@@ -123,11 +134,13 @@ def _warnings(run: Run, num_train: int) -> list[str]:
         )
     if kappa > 1 and run.scaling.rule == "linear" and run.optimizer.name in ("adam", "adamw", "rmsprop", "adagrad"):
         found.append(
-            f"the second moment of {run.optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not keep "
-            "the update's size; scaling.rule sqrt is the usual choice"
+            f"the second moment of {run.optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
+            "keep the update's size; scaling.rule sqrt is the usual choice"
         )
     if run.scaling.rule == "none" and kappa != 1:
-        found.append(f"scaling.rule none: lr {run.optimizer.lr:g} is kept although the batch is {kappa:g} times the reference")
+        found.append(
+            f"scaling.rule none: lr {run.optimizer.lr:g} is kept although the batch is {kappa:g} times the reference"
+        )
     return found
 
 
@@ -225,7 +238,14 @@ def _make_folder(folder: Path, run: Run) -> None:
 
 
 def _say_start(
-    console: Console, run: Run, source: Source, model: nn.Module, plan: Plan, devices: str, world_size: int, group_size: int
+    console: Console,
+    run: Run,
+    source: Source,
+    model: nn.Module,
+    plan: Plan,
+    devices: str,
+    world_size: int,
+    group_size: int,
 ) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
@@ -236,32 +256,43 @@ def _say_start(
     console.print(reference_table(plan), stage_table(plan, world_size, run.batch.micro_size, group_size))
 
 
+def _data_sizes(run: Run) -> tuple[int, Task, str]:
+    """Return training samples, task, and a word on where they come from: the data, or what is published of it.
+
+    Raises:
+        UserError: if the data is not there, and nothing is known of it.
+    """
+    try:
+        source = run.data.load(run.seed)
+    except UserError:
+        declared = run.data.declared() if hasattr(run.data, "declared") else None
+        if declared is None:
+            raise
+        return *declared, " (as published; the data is not at hand)"
+    return len(source.train), source.task, ""
+
+
 def describe_plan(run: Run, world_size: int, console: Console) -> None:
     """Print the plan of a run without training it.
 
     Raises:
         UserError: for what the user can mend.
     """
-    declared = getattr(run.data, "train_samples", None)
-    task = run.data.task() if declared is not None else None
-    if task is None:
-        source = run.data.load(run.seed)
-        task, declared = source.task, len(source.train)
+    num_train, task, where = _data_sizes(run)
     with torch.device("meta"):
         model = run.model.build(task)
     group_size = norm_group_size(model)
-    plan, warnings = build_plan(run, declared, world_size, group_size)
+    plan, warnings = build_plan(run, num_train, world_size, group_size)
     console.print(
         f"[bold]{run.model.name}[/bold], {sum(p.numel() for p in model.parameters()):,} parameters, on "
-        f"[bold]{run.data.name}[/bold], {declared:,} training samples",
+        f"[bold]{run.data.name}[/bold], {num_train:,} training samples{where}",
         highlight=False,
     )
     console.print(reference_table(plan), stage_table(plan, world_size, run.batch.micro_size, group_size))
     verdict = "satisfies" if plan.schedule.robbins_monro else "does not satisfy"
     console.print(
-        f"schedule '{run.schedule.name}' {verdict} the classical conditions for convergence: {plan.schedule.why}", highlight=False
+        f"schedule '{run.schedule.name}' {verdict} the classical conditions for convergence: {plan.schedule.why}",
+        highlight=False,
     )
     for warning in warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
-
-

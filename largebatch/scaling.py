@@ -228,7 +228,9 @@ class Reference:
         gain = {"linear": kappa, "sqrt": math.sqrt(kappa), "none": 1.0}[self.rule]
         values: dict[str, Any] = {}
         if self.momentum is not None:
-            momentum = scaled_coefficient(self.momentum, kappa, "keep" if self.momentum_rule is None else self.momentum_rule)
+            momentum = scaled_coefficient(
+                self.momentum, kappa, "keep" if self.momentum_rule is None else self.momentum_rule
+            )
             if self.rule != "none":
                 gain *= (1.0 - momentum) / (1.0 - self.momentum)
             values["momentum"] = momentum

@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.config import Run, check_config, merge_flags, parse_flags, read_yaml
+from largebatch.config import Run
+from largebatch.config_file import check_config, merge_flags, parse_flags, read_yaml
 from largebatch.distributed import Ranks
 from largebatch.report import create_console, duration
 from largebatch.run import train
@@ -42,7 +44,7 @@ class Study(Section):
     """Config that the variants change, beside the study's file."""
     seeds: list[int] = Field(min_length=1)
     """Seeds of every variant."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Flags for every variant: {section.key: value}."""
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
     """Flags of each variant, by its name; the first is the reference of the comparison."""
@@ -88,7 +90,7 @@ def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[str, list
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {where}: {first['msg']}; a study has base, seeds, set and variants") from error
-    runs = {}
+    runs: dict[str, list[Run]] = {}
     for name, changes in study.variants.items():
         runs[name] = []
         for seed in study.seeds:
@@ -103,8 +105,17 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def _limit_threads(threads: int) -> None:
+def _start_worker(threads: int) -> None:
+    """Take a share of the cores, and end with the study: a killed parent must not leave runs behind."""
     torch.set_num_threads(threads)
+    parent = parent_process()
+    if parent is not None:
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
 
 
 def _train_quietly(run: Run, folder: Path) -> dict[str, Any]:
@@ -156,7 +167,7 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
     total = sum(map(len, runs.values()))
     console.print(f"{path.stem}: {total} runs, {total - len(todo)} of them finished before; {jobs} at a time in {out}")
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _limit_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,)) as pool:
         futures = {pool.submit(_train_quietly, run, folder): (name, seed) for name, seed, run, folder in todo}
         for future in as_completed(futures):
             name, seed = futures[future]
@@ -164,7 +175,8 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
             accuracy = f"  accuracy {summary['val_accuracy']:.2%}" if summary["val_accuracy"] is not None else ""
             val = f"  val {summary['val_loss']:.4f}" if summary["val_loss"] is not None else ""
             console.print(
-                f"{name}, seed {seed}: {summary['status']}{val}{accuracy}  {duration(summary['seconds'])}", highlight=False
+                f"{name}, seed {seed}: {summary['status']}{val}{accuracy}  {duration(summary['seconds'])}",
+                highlight=False,
             )
     variants = [read_variant(name, by_seed, study.seeds, out) for name, by_seed in runs.items()]
     write_results(variants, out, path.stem, console)
@@ -185,7 +197,9 @@ def read_variant(name: str, runs: list[Run], seeds: list[int], out: Path) -> Var
     variant.epochs = np.arange(1, int(runs[0].schedule.epochs / every + 1e-9) + 1) * every
     variant.val_loss = np.array(
         [
-            np.interp(variant.epochs, at, values, left=np.nan, right=np.nan) if at else np.full(len(variant.epochs), np.nan)
+            np.interp(variant.epochs, at, values, left=np.nan, right=np.nan)
+            if at
+            else np.full(len(variant.epochs), np.nan)
             for at, values in curves
         ]
     )
@@ -227,10 +241,12 @@ def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
             "batch size": f"{run.batch.size:,}",
             "updates": f"{max(s['updates'] for s in summaries):,}",
         }
-        if summaries[0]["val_accuracy"] is not None or run.model.name != "gpt":
+        if any(s["val_accuracy"] is not None for s in summaries):
             row["error at the end, %"] = _spread(100 - 100 * variant.finals("val_accuracy"), ".2f")
         row["val. loss at the end"] = _spread(variant.finals("val_loss"), ".4f")
-        row["distance of the curve"] = f"{curve_distance(variant, variants[0]):.4f}" if variant is not variants[0] else "-"
+        row["distance of the curve"] = (
+            f"{curve_distance(variant, variants[0]):.4f}" if variant is not variants[0] else "-"
+        )
         row["seed sd of the curve"] = f"{seed_deviation(variant):.4f}"
         row["diverged"] = f"{diverged} of {len(summaries)}"
         rows.append(row)

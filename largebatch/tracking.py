@@ -44,7 +44,11 @@ class WandB:
 
         try:
             self.run = wandb.init(
-                project=run.log.project, name=name, dir=folder, mode=run.log.wandb_mode, config=run.model_dump(mode="json")
+                project=run.log.project,
+                name=name,
+                dir=folder,
+                mode=run.log.wandb_mode,
+                config=run.model_dump(mode="json"),
             )
         except wandb.errors.UsageError as error:
             raise UserError(
@@ -58,7 +62,7 @@ class WandB:
 
     def close(self) -> None:
         """Finish the run."""
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 class TensorBoard:

@@ -87,9 +87,23 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Run, source: Source, model: nn.Module, plan: Plan, backend: Backend, observer: Observer, folder: Path | None
+        self,
+        run: Run,
+        source: Source,
+        model: nn.Module,
+        plan: Plan,
+        backend: Backend,
+        observer: Observer,
+        folder: Path | None,
     ) -> None:
-        self.run, self.source, self.plan, self.backend, self.observer, self.folder = run, source, plan, backend, observer, folder
+        self.run, self.source, self.plan, self.backend, self.observer, self.folder = (
+            run,
+            source,
+            plan,
+            backend,
+            observer,
+            folder,
+        )
         self.dtype = torch.float64 if run.precision == "fp64" else torch.float32
         self.model = backend.prepare(model)
         self.bare_model = model
@@ -97,7 +111,13 @@ class Trainer:
         self.optimizer = run.optimizer.build(groups)
         self.batch_norms = batch_norms(model)
         sampler = PlanSampler(
-            plan, len(source.train), run.seed, backend.rank, backend.world_size, run.batch.micro_size, norm_group_size(model)
+            plan,
+            len(source.train),
+            run.seed,
+            backend.rank,
+            backend.world_size,
+            run.batch.micro_size,
+            norm_group_size(model),
         )
         self.loader = TrainLoader(source.train, sampler, run.loader, backend.device, self.dtype)
         self.samples_seen = 0
@@ -122,7 +142,9 @@ class Trainer:
         if self._train_seconds > 0:
             self.summary.samples_per_second = self.samples_seen / self._train_seconds
         if self.folder is not None and self.summary.status == "finished":
-            self.backend.save(self.folder / "checkpoints" / "final.pt", self.bare_model, self.optimizer, self.position())
+            self.backend.save(
+                self.folder / "checkpoints" / "final.pt", self.bare_model, self.optimizer, self.position()
+            )
         return self.summary
 
     def _train(self) -> None:
@@ -244,7 +266,11 @@ class Trainer:
 
     def _stop_at_non_finite(self, error: NonFiniteError) -> None:
         """Keep the state before the update that went wrong."""
-        whose = f"the loss was not finite on rank {', '.join(map(str, error.ranks))}" if error.ranks else "every loss was finite"
+        whose = (
+            f"the loss was not finite on rank {', '.join(map(str, error.ranks))}"
+            if error.ranks
+            else "every loss was finite"
+        )
         kept = ""
         if self.folder is not None:
             path = self.folder / "checkpoints" / "last_good.pt"
@@ -255,5 +281,3 @@ class Trainer:
             f"update {self.step + 1} (after {self.samples_seen} samples): the gradient is NaN or infinite, {whose}{kept}; "
             "lower optimizer.lr, lengthen the warm-up, or set optimizer.max_grad_norm"
         )
-
-

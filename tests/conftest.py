@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from ranks import RankPool
 
 torch.set_num_threads(1)

@@ -33,13 +33,22 @@ def trajectory(make, steps=STEPS, lr_at=None):
 PAIRS = {
     "sgd": (lambda g: optim.SGD(g, 0.1), lambda g: torch.optim.SGD(g, 0.1)),
     "momentum": (lambda g: optim.SGD(g, 0.1, 0.9), lambda g: torch.optim.SGD(g, 0.1, 0.9)),
-    "nesterov": (lambda g: optim.SGD(g, 0.1, 0.9, nesterov=True), lambda g: torch.optim.SGD(g, 0.1, 0.9, nesterov=True)),
+    "nesterov": (
+        lambda g: optim.SGD(g, 0.1, 0.9, nesterov=True),
+        lambda g: torch.optim.SGD(g, 0.1, 0.9, nesterov=True),
+    ),
     "velocity": (lambda g: optim.SGD(g, 0.1, 0.9, form="velocity"), lambda g: torch.optim.SGD(g, 0.1, 0.9)),
     "average": (lambda g: optim.SGD(g, 0.1, 0.9, form="average"), lambda g: torch.optim.SGD(g, 0.1, 0.9)),
     "adagrad": (lambda g: optim.Adagrad(g, 0.1), lambda g: torch.optim.Adagrad(g, 0.1)),
     "rmsprop": (lambda g: optim.RMSProp(g, 0.1), lambda g: torch.optim.RMSprop(g, 0.1)),
-    "rmsprop momentum": (lambda g: optim.RMSProp(g, 0.1, momentum=0.9), lambda g: torch.optim.RMSprop(g, 0.1, momentum=0.9)),
-    "rmsprop centered": (lambda g: optim.RMSProp(g, 0.1, centered=True), lambda g: torch.optim.RMSprop(g, 0.1, centered=True)),
+    "rmsprop momentum": (
+        lambda g: optim.RMSProp(g, 0.1, momentum=0.9),
+        lambda g: torch.optim.RMSprop(g, 0.1, momentum=0.9),
+    ),
+    "rmsprop centered": (
+        lambda g: optim.RMSProp(g, 0.1, centered=True),
+        lambda g: torch.optim.RMSprop(g, 0.1, centered=True),
+    ),
     "adam": (lambda g: optim.Adam(g, 0.1), lambda g: torch.optim.Adam(g, 0.1)),
     "adamw": (lambda g: optim.AdamW(g, 0.1, (0.8, 0.95)), lambda g: torch.optim.AdamW(g, 0.1, (0.8, 0.95))),
 }
@@ -89,7 +98,9 @@ def test_running_mean_is_exactly_the_mean_up_to_its_length():
     length1, length2 = 4, 8
     betas = (1 - 1 / length1, 1 - 1 / length2)
     averages = []
-    for t, (_, state) in enumerate(one(gradients)(lambda p: optim.Adam(p, 0.1, betas, bias_correction="running_mean")), 1):
+    for t, (_, state) in enumerate(
+        one(gradients)(lambda p: optim.Adam(p, 0.1, betas, bias_correction="running_mean")), 1
+    ):
         averages.append(state)
         for key, length, power in (("exp_avg", length1, 1), ("exp_avg_sq", length2, 2)):
             if t <= length:
@@ -118,7 +129,9 @@ def test_rmsprop_as_written(exponent, centered, bias_correction):
     gradients, alpha, eps, lr = [0.5, -1.0, 2.0, 0.25, 1.5, -3.0], 0.75, 1e-3, 0.1
 
     def make(params):
-        return optim.RMSProp(params, lr, alpha, eps, centered=centered, exponent=exponent, bias_correction=bias_correction)
+        return optim.RMSProp(
+            params, lr, alpha, eps, centered=centered, exponent=exponent, bias_correction=bias_correction
+        )
 
     p = s = m = 0.0
     for t, (g, (ours, _)) in enumerate(zip(gradients, one(gradients)(make), strict=True), 1):

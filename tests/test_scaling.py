@@ -42,7 +42,9 @@ def test_published_settings_share_a_temperature(row):
         assert scaled_momentum(lr0, batch_size, lr) == pytest.approx(momentum, rel=1e-12)
         at = Reference(row[0][1], row[0][0], momentum=row[0][2], momentum_rule=momentum).at(batch_size)
         assert at == pytest.approx({"lr": lr, "momentum": momentum}, rel=1e-12)
-        assert noise_scale(lr, batch_size, 50_000, momentum) == pytest.approx(noise_scale(*row[0][:2], 50_000, row[0][2]))
+        assert noise_scale(lr, batch_size, 50_000, momentum) == pytest.approx(
+            noise_scale(*row[0][:2], 50_000, row[0][2])
+        )
 
 
 @given(rates, sizes, momenta)
@@ -71,7 +73,9 @@ def test_coefficients_fixed_in_samples(beta, kappa):
 def test_half_life_is_length_to_first_order():
     beta, kappa = 1 - 1e-5, 4
     # beta^k = 1 - k(1-beta) + k(k-1)/2 (1-beta)^2 - ...: the two differ by 6e-10.
-    assert scaled_coefficient(beta, kappa, "half_life") == pytest.approx(scaled_coefficient(beta, kappa, "length"), abs=1e-9)
+    assert scaled_coefficient(beta, kappa, "half_life") == pytest.approx(
+        scaled_coefficient(beta, kappa, "length"), abs=1e-9
+    )
 
 
 @given(st.integers(1, 4096), sizes, rates, momenta)

@@ -62,7 +62,9 @@ def test_goyal_8k():
     assert plan.at(0) == pytest.approx({"lr": 0.1, "momentum": 0.9})
     stages = plan.stages()
     # Each stage begins with the first update at or after its boundary: at most one update late.
-    assert [round(stage.first_sample / IMAGENET, 2) for stage in stages] == pytest.approx([0, 5, 30, 60, 80], abs=0.0064)
+    assert [round(stage.first_sample / IMAGENET, 2) for stage in stages] == pytest.approx(
+        [0, 5, 30, 60, 80], abs=0.0064
+    )
     assert [stage.lr_last for stage in stages[1:]] == pytest.approx([3.2, 0.32, 0.032, 0.0032])
     assert stages[0].lr_last == pytest.approx(3.2, rel=1 / 700)
     assert plan.num_updates() == math.ceil(90 * IMAGENET / 8192) == 14_076
@@ -158,7 +160,10 @@ def test_a_realized_batch_size_holds_its_bounds(factor, realize, groups, growth,
 
 
 @given(
-    st.sampled_from(["lr", "batch", "batch_then_lr"]), st.sampled_from(list(SHAPES)), st.integers(1, 50), st.floats(0, 0.95)
+    st.sampled_from(["lr", "batch", "batch_then_lr"]),
+    st.sampled_from(list(SHAPES)),
+    st.integers(1, 50),
+    st.floats(0, 0.95),
 )
 def test_every_realization_has_the_schedules_temperature(realize, shape, size, momentum):
     schedule = SHAPES[shape][0]

@@ -216,6 +216,18 @@ class ImageFolder(Section):
     augment: bool = True
     """Train on random parts of the photographs (8 to 100 % of the area), mirrored half of the time."""
 
+    train_samples: int | None = Field(default=None, ge=1)
+    """Photographs that train is expected to hold; with num_classes, enough to plan where the folder is not."""
+
+    num_classes: int | None = Field(default=None, ge=1)
+    """Classes that train is expected to hold."""
+
+    def declared(self) -> tuple[int, Task] | None:
+        """Return the expected number of training photographs, and the task, where the config gives them."""
+        if self.train_samples is None or self.num_classes is None:
+            return None
+        return self.train_samples, Task("classification", (3, self.image_size, self.image_size), self.num_classes)
+
     def load(self, seed: int) -> Source:
         """Return the photographs; they are read when asked for, not here.
 
@@ -231,6 +243,12 @@ class ImageFolder(Section):
             if name not in classes:
                 raise UserError(f"data.path: class '{name}' of '{root / 'val'}' is not among the classes in train")
         files, labels = list_images(root / "train", classes, classes)
+        for key, expected, found in (
+            ("num_classes", self.num_classes, len(classes)),
+            ("train_samples", self.train_samples, len(files)),
+        ):
+            if expected is not None and expected != found:
+                raise UserError(f"data.{key}: expected {expected} in '{root / 'train'}', found {found}")
         val_files, val_labels = list_images(root / "val", val_classes, classes)
         return Source(
             FolderSamples(root / "train", files, labels, self.image_size, self.augment, seed),

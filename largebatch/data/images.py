@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -40,6 +41,12 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: 
     return padded.flatten(2).gather(2, pixels).view(num, channels, height, width)
 
 
+@cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    scale = 1 / (255 * torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+    return scale, -255 * scale * torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+
+
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Return (images / 255 - mean) / std in float32.
 
@@ -48,8 +55,7 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
         mean: of each channel, on the scale 0 to 1.
         std: of each channel, on the scale 0 to 1, > 0.
     """
-    scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
-    shift = -torch.tensor(mean).view(-1, 1, 1) / torch.tensor(std).view(-1, 1, 1)
+    scale, shift = _scale_and_shift(mean, std)
     return images.to(torch.float32).mul_(scale).add_(shift)
 
 

@@ -91,7 +91,10 @@ def micro_batches(share: slice, micro_batch_size: int) -> list[slice]:
 class BatchSizes(Protocol):
     """What the sampler needs to know of a plan."""
 
-    total_samples: int
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        ...
 
     def batch_size(self, samples_seen: int) -> int:
         """Return the global batch size of the update that starts after ``samples_seen`` samples."""

@@ -64,6 +64,9 @@ class _ImageBytes(Section):
     num_train: int | None = Field(default=None, ge=1)
     """Use only the first so many training images, for a quick study; null for all."""
 
+    def _declared(self, num_train: int, image_shape: tuple[int, ...]) -> tuple[int, Task]:
+        return min(num_train, self.num_train or num_train), Task("classification", image_shape, 10)
+
     def _source(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], augment: Augment, seed: int) -> Source:
         images, labels = train
         num_train = limited(len(labels), self.num_train)
@@ -79,6 +82,10 @@ class _IdxImages(_ImageBytes):
 
     augment: Augment = "none"
     """Random changes of the training images: crop pads and crops, crop_flip mirrors half of them besides."""
+
+    def declared(self) -> tuple[int, Task]:
+        """Return the published number of training images, and the task: enough to plan where the files are not."""
+        return self._declared(60_000, (1, 28, 28))
 
     def load(self, seed: int) -> Source:
         """Return the training files as training set and the t10k files as validation set.
@@ -121,6 +128,10 @@ class Cifar10(_ImageBytes):
 
     augment: Augment = "crop_flip"
     """Random changes of the training images: crop pads and crops, crop_flip mirrors half of them besides."""
+
+    def declared(self) -> tuple[int, Task]:
+        """Return the published number of training images, and the task: enough to plan where the files are not."""
+        return self._declared(50_000, (3, 32, 32))
 
     def load(self, seed: int) -> Source:
         """Return data_batch_1 to 5 as training set and test_batch as validation set.

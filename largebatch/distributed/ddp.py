@@ -38,7 +38,9 @@ class DataParallel:
         # A process group that the caller opened (a test, a notebook) stays the caller's to close.
         self.owns_group = self.world_size > 1 and not dist.is_initialized()
         if self.owns_group:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.index is not None else None)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", device_id=device if device.index is not None else None
+            )
 
     def describe(self) -> str:
         """Return engine, processes and devices in words."""

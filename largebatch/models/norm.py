@@ -31,7 +31,7 @@ class _GhostBatchNorm(nn.Module):
     Training normalises each group of ``group_size`` consecutive samples by its own mean and biased variance; a last
     group of n modulo group_size samples by its own. Evaluation uses the running statistics, as in torch.nn. They do not
     change in ``forward``, which only adds up what the groups had; :func:`commit_batch_statistics` moves them once an
-    update. (Activation checkpointing runs a forward twice: sums and count both double, and the mean stays.)
+    update.
 
     A group with a single value per channel, one sample without extent, has no variance: it comes out as the bias and
     counts for nothing in the running statistics. torch.nn refuses it; here the last sample of a run may be on its own.
@@ -97,22 +97,39 @@ class _GhostBatchNorm(nn.Module):
         # One call of the library's fused kernel for each group. Folding the groups into the channels makes it a single
         # call, but on transposed copies: 1.4 times slower contiguous and 4 times channels_last (CPU, 8 groups of 32).
         groups = inputs.split(self.group_size) if len(inputs) > self.group_size else (inputs,)
-        outputs = [self._normalized(group) for group in groups]
+        outputs, statistics = zip(*map(self._normalized, groups), strict=True)
+        self._add(
+            [(len(g), statistic) for g, statistic in zip(groups, statistics, strict=True) if statistic is not None]
+        )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _normalized(self, group: Tensor) -> Tensor:
-        """Normalise one group by its own statistics and add them to the pending sums."""
+    def _normalized(self, group: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return a group normalised by its own statistics, and its mean and unbiased variance (2, c) if it has any."""
         if group.numel() <= self.num_features:
             shape = (-1,) + (1,) * (group.dim() - 2)
-            return (group - group) * self.weight.view(shape) + self.bias.view(shape)
+            return (group - group) * self.weight.view(shape) + self.bias.view(shape), None
         # With momentum 1 the kernel leaves the batch's mean and unbiased variance in the buffers: no second pass.
-        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        statistic = torch.zeros_like(self.pending)
+        mean, var = statistic.unbind()
         output = F.batch_norm(group, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
-        with torch.no_grad():
-            self.pending[0].add_(mean, alpha=len(group))
-            self.pending[1].add_(var, alpha=len(group))
-            self.pending_samples.add_(len(group))
-        return output
+        return output, statistic
+
+    @torch.no_grad()
+    def _add(self, counted: list[tuple[int, Tensor]]) -> None:
+        """Add the groups' statistics to the pending sums: all of them at the end of a forward, or none.
+
+        Activation checkpointing runs a forward a second time and may stop it half-way. Counted all or none, every
+        micro-batch doubles or none does, and the average stays.
+        """
+        if not counted:
+            return
+        last_size, last = counted[-1]
+        self.pending.add_(last, alpha=last_size)
+        if len(counted) > 1:  # all but the last are of the full size
+            self.pending.add_(
+                torch.stack([statistic for _, statistic in counted[:-1]]).sum(dim=0), alpha=self.group_size
+            )
+        self.pending_samples.add_(sum(size for size, _ in counted))
 
 
 class GhostBatchNorm1d(_GhostBatchNorm):
@@ -148,9 +165,7 @@ def norm_group_size(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def commit_batch_statistics(
-    modules: list[_GhostBatchNorm], all_reduce_sum: Callable[[Tensor], Tensor], *, idle: bool = False
-) -> None:
+def commit_batch_statistics(modules: list[_GhostBatchNorm], all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
     """Move the running statistics by one update, and start the sums of the next one.
 
         running <- (1 - momentum) * running + momentum * (sum over samples of their group's statistic) / samples
@@ -161,15 +176,12 @@ def commit_batch_statistics(
     Args:
         modules: what :func:`batch_norms` returned; nothing happens if there are none.
         all_reduce_sum: returns a flat float64 tensor's sum over ranks, in place or not; the identity on one rank.
-        idle: this rank had no sample in this update: what its forward passes saw does not count.
     """
     if not modules:
         return
     flat = torch.cat(
         [torch.cat([module.pending.flatten(), module.pending_samples.view(1)]).double() for module in modules]
     )
-    if idle:
-        flat.zero_()
     flat = all_reduce_sum(flat)
     for module, sums in zip(modules, flat.split([2 * module.num_features + 1 for module in modules]), strict=True):
         # Where no group had a variance, 0/0: keep the old statistics. A mask, because asking the GPU would wait for it.

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from largebatch.moments.derived import derive
 from largebatch.moments.scope import Scope, rule
+from largebatch.section import UserError
 
 _NAMES = (
     "add sub subtract rsub mul multiply div divide true_divide pow maximum minimum fmax fmin where lerp addcmul addcdiv "
@@ -28,6 +30,12 @@ def run(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
     values = (*args, *kwargs.values())
     ndim = max(value.ndim for value in values if isinstance(value, Tensor))
     batched = next(value for value in values if scope.operand(value) is None and scope.is_batched(value))
+    if batched.ndim <= scope.batch_dim:
+        name = next(operand for value in values if (operand := scope.operand(value))).bases[0].name
+        raise UserError(
+            f"track: parameter '{name}' meets a tensor of shape {list(batched.shape)} in {func.__name__}, in which the "
+            "samples can no longer be told apart; use per='micro_batch'"
+        )
     dim = scope.batch_dim + ndim - batched.ndim
     rows = batched.shape[scope.batch_dim]
 
@@ -41,12 +49,11 @@ def run(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
 @rule(torch.prelu)
 def prelu(scope: Scope, input: Tensor, weight: Tensor) -> Tensor:
     """max(0, x) + w * min(0, x); w holds one slope, or one for each channel (dimension 1)."""
-    slope = weight
+    operand = scope.operand(weight)
+    assert operand is not None
     if weight.numel() > 1:
-        slope = weight.view(1, -1, *[1] * (input.ndim - 2))
-    # max + w * min rather than where(x > 0, x, w * x), so that the slope's gradient is one product
-    return run(scope, torch.add, (input.clamp(min=0), _scaled(scope, input, slope)), {})
-
-
-def _scaled(scope: Scope, input: Tensor, slope: Tensor) -> Tensor:
-    return run(scope, torch.mul, (input.clamp(max=0), slope), {})  # type: ignore[no-any-return]
+        operand = derive(
+            scope, Tensor.view, (weight, 1, -1, *[1] * (input.ndim - 2)), {}, [operand]
+        )._largebatch_operand
+    slope = scope.expand(operand, scope.batch_dim, input.shape[scope.batch_dim], input.ndim, "prelu")
+    return input.clamp(min=0) + slope * input.clamp(max=0)

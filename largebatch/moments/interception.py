@@ -7,6 +7,7 @@ only add their parameters to its scope.
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from largebatch.moments import derived, elementwise, fallback
-from largebatch.moments.scope import RULES, Scope, Tracked
+from largebatch.moments.scope import RULES, Scope, Tracked, state
 from largebatch.moments.tap import Operand, Square
 
 
@@ -95,9 +96,7 @@ def _body(function: types.FunctionType) -> types.FunctionType:
     """
     skip = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)
     names = {**function.__globals__, **skip}
-    copy = types.FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
@@ -110,21 +109,11 @@ _BODIES = {
 _ATTENTION = {F.multi_head_attention_forward}
 
 
-class _State:
-    """The scope of the forward pass that is running, and the size of the last one's batch."""
-
-    scope: Scope | None = None
-    aliases: dict[int, Tensor] | None = None
-    num_samples: int | None = None
-
-
-_state = _State()
-
-
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Take the place of a tracked module's forward."""
-    original = self.__dict__.get("_largebatch_forward") or types.MethodType(type(self).forward, self)
-    if not torch.is_grad_enabled():
+    replaced = self.__dict__.get("_largebatch_forward")
+    original = functools.partial(type(self).forward, self) if replaced is None else replaced
+    if state.is_replaying or not torch.is_grad_enabled():
         return original(*args, **kwargs)
     tracked: Tracked = self._largebatch  # type: ignore[assignment]
     run = _forward_squared if tracked.per == "micro_batch" else _forward_tapped
@@ -135,7 +124,7 @@ forward.__name__ = "forward"
 
 
 def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
-    scope = _state.scope
+    scope = state.scope
     if scope is not None:
         scope.enter(module)
         outer = scope.batch_dim, scope.width
@@ -147,14 +136,16 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
         finally:
             scope.batch_dim, scope.width = outer
     scope = _outermost(module, tracked, args, kwargs)
-    _state.scope = scope
+    state.scope = scope
     try:
         if tracked.use_fallback:
             return fallback.run_module(scope, module, original, args, kwargs)
         with Interception(scope):
             return original(*args, **kwargs)
     finally:
-        _state.scope = None
+        state.scope = None
+        if not torch.compiler.is_compiling():
+            scope.leave(module)
 
 
 def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> Scope:
@@ -173,10 +164,10 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
 
 def _forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
     """Run forward with every parameter of the subtree replaced by an alias whose backward squares."""
-    is_outermost = _state.aliases is None
+    is_outermost = state.aliases is None
     if is_outermost:
-        _state.aliases = {}
-    aliases = _state.aliases
+        state.aliases = {}
+    aliases = state.aliases
     assert aliases is not None
     mine: list[tuple[nn.Module, str]] = []
     try:
@@ -195,4 +186,4 @@ def _forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: A
         for owner, name in mine:
             del owner.__dict__[name]
         if is_outermost:
-            _state.aliases = None
+            state.aliases = None

@@ -11,13 +11,13 @@ k rows for each sample, sample by sample, which is what `x.view(batch * tokens, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from largebatch.moments.tap import Base, Collect, Expand, Expanded, Operand, Operation, Tap
+from largebatch.moments.tap import Base, Collect, Expand, Expanded, Operand, Operation, Spread, Tap
 from largebatch.section import UserError
 
 Rule = Callable[..., Any]
@@ -47,6 +47,7 @@ class Tracked:
         owners: the modules of the subtree that own tracked parameters.
         per: "sample" or "micro_batch".
         batch_dim: dimension of the samples in this module's activations.
+        shared: the names of those known to be used more than once in a forward pass.
         use_fallback: whether to differentiate the module as a whole, one sample at a time.
     """
 
@@ -55,10 +56,10 @@ class Tracked:
     owners: list[nn.Module]
     per: str
     batch_dim: int
-    use_fallback: bool = False
+    shared: set[str]
+    use_fallback: bool
 
 
-@dataclass(eq=False)
 class Scope:
     """One forward pass of the outermost tracked module.
 
@@ -69,14 +70,17 @@ class Scope:
         operands: id of a parameter -> its bookkeeping.
         inputs: ids of the tensors the outermost module was called with.
         keep: those tensors, so that no other takes their ids.
+        is_used: whether a tap was put anywhere yet.
     """
 
-    num_samples: int | None
-    batch_dim: int
-    width: int | None = None
-    operands: dict[int, Operand] = field(default_factory=dict)
-    inputs: set[int] = field(default_factory=set)
-    keep: list[Any] = field(default_factory=list)
+    def __init__(self, num_samples: int | None, batch_dim: int):
+        self.num_samples = num_samples
+        self.batch_dim = batch_dim
+        self.width: int | None = None
+        self.operands: dict[int, Operand] = {}
+        self.inputs: set[int] = set()
+        self.keep: list[Tensor] = []
+        self.is_used = False
 
     def enter(self, module: nn.Module) -> None:
         """Take in the parameters of a module that is about to run, its children's too: it may use them itself."""
@@ -88,7 +92,7 @@ class Scope:
                     continue
                 shadow = owner._parameters[shadow_name]
                 assert shadow is not None
-                base = Base(f"{tracked.path}.{name}".lstrip("."), parameter, shadow)
+                base = Base(f"{tracked.path}.{name}".lstrip("."), parameter, shadow, name in tracked.shared)
                 counts = (base.count,)
                 self.operands[id(parameter)] = Operand(parameter, shadow, (base,), counts, counts)
 
@@ -119,17 +123,28 @@ class Scope:
             )
         return self.num_samples
 
+    def leave(self, module: nn.Module) -> None:
+        """Note which parameters were used more than once, for a later torch.compile."""
+        for owner in module._largebatch.owners:  # type: ignore[union-attr]
+            tracked: Tracked = owner._largebatch  # type: ignore[assignment]
+            for name in tracked.names:
+                operand = self.operands.get(id(owner._parameters[name]))
+                if operand is not None and operand.bases[0].count.uses > 1:
+                    tracked.shared.add(name)
+
     def token(self, operands: tuple[Operand, ...]) -> Tensor | None:
         """Count a use of the operands and return a token of a collector behind all of them."""
+        self.is_used = True
         if torch.compiler.is_compiling():
             for operand in operands:
                 operand.use()
-                if not operand.is_alone:
-                    names = ", ".join(base.name for base in operand.bases)
+                is_spread = operand.bases[0].is_shared and operand.tensor is operand.bases[0].parameter
+                if not operand.is_alone and not is_spread:
+                    names = ", ".join([base.name for base in operand.bases])
                     raise UserError(
-                        f"track: parameter '{names}' is used more than once or through a function in one forward pass, "
-                        "which is not supported under torch.compile; leave that module uncompiled, or use "
-                        "per='micro_batch'"
+                        f"track: parameter '{names}' is used more than once, or through a function, in one forward pass. "
+                        "Under torch.compile that needs one forward pass before compiling, and a direct use each time; "
+                        "or leave its module uncompiled, or use per='micro_batch'"
                     )
             return None
         fresh: list[Base] = []
@@ -153,8 +168,25 @@ class Scope:
         token = self.token(operands)
         if token is not None:
             operation.operands = operands
-        pairs = [t for operand in operands for t in (operand.tensor, _shadow_or_self(operand))]
+        pairs = [t for operand in operands for t in operand.targets()]
+        if token is None:
+            operation.spread, pairs = self._spread(operation, operands, pairs)
         return Tap.apply(operation, len(saved), output, token, *saved, *pairs)  # type: ignore[no-any-return]
+
+    def _spread(
+        self, operation: Operation, operands: tuple[Operand, ...], pairs: list[Tensor]
+    ) -> tuple[tuple[str, ...], list[Tensor]]:
+        """Under torch.compile, send the per-sample gradients of shared parameters to their `Spread`."""
+        roles = []
+        for index, (role, operand) in enumerate(zip(operation.roles, operands, strict=True)):
+            base = operand.bases[0]
+            if base.is_shared and operand.tensor is base.parameter:
+                if base.spread is None:
+                    base.spread = Spread.apply(base.parameter, base.shadow, operation.num_samples)
+                assert base.spread is not None
+                pairs[2 * index] = base.spread
+                roles.append(role)
+        return tuple(roles), pairs
 
     def expand(self, operand: Operand, dim: int, rows: int, ndim: int, function: str) -> Tensor:
         """Return `operand` as [.., rows at `dim`, ..] of `ndim` dimensions, with a tap that tells the samples apart."""
@@ -168,11 +200,23 @@ class Scope:
                 f"track: {function} meets a parameter of shape {list(operand.tensor.shape)} whose own dimension lies "
                 f"along the samples ({rows} rows); use per='micro_batch'"
             )
-        shadow = _shadow_or_self(operand)
-        expanded = Expand.apply(operation, dim, rows, token, operand.tensor.reshape(shape), shadow.reshape(shape))
+        tensor, shadow = operand.targets()
+        expanded = Expand.apply(operation, dim, rows, token, tensor.reshape(shape), shadow.reshape(shape))
         return expanded  # type: ignore[no-any-return]
 
 
-def _shadow_or_self(operand: Operand) -> Tensor:
-    # Without a shadow of its own the operand's squares come from the collector; the tap then returns None twice.
-    return operand.tensor if operand.shadow is None else operand.shadow
+class State:
+    """What the interceptions of one process share.
+
+    Attributes:
+        scope: the forward pass that is running under per="sample".
+        aliases: the same under per="micro_batch": id of a parameter -> its alias.
+        is_replaying: whether the fallback is running a module again, in which nothing is to be intercepted.
+    """
+
+    scope: Scope | None = None
+    aliases: dict[int, Tensor] | None = None
+    is_replaying = False
+
+
+state = State()

@@ -9,7 +9,6 @@ so its taps leave their parts with the parameter's *collector*, the graph node t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,12 +34,14 @@ class Operation:
         num_samples: n, samples in the call.
         roles: one name for each tracked operand of the call, such as ("weight", "bias").
         operands: the tracked operands, in the order of `roles`; empty while torch.compile traces.
+        spread: while torch.compile traces, the roles whose per-sample gradients go to a `Spread`.
     """
 
     def __init__(self, num_samples: int, roles: tuple[str, ...] = ("weight",)):
         self.num_samples = num_samples
         self.roles = roles
         self.operands: tuple[Operand, ...] = ()
+        self.spread: tuple[str, ...] = ()
 
     def prepare(self, grad: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return what `per_sample` and `moments` read: here the output's gradient, then the saved tensors."""
@@ -78,14 +79,16 @@ def sums(grads: Tensor) -> tuple[Tensor, Tensor]:
     return wide.sum(0), wide.square().sum(0)
 
 
-@dataclass(eq=False)
+# Plain classes, since torch.compile does not trace a dataclass with default factories.
+
+
 class Count:
     """How often a tensor was handed to an operation in this forward pass."""
 
-    uses: int = 0
+    def __init__(self) -> None:
+        self.uses = 0
 
 
-@dataclass(eq=False)
 class Base:
     """A tracked parameter in one forward pass.
 
@@ -93,20 +96,24 @@ class Base:
         name: for messages.
         parameter: the tensor the module computes with (under FSDP2 the gathered one).
         shadow: the parameter whose gradient is to be the sum of squares.
+        is_shared: whether it is known to be used more than once in a forward pass; read by torch.compile alone.
+        spread: under torch.compile, the output of `Spread` that stands in for a shared parameter.
         count: its uses.
         token: an empty tensor from the graph node that runs after every tap of the parameter; None before the first.
         pending: what the taps left for that node.
     """
 
-    name: str
-    parameter: Tensor
-    shadow: Tensor
-    count: Count = field(default_factory=Count)
-    token: Tensor | None = None
-    pending: list[tuple[Operation, str, tuple[Tensor, ...], Tensor]] = field(default_factory=list)
+    def __init__(self, name: str, parameter: Tensor, shadow: Tensor, is_shared: bool):
+        self.name = name
+        self.is_shared = is_shared
+        self.spread: Tensor | None = None
+        self.parameter = parameter
+        self.shadow = shadow
+        self.count = Count()
+        self.token: Tensor | None = None
+        self.pending: list[tuple[Operation, str, tuple[Tensor, ...], Tensor]] = []
 
 
-@dataclass(eq=False)
 class Operand:
     """A tracked parameter, or a tensor computed from tracked parameters alone.
 
@@ -119,16 +126,34 @@ class Operand:
         guards: the counts that must stand at one for its squares to be complete in themselves.
     """
 
-    tensor: Tensor
-    shadow: Tensor | None
-    bases: tuple[Base, ...]
-    counts: tuple[Count, ...]
-    guards: tuple[Count, ...]
+    def __init__(
+        self,
+        tensor: Tensor,
+        shadow: Tensor | None,
+        bases: tuple[Base, ...],
+        counts: tuple[Count, ...],
+        guards: tuple[Count, ...],
+    ):
+        self.tensor = tensor
+        self.shadow = shadow
+        self.bases = bases
+        self.counts = counts
+        self.guards = guards
 
     def use(self) -> None:
         """Count one more use."""
         for count in self.counts:
             count.uses += 1
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Return where a tap sends the gradient and the squares.
+
+        Without a shadow of its own both come from the collector. The tap then gets no way to the tensor's own graph,
+        through which autograd would go first, freeing what the collector is to differentiate.
+        """
+        if self.shadow is None:
+            return self.tensor.detach(), self.tensor.detach()
+        return self.tensor, self.shadow
 
     @property
     def is_alone(self) -> bool:
@@ -140,6 +165,13 @@ def _deliver(operation: Operation, grad: Tensor, saved: tuple[Tensor, ...]) -> l
     """Return, for each operand in turn, its gradient and its shadow's, None for what is left to the collector."""
     ready = operation.prepare(grad, saved)
     results: list[Tensor | None] = []
+    if operation.spread:
+        for role in operation.roles:
+            if role in operation.spread:
+                results.extend((operation.per_sample(role, ready, 0, operation.num_samples), None))
+            else:
+                results.extend(operation.moments(role, ready))
+        return results
     alone = [not operation.operands or operand.is_alone for operand in _operands(operation)]
     direct = [role for role, is_alone in zip(operation.roles, alone, strict=True) if is_alone]
     moments = iter(operation.all_moments(direct, ready) if direct else [])
@@ -219,6 +251,23 @@ class Expanded(Operation):
     def per_sample(self, role: str, ready: tuple[Tensor, ...], lo: int, hi: int) -> Tensor:
         """Return rows lo to hi of the gradient."""
         return ready[0][lo:hi]
+
+
+class Spread(torch.autograd.Function):
+    """Under torch.compile, the place where the per-sample gradients of a parameter used several times are added.
+
+    A graph cannot leave parts with a collector, so that they are held for all samples at once: [n, *shape].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, shadow: Tensor, num_samples: int) -> Tensor:  # type: ignore[override]
+        """Return a tensor [n, *shape] of no meaning."""
+        return torch.zeros((num_samples, *parameter.shape), dtype=shadow.dtype, device=parameter.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        """Sum the samples' gradients, and their squares."""
+        return *sums(grad), None
 
 
 class Square(torch.autograd.Function):

@@ -6,17 +6,16 @@ are ``exp_avg`` and ``exp_avg_sq`` throughout, and ``p.grad`` is left as it was 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 BiasCorrection = Literal["published", "running_mean"]
-Exponent = Literal[0.5, 1.0]
 
 
-def _denominators(second_moments: Sequence[Tensor], exponent: float, eps: float) -> list[Tensor]:
+def _denominators(second_moments: list[Tensor], exponent: float, eps: float) -> list[Tensor]:
     """Return s**exponent + eps."""
     roots = torch._foreach_sqrt(second_moments) if exponent == 0.5 else torch._foreach_mul(second_moments, 1.0)
     torch._foreach_add_(roots, eps)
@@ -61,7 +60,9 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         if defaults.get("exponent", 0.5) not in (0.5, 1.0):
             raise ValueError(f"exponent: expected 0.5 or 1, got {defaults['exponent']}")
         if defaults.get("bias_correction", "published") not in ("published", "running_mean"):
-            raise ValueError(f"bias_correction: expected published or running_mean, got {defaults['bias_correction']!r}")
+            raise ValueError(
+                f"bias_correction: expected published or running_mean, got {defaults['bias_correction']!r}"
+            )
         super().__init__(params, defaults)
 
     def used_state(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -75,7 +76,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Do one update; ``closure`` as in torch.optim."""
         loss = None
         if closure is not None:
@@ -124,7 +125,8 @@ class Adam(AdaptiveOptimizer):
         bias_correction: BiasCorrection = "published",
     ) -> None:
         super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction}
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction},
         )
 
     def update(
@@ -227,10 +229,12 @@ class RMSProp(AdaptiveOptimizer):
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         torch._foreach_mul_(state["exp_avg_sq"], 1.0 - weight)
         torch._foreach_addcmul_(state["exp_avg_sq"], grads, grads, weight)
-        second_moments: Sequence[Tensor] = state["exp_avg_sq"]
+        second_moments = state["exp_avg_sq"]
         if group["centered"]:
             torch._foreach_lerp_(state["exp_avg"], grads, weight)
-            second_moments = torch._foreach_addcmul(second_moments, state["exp_avg"], state["exp_avg"], -1.0)
+            second_moments = list(
+                torch._foreach_addcmul(second_moments, state["exp_avg"], state["exp_avg"], value=-1.0)
+            )
             # Rounding can leave a variance of -1e-20, whose root is NaN.
             torch._foreach_clamp_min_(second_moments, 0.0)
         denominators = _denominators(second_moments, group["exponent"], group["eps"])
@@ -255,9 +259,7 @@ class Adagrad(AdaptiveOptimizer):
         weight_decay: L2 coefficient, added to the gradient.
     """
 
-    def __init__(
-        self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
     def update(
@@ -267,4 +269,6 @@ class Adagrad(AdaptiveOptimizer):
         if group["weight_decay"]:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         torch._foreach_addcmul_(state["exp_avg_sq"], grads, grads)
-        torch._foreach_addcdiv_(params, grads, _denominators(state["exp_avg_sq"], 0.5, group["eps"]), value=-group["lr"])
+        torch._foreach_addcdiv_(
+            params, grads, _denominators(state["exp_avg_sq"], 0.5, group["eps"]), value=-group["lr"]
+        )

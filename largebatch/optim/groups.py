@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 
-def param_groups(model: nn.Module, weight_decay: float = 0.0, decay_norm_and_bias: bool = False) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float = 0.0, decay_norm_and_bias: bool = False
+) -> list[dict[str, Any]]:
     """Return the trained parameters in two groups: decayed ones, and norms and biases without weight decay.
 
     Norm scales, norm offsets and biases are the parameters with at most one dimension (Goyal et al. 2017, section 5.3).

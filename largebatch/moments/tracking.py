@@ -1,0 +1,237 @@
+"""Shadow parameters: where the statistic travels.
+
+`track` gives every trained parameter a *shadow* of the same shape beside it, on the module that owns it. After a
+backward pass the shadow's gradient is the sum of squared gradients; its value means nothing here. Since the shadow is
+in `model.parameters()`, whatever moves gradients (accumulation, DDP, FSDP2, ZeRO) moves the statistic too. `state_dict`
+and `load_state_dict` do not know of it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from largebatch.moments.interception import forward
+from largebatch.moments.scope import Tracked
+from largebatch.moments.tap import statistic_dtype
+from largebatch.section import UserError, nearest
+
+SUFFIX = "_grad_sq"
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def track(
+    model: ModelT,
+    per: Literal["sample", "micro_batch"] = "sample",
+    *,
+    batch_dim: int | Mapping[str, int] = 0,
+    fallback: Iterable[str] = (),
+) -> ModelT:
+    """Make every backward pass of `model` leave sum g^2 in the gradient of each parameter's shadow.
+
+    Scale: the squares are those of the gradients as they arrive. Let a backward pass of a *mean* loss over B samples
+    give ghat = (1/B) sum_b g_b. Then
+        per="sample":       shadow.grad = sum_b (g_b / B)^2,
+        per="micro_batch":  shadow.grad = sum_k (G_k / K)^2 over K micro-batches whose losses were divided by K,
+    and `statistic_scale` turns either into a mean of squares. Gradients and squares accumulate over backward passes.
+
+    Call it before wrapping the model (DDP, FSDP2, DeepSpeed) and before building the optimizer. Calling it again is
+    allowed: it takes in what was added or unfrozen since. Parameters with requires_grad=False are left alone.
+
+    Args:
+        model: any module; changed in place.
+        per: "sample" for the squares of every sample's gradient, by one rule per operation; "micro_batch" for the
+            square of the whole backward pass's gradient, which every module has and which costs next to nothing.
+        batch_dim: dimension of the samples in the inputs and activations, for the model or by module name
+            ({"": 0, "encoder": 1}; a name speaks for its subtree). `nn.MultiheadAttention`, `nn.LSTM` and the like say
+            it themselves, by their batch_first.
+        fallback: names of modules to differentiate as a whole, sample by sample: exact for any module, and slow.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UserError: for an unknown `per` or module name.
+    """
+    if per not in ("sample", "micro_batch"):
+        raise UserError(f"track: per must be 'sample' or 'micro_batch', got '{per}'")
+    modules = dict(model.named_modules())
+    dims = {"": batch_dim} if isinstance(batch_dim, int) else dict(batch_dim)
+    slow = set(fallback)
+    for name in {*dims, *slow} - set(modules):
+        raise UserError(f"track: the model has no module '{name}'{nearest(name, modules)}")
+    times = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
+    shadow_of: dict[int, nn.Parameter] = {}
+    for path, module in modules.items():
+        names = dict(module._largebatch.names) if hasattr(module, "_largebatch") else {}  # type: ignore[union-attr]
+        for name, shadow_name in names.items():
+            parameter, shadow = module._parameters[name], module._parameters[shadow_name]
+            if parameter is not None and shadow is not None:
+                shadow_of[id(parameter)] = shadow
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None or not parameter.requires_grad or is_shadow(parameter) or name in names:
+                continue
+            if id(parameter) not in shadow_of:
+                shadow_of[id(parameter)] = _shadow(parameter)
+            module.register_parameter(name + SUFFIX, shadow_of[id(parameter)])
+            names[name] = name + SUFFIX
+        shared = {name for name in names if times[id(module._parameters[name])] > 1}
+        _install(module, Tracked(names, path, [], per, _inherited(dims, path), shared, path in slow))
+    for module in modules.values():
+        module._largebatch.owners = [m for m in module.modules() if m._largebatch.names]  # type: ignore[union-attr]
+    return model
+
+
+def _shadow(parameter: nn.Parameter) -> nn.Parameter:
+    shadow = nn.Parameter(torch.zeros_like(parameter, dtype=statistic_dtype(parameter.dtype)))
+    shadow._is_largebatch_shadow = True  # type: ignore[attr-defined]
+    return shadow
+
+
+def _inherited(dims: dict[str, int], path: str) -> int:
+    """Return the entry of the longest name that is `path` or contains it."""
+    fitting = [name for name in dims if not name or path == name or path.startswith(name + ".")]
+    return dims[max(fitting, key=len)] if fitting else 0
+
+
+def _install(module: nn.Module, tracked: Tracked) -> None:
+    is_new = not hasattr(module, "_largebatch")
+    module._largebatch = tracked  # type: ignore[assignment]
+    if not is_new:
+        return
+    if "forward" in module.__dict__:
+        module.__dict__["_largebatch_forward"] = module.__dict__["forward"]
+    # A bound method, so that deepcopy binds it to the copy.
+    module.__dict__["forward"] = types.MethodType(forward, module)
+    handles = [
+        module.register_state_dict_post_hook(_hide_shadows),
+        module.register_load_state_dict_post_hook(_forget_missing_shadows),
+    ]
+    module.__dict__["_largebatch_handles"] = handles
+
+
+def _hide_shadows(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    for shadow_name in module._largebatch.names.values():  # type: ignore[union-attr]
+        state_dict.pop(prefix + shadow_name, None)
+
+
+def _forget_missing_shadows(module: nn.Module, incompatible_keys: Any) -> None:
+    own = set(module._largebatch.names.values())  # type: ignore[union-attr]
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if key.rpartition(".")[2] not in own]
+
+
+def untrack(model: ModelT) -> ModelT:
+    """Undo `track`: no shadows, no interception.
+
+    Args:
+        model: as it was given to `track`; not while DDP or another engine wraps it.
+
+    Returns:
+        `model`.
+    """
+    for module in model.modules():
+        if not hasattr(module, "_largebatch"):
+            continue
+        for shadow_name in module._largebatch.names.values():  # type: ignore[union-attr]
+            del module._parameters[shadow_name]
+        del module.__dict__["forward"]
+        if "_largebatch_forward" in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop("_largebatch_forward")
+        for handle in module.__dict__.pop("_largebatch_handles"):
+            handle.remove()
+        del module._largebatch
+    return model
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Yield (name, parameter, shadow), a shared parameter once, under the name `named_parameters` gives it."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        tracked: Tracked | None = getattr(module, "_largebatch", None)
+        for name, shadow_name in tracked.names.items() if tracked is not None else ():
+            parameter, shadow = module._parameters[name], module._parameters[shadow_name]
+            if parameter is None or shadow is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            shadow._is_largebatch_shadow = True  # type: ignore[attr-defined]
+            yield f"{path}.{name}".lstrip("."), parameter, shadow
+
+
+def shadows(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return {parameter name: shadow} of a tracked model.
+
+    Engines that replace parameters (FSDP2, DeepSpeed) replace shadows too: ask again after wrapping.
+    """
+    return {name: shadow for name, _, shadow in _pairs(model)}
+
+
+def is_shadow(parameter: Tensor) -> bool:
+    """Whether a parameter is a shadow, as `track` made it or as `shadows` last returned it."""
+    return getattr(parameter, "_is_largebatch_shadow", False)
+
+
+def statistic_scale(num_units: int, world_size: int = 1) -> float:
+    """Return the factor from a shadow's gradient to a mean of squares.
+
+        (1/n) sum_u g_u^2 = (n / W) * shadow.grad
+
+    where the gradients of n units (samples, or micro-batches under per="micro_batch") were each weighted 1/n in the
+    global mean, and the engine averages gradients over W ranks (as DDP, FSDP2 and ZeRO do): each rank's loss is then
+    a sum over its units divided by n / W, and the average of the squares is W times too large.
+
+    Args:
+        num_units: n, over all ranks and accumulation steps.
+        world_size: W; 1 for one process, or if gradients are summed over the ranks rather than averaged.
+    """
+    return num_units / world_size
+
+
+def grad_sample_sq(model: nn.Module, batch_size: int, world_size: int = 1) -> dict[str, Tensor]:
+    """Return {parameter name: (1/B) sum_b g_b^2} after the backward pass of a mean loss over B samples.
+
+    Under per="micro_batch" give the number of micro-batches K in place of B; the result is (1/K) sum_k G_k^2.
+
+    Args:
+        model: tracked with `track`; under DDP, the wrapped module.
+        batch_size: B, samples per update over all ranks and accumulation steps.
+        world_size: W, ranks whose gradients the engine averaged.
+
+    Returns:
+        One tensor of the parameter's shape for each parameter that has a statistic.
+    """
+    scale = statistic_scale(batch_size, world_size)
+    return {name: shadow.grad * scale for name, shadow in shadows(model).items() if shadow.grad is not None}
+
+
+def check_statistics(model: nn.Module) -> None:
+    """Raise if a parameter has a gradient and no statistic.
+
+    Args:
+        model: tracked, after a backward pass.
+
+    Raises:
+        UserError: naming every such parameter and the way out.
+    """
+    tracked = {name: shadow for name, _, shadow in _pairs(model)}
+    missing = []
+    for name, parameter in model.named_parameters():
+        if is_shadow(parameter) or parameter.grad is None or not bool(parameter.grad.any()):
+            continue
+        shadow = tracked.get(name)
+        if shadow is None or shadow.grad is None or not bool(shadow.grad.any()):
+            missing.append(name)
+    if missing:
+        listed = "', '".join(missing[:8]) + ("', ..." if len(missing) > 8 else "'")
+        raise UserError(
+            f"no second-moment statistic for '{listed}, which got a gradient. Either the parameter was added or unfrozen "
+            "after track() (call it again), or it is used outside the tracked module's forward or by an operation that "
+            "PyTorch does not show (a custom autograd function, a fused kernel of an engine): name its module in "
+            "track(model, fallback=[...]), or use track(model, per='micro_batch')"
+        )

@@ -1,0 +1,406 @@
+"""Every rule against the loop over samples."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_agrees
+from torch import nn
+
+N = 4
+
+
+def normal(*shape: int, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Apply(nn.Module):
+    """A function of the input and of named parameters."""
+
+    def __init__(self, function, **parameters):
+        super().__init__()
+        self.function = function
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self, x):
+        return self.function(x, *self.parameters_by_name())
+
+    def parameters_by_name(self):
+        return [self._parameters[name] for name in self._parameters if not name.endswith("_grad_sq")]
+
+
+@pytest.mark.parametrize("positions", [(), (1,), (5,), (2, 3)])
+@pytest.mark.parametrize(("i", "o", "bias"), [(3, 7, True), (7, 3, False), (1, 4, True), (4, 1, True)])
+def test_linear(positions, i, o, bias):
+    assert_agrees(nn.Linear(i, o, bias).double(), normal(N, *positions, i))
+
+
+@pytest.mark.parametrize("positions", [(), (6,)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_linear_in_low_precision(positions, dtype, tolerance):
+    # float32: sums of some dozens of products, 2^-24 each. bfloat16: weights, inputs and products rounded to 2^-8.
+    assert_agrees(nn.Linear(16, 8).to(dtype), normal(N, *positions, 16, dtype=dtype), tolerance=tolerance)
+
+
+def test_linear_keeps_its_statistic_in_float32():
+    model = assert_agrees(nn.Linear(3, 2).bfloat16(), normal(N, 3, dtype=torch.bfloat16), tolerance=0.05)
+    assert model.weight_grad_sq.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_frozen_parameters_are_left_alone(frozen):
+    model = nn.Linear(3, 2).double()
+    getattr(model, frozen).requires_grad_(False)
+    assert_agrees(model, normal(N, 5, 3))
+    assert f"{frozen}_grad_sq" not in model._parameters
+
+
+PRODUCTS = {
+    "matmul": (lambda x, w: torch.matmul(x, w), dict(w=(5, 3)), (N, 2, 5)),
+    "operator": (lambda x, w: x @ w, dict(w=(5, 3)), (N, 5)),
+    "parameter on the left": (lambda x, w: w @ x, dict(w=(3, 5)), (N, 5, 2)),
+    "vector": (lambda x, w: x @ w, dict(w=(5,)), (N, 2, 5)),
+    "transposed": (lambda x, w: x @ w.t(), dict(w=(3, 5)), (N, 2, 5)),
+    "T": (lambda x, w: x @ w.T, dict(w=(3, 5)), (N, 2, 5)),
+    "heads": (lambda x, w: x @ w, dict(w=(2, 5, 3)), (N, 2, 4, 5)),
+    "mm": (lambda x, w: torch.mm(x, w), dict(w=(5, 3)), (N, 5)),
+    "addmm": (lambda x, w, b: torch.addmm(b, x, w, beta=0.5, alpha=2), dict(w=(5, 3), b=(3,)), (N, 5)),
+    "baddbmm": (lambda x, w, b: torch.baddbmm(b, x, w.expand(len(x), 5, 3)), dict(w=(5, 3), b=(2, 3)), (N, 2, 5)),
+    "einsum": (lambda x, w: torch.einsum("bthd,hde->bte", x, w), dict(w=(2, 3, 5)), (N, 4, 2, 3)),
+    "einsum of positions": (lambda x, w: torch.einsum("btd,od->bto", x, w), dict(w=(2, 3)), (N, 4, 3)),
+    "einsum, permuted": (lambda x, w: torch.einsum("btd,dho->bhto", x, w), dict(w=(3, 2, 5)), (N, 4, 3)),
+    "einsum with dots": (lambda x, w: torch.einsum("...d,do", x, w), dict(w=(3, 2)), (N, 4, 3)),
+    "einsum over positions": (lambda x, w: torch.einsum("btd,ts->bsd", x, w), dict(w=(4, 3)), (N, 4, 2)),
+    "einsum of three": (lambda x, w: torch.einsum("bi,oij,bj->bo", x, w, x.sin()), dict(w=(2, 3, 3)), (N, 3)),
+    "bilinear": (lambda x, w, b: F.bilinear(x, x.cos(), w, b), dict(w=(2, 3, 3), b=(2,)), (N, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_matrix_products(name):
+    function, shapes, shape = PRODUCTS[name]
+    assert_agrees(Apply(function, **{k: normal(*v) for k, v in shapes.items()}), normal(*shape))
+
+
+CONVOLUTIONS = [
+    (stride, padding, dilation, groups, bias)
+    for stride, padding, dilation, groups, bias in itertools.product([1, 2], [0, 1], [1, 2], [1, 2, 4], [True])
+]
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize(("stride", "padding", "dilation", "groups", "bias"), CONVOLUTIONS)
+def test_convolution(ndim, stride, padding, dilation, groups, bias):
+    layer = getattr(nn, f"Conv{ndim}d")(4, 8, 3, stride, padding, dilation, groups, bias).double()
+    assert_agrees(layer, normal(N, 4, *[7, 6, 5][:ndim]))
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize(("stride", "output_padding", "groups"), [(1, 0, 1), (2, 1, 1), (2, 0, 2), (3, 1, 4)])
+def test_transposed_convolution(ndim, stride, output_padding, groups):
+    layer = getattr(nn, f"ConvTranspose{ndim}d")(4, 8, 3, stride, 1, output_padding, groups).double()
+    assert_agrees(layer, normal(N, 4, *[4, 3, 3][:ndim]))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 4, (3, 5), (1, 2), (1, 2)),
+        nn.Conv2d(3, 4, 1),
+        nn.Conv2d(3, 4, 1, stride=2),
+        nn.Conv2d(3, 4, 3, padding="same"),
+        nn.Conv2d(3, 4, (2, 4), padding="same"),
+        nn.Conv2d(3, 4, 3, padding="valid"),
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(3, 6, 3, groups=3),
+        nn.Conv2d(3, 4, 3, bias=False),
+    ],
+    ids=repr,
+)
+def test_convolution_in_two_dimensions(layer):
+    assert_agrees(layer.double(), normal(N, 3, 8, 9))
+
+
+def test_convolution_with_many_positions_takes_the_native_kernel():
+    assert_agrees(nn.Conv2d(2, 3, 3, padding=1).double(), normal(N, 2, 20, 20))
+
+
+def test_convolution_channels_last():
+    model = nn.Conv2d(4, 8, 3, padding=1).double().to(memory_format=torch.channels_last)
+    assert_agrees(model, normal(N, 4, 6, 6).to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("size", [4, 20])
+def test_convolution_in_float32(size):
+    # Sums of up to 1600 products of 2^-24 relative error each, some of which cancel.
+    assert_agrees(nn.Conv2d(4, 8, 3, padding=1), normal(N, 4, size, size, dtype=torch.float32), tolerance=1e-4)
+
+
+def test_several_rows_a_sample():
+    """x.view(batch * frames, ...): the rows of a sample add before squaring."""
+
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3, padding=1)
+            self.norm = nn.BatchNorm2d(4).eval()
+            self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+            self.scale = nn.Parameter(torch.randn(4, 1, 1))
+            self.linear = nn.Linear(4 * 2 * 3, 3)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x.flatten(0, 1)))
+            return self.linear((self.depthwise(x) * self.scale).flatten(1)).view(-1, 3 * 3)
+
+    assert_agrees(Frames().double(), normal(N, 3, 2, 4, 5))
+
+
+class Lookup(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 3, **options)
+
+    def forward(self, indices):
+        return self.embedding(indices)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"padding_idx": -1}, {"sparse": True}], ids=str)
+def test_embedding_with_repeats(options):
+    indices = torch.randint(0, 7, (N, 9))
+    assert_agrees(Lookup(**options).double(), indices)
+    assert_agrees(Lookup(**options).double(), indices[:, 0])
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [None, 1])
+def test_embedding_bag(mode, padding_idx):
+    layer = nn.EmbeddingBag(7, 3, mode=mode, padding_idx=padding_idx).double()
+    assert_agrees(layer, torch.randint(0, 7, (N, 5)))
+
+
+def test_embedding_bag_with_offsets():
+    from largebatch.moments import grad_sample_sq, track
+
+    layer = nn.EmbeddingBag(7, 3, mode="sum").double()
+    indices, offsets = torch.randint(0, 7, (9,)), torch.tensor([0, 3, 4])
+    track(layer)
+    layer(indices, offsets).square().sum().div(3).backward()
+    expected = torch.zeros(7, 3, dtype=torch.float64)
+    for bag in (indices[:3], indices[3:4], indices[4:]):
+        weight = layer.weight.detach().clone().requires_grad_()
+        weight[bag].sum(0).square().sum().backward()
+        expected += weight.grad.square() / 3
+    torch.testing.assert_close(grad_sample_sq(layer, 3)["weight"], expected)
+
+
+NORMS = [
+    (nn.LayerNorm(6), (N, 6)),
+    (nn.LayerNorm(6), (N, 5, 6)),
+    (nn.LayerNorm((5, 6)), (N, 2, 5, 6)),
+    (nn.LayerNorm(6, bias=False), (N, 5, 6)),
+    (nn.RMSNorm(6), (N, 5, 6)),
+    (nn.GroupNorm(3, 6), (N, 6)),
+    (nn.GroupNorm(2, 6), (N, 6, 4, 3)),
+    (nn.InstanceNorm1d(6, affine=True), (N, 6, 5)),
+    (nn.InstanceNorm2d(6, affine=True), (N, 6, 4, 3)),
+    (nn.InstanceNorm2d(6, affine=True, track_running_stats=True).eval(), (N, 6, 4, 3)),
+    (nn.BatchNorm1d(6).eval(), (N, 6)),
+    (nn.BatchNorm2d(6).eval(), (N, 6, 4, 3)),
+    (nn.BatchNorm3d(6).eval(), (N, 6, 2, 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), NORMS, ids=[f"{layer}{len(shape)}" for layer, shape in NORMS])
+def test_norms(layer, shape):
+    layer = layer.double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    assert_agrees(layer, normal(*shape) + 0.5)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(nn.BatchNorm1d(6), (N, 6)), (nn.BatchNorm2d(6), (N, 6, 4, 3))])
+def test_batch_norm_in_training_gives_each_sample_its_summand(layer, shape):
+    layer, x = layer.double(), normal(*shape)
+    target = torch.randn_like(x)
+
+    class Fixed(nn.Module):
+        """The target is part of the model, so that the loop below may differentiate one row of the batch's output."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm = layer
+
+        def forward(self, x):
+            return self.norm(x)
+
+    model = Fixed()
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    output = model(x)
+    for b in range(N):
+        rows = torch.zeros_like(output)
+        rows[b] = target[b]
+        grads = torch.autograd.grad(output, list(model.parameters()), rows, retain_graph=True)
+        for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
+            expected[name] += grad.square() / N
+    from largebatch.moments import grad_sample_sq, track
+
+    track(model)
+    ((model(x) * target).sum() / N).backward()
+    for name, squares in grad_sample_sq(model, N).items():
+        torch.testing.assert_close(squares, expected[name], rtol=1e-10, atol=1e-12)
+
+
+BROADCASTS = {
+    "position embedding": (lambda x, p: x + p, dict(p=(1, 5, 3)), (N, 5, 3)),
+    "as many positions as samples": (lambda x, p: x + p, dict(p=(N, 3)), (N, N, 3)),
+    "in place": (lambda x, p: x.clone().add_(p), dict(p=(5, 3)), (N, 5, 3)),
+    "augmented": (lambda x, p: _augmented(x.clone(), p), dict(p=(5, 3)), (N, 5, 3)),
+    "LayerScale": (lambda x, p: p * x, dict(p=(3,)), (N, 5, 3)),
+    "scalar": (lambda x, p: x * p, dict(p=()), (N, 5, 3)),
+    "division": (lambda x, p: x / (p.exp() + 1), dict(p=(3,)), (N, 5, 3)),
+    "reversed subtraction": (lambda x, p: p - x, dict(p=(5, 1)), (N, 5, 3)),
+    "where": (lambda x, p: torch.where(x > 0, x, p), dict(p=(3,)), (N, 5, 3)),
+    "lerp": (lambda x, p: torch.lerp(x, x.sin(), p), dict(p=(3,)), (N, 5, 3)),
+    "two parameters": (lambda x, p, q: torch.addcmul(q, x, p), dict(p=(3,), q=(5, 1)), (N, 5, 3)),
+    "class token": (lambda x, p: torch.cat([p.expand(len(x), -1, -1), x], 1), dict(p=(1, 1, 3)), (N, 5, 3)),
+    "repeated token": (lambda x, p: torch.cat([p.repeat(len(x), 2, 1), x], 1), dict(p=(1, 1, 3)), (N, 5, 3)),
+    "table of relative positions": (
+        lambda x, p: x + p[torch.tensor([0, 1, 1, 2, 0])],
+        dict(p=(3, 3)),
+        (N, 5, 3),
+    ),
+    "prelu": (lambda x, p: F.prelu(x, p), dict(p=(5,)), (N, 5, 3)),
+    "prelu, one slope": (lambda x, p: F.prelu(x, p), dict(p=(1,)), (N, 5, 3)),
+    "stacked": (lambda x, p, q: x + torch.stack([p, q], 0), dict(p=(3,), q=(3,)), (N, 2, 3)),
+    "split": (lambda x, p: x * p.chunk(2)[0] + p.chunk(2)[1], dict(p=(6,)), (N, 2, 3)),
+    "split once": (lambda x, p: _scale_and_shift(x, p), dict(p=(6,)), (N, 2, 3)),
+    "slices": (lambda x, p: x * p[:3] + p[3:], dict(p=(6,)), (N, 2, 3)),
+}
+
+
+def _augmented(x, p):
+    x += p
+    return x
+
+
+def _scale_and_shift(x, p):
+    scale, shift = p.chunk(2)
+    return x * scale + shift
+
+
+@pytest.mark.parametrize("name", BROADCASTS)
+def test_broadcasts(name):
+    function, shapes, shape = BROADCASTS[name]
+    assert_agrees(Apply(function, **{k: normal(*v) for k, v in shapes.items()}), normal(*shape))
+
+
+class Attention(nn.Module):
+    def __init__(self, need_weights, batch_first=True, cross=False, **options):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2, batch_first=batch_first, **options)
+        self.need_weights, self.batch_first, self.cross = need_weights, batch_first, cross
+
+    def forward(self, x):
+        x = x if self.batch_first else x.transpose(0, 1)
+        other = x.sin() if self.cross else x
+        y = self.inner(x, other, other, need_weights=self.need_weights)[0]
+        return y if self.batch_first else y.transpose(0, 1)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("options", [{}, {"cross": True}, {"batch_first": False}, {"add_bias_kv": True}], ids=str)
+@pytest.mark.parametrize("positions", [3, N])
+def test_multihead_attention(need_weights, options, positions):
+    assert_agrees(Attention(need_weights, **options).double(), normal(N, positions, 8))
+
+
+def test_time_first():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0).double()
+    assert_agrees(layer, normal(3, N, 8), batch_dim=1)
+
+
+SHARED = {
+    "twice": lambda x, w: (x @ w).tanh() @ w,
+    "twice, once transposed": lambda x, w: F.linear((x @ w).tanh(), w),
+    "through a function": lambda x, w: x @ (w / w.norm(dim=0)),
+    "function and view": lambda x, w: (x @ w.softmax(0)) @ w.t(),
+    "product and sum": lambda x, w: x @ w + w[0],
+    "different positions": lambda x, w: (x @ w) + (x[:, :1] @ w),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("positions", [(), (5,)])
+def test_repeated_use_adds_before_squaring(name, positions):
+    if not positions and name == "different positions":
+        pytest.skip("needs positions")
+    assert_agrees(Apply(SHARED[name], w=normal(3, 3)), normal(N, *positions, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*has no rule")
+class TestFallback:
+    @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+    @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+    def test_recurrent(self, kind, options):
+        class Last(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = kind(3, 4, batch_first=True, **options)
+
+            def forward(self, x):
+                y, state = self.inner(x)
+                return y[:, -1] + (state[0] if isinstance(state, tuple) else state)[0].sum(1, keepdim=True)
+
+        assert_agrees(Last().double(), normal(N, 5, 3))
+
+    def test_cell_in_a_loop(self):
+        class Unrolled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.cell = nn.GRUCell(3, 4)
+
+            def forward(self, x):
+                state = None
+                for t in range(x.shape[1]):
+                    state = self.cell(x[:, t], state)
+                return state
+
+        assert_agrees(Unrolled().double(), normal(N, 3, 3))
+
+    def test_dropout_keeps_its_mask(self):
+        from largebatch.moments import grad_sample_sq, track
+
+        model = track(nn.LSTM(3, 4, 2, batch_first=True, dropout=0.5).double())
+        x = normal(N, 5, 3)
+        torch.manual_seed(3)
+        output = model(x)[0]
+        (output.square().sum() / N).backward()
+        statistic = grad_sample_sq(model, N)
+        from largebatch.moments import untrack
+
+        untrack(model)
+        torch.manual_seed(3)
+        output = model(x)[0]
+        expected = {name: 0 for name, _ in model.named_parameters()}
+        for b in range(N):
+            grads = torch.autograd.grad(output[b].square().sum(), list(model.parameters()), retain_graph=True)
+            for name, grad in zip(expected, grads, strict=True):
+                expected[name] = expected[name] + grad.square() / N
+        for name, squares in expected.items():
+            torch.testing.assert_close(statistic[name], squares, rtol=1e-10, atol=1e-14)
+
+    def test_named_module(self):
+        model = nn.Sequential(nn.Linear(3, 5), nn.Sequential(nn.Tanh(), nn.Linear(5, 5)), nn.Linear(5, 2)).double()
+        assert_agrees(model, normal(N, 3), fallback=["1"])
+
+    def test_operation_without_a_rule(self):
+        assert_agrees(Apply(lambda x, w: torch.cdist(x, w), w=normal(5, 3)), normal(N, 2, 3))

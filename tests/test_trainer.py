@@ -1,0 +1,266 @@
+"""The trainer: N ranks equal one, accumulation equals one pass, and a step equals one written by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from largebatch.config_file import check_config
+from largebatch.distributed import Ranks
+from largebatch.run import build_model, build_plan, train
+from largebatch.tracking import read_metrics
+
+
+def digits(**flags):
+    """Return a short run on the digits, with flags as {"section.key": value}."""
+    values = {
+        "data": {"name": "digits"},
+        "model": {"name": "mlp", "hidden": [32]},
+        "batch": {"reference_size": 32, "size": 200},
+        "optimizer": {"name": "sgd", "lr": 0.02, "momentum": 0.9},
+        "schedule": {"name": "cosine", "epochs": 1.5},
+        "warmup": {"name": "gradual", "epochs": 0.5},
+        "evaluate": {"every_epochs": 0.5, "batch_size": 50},
+        "log": {"every_updates": 1},
+        "precision": "fp64",
+    }
+    for key, value in flags.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            values[section] = values.get(section, {}) if name != "name" else {}
+            values[section][name] = value
+        else:
+            values[name] = value
+    return check_config(values)
+
+
+def rows_of(run, folder, ranks=None):
+    result = train(run, folder, ranks=ranks or Ranks())
+    updates, evaluations = read_metrics(folder / "metrics.jsonl") if result.folder else ([], [])
+    return updates, evaluations
+
+
+def _train_on_rank(rank, world_size, run, folder):
+    return rows_of(run, folder, Ranks(rank, rank, world_size))
+
+
+def assert_same_curve(ours, expected, tolerance):
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert [row["samples"] for row in mine] == [row["samples"] for row in theirs]
+        for name in ("loss", "val_loss", "val_accuracy", "lr", "grad_norm"):
+            if name in theirs[0]:
+                a, b = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for rows in (mine, theirs))
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+MODELS = {
+    "mlp": {},
+    "cnn": {"model.name": "cnn", "model.channels": [8, 8], "batch.size": 192, "schedule.epochs": 1.0},
+    # Statistics over 16 samples: groups stay together on any number of ranks and in any micro-batch.
+    "cnn with batch norm": {
+        "model.name": "cnn",
+        "model.channels": [8, 8],
+        "model.norm": "batch",
+        "model.norm_group_size": 16,
+        "batch.size": 192,
+        "schedule.epochs": 1.0,
+    },
+    "growing batch": {"schedule.name": "step", "schedule.milestones_epochs": [0.6, 1.2], "schedule.factor": 0.4,
+                      "schedule.epochs": 2, "schedule.realize": "batch", "batch.size": 60},
+    "epoch cut, clipped": {"batch.at_epoch_end": "cut", "optimizer.max_grad_norm": 0.5, "schedule.epochs": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_ranks_and_micro_batches_do_not_change_the_run(model, rank_pool, tmp_path):
+    """The same curve to rounding in float64 for 1 to 4 ranks and micro-batches of 16, 48 and a whole share."""
+    expected = rows_of(digits(**MODELS[model]), tmp_path / "one")
+    assert len(expected[0]) > 3 and len(expected[1]) >= 2
+    for world_size, micro in ((1, 16), (1, 48), (2, None), (3, 16), (4, 48)):
+        flags = MODELS[model] | ({"batch.micro_size": micro} if micro else {})
+        folder = tmp_path / f"{world_size}-{micro}"
+        if world_size == 1:
+            ours = rows_of(digits(**flags), folder)
+        else:
+            ours = rank_pool(world_size, _train_on_rank, digits(**flags), folder)[0]
+        # Only the order of sums differs; float64 rounding grows over some ten updates.
+        assert_same_curve(ours, expected, 1e-10)
+
+
+def test_a_rank_without_samples_takes_part(rank_pool, tmp_path):
+    """The run's last batch has fewer samples than there are ranks."""
+    flags = {"batch.size": 196, "schedule.epochs": 1.0, "evaluate.every_epochs": 1.0}  # 1438 = 7 * 205 + 3
+    run = digits(**flags | {"batch.size": 205})
+    expected = rows_of(run, tmp_path / "one")
+    assert expected[0][-1]["batch_size"] == 3
+    assert_same_curve(rank_pool(4, _train_on_rank, run, tmp_path / "four")[0], expected, 1e-10)
+
+
+def test_every_rank_ends_with_the_same_weights(rank_pool, tmp_path):
+    first, second = rank_pool(2, _final_weights, digits(precision="fp32"), tmp_path / "run")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _final_weights(rank, world_size, run, folder):
+    from largebatch.distributed import create_backend
+    from largebatch.tracking import Observers
+    from largebatch.trainer import Trainer
+
+    source = run.data.load(run.seed)
+    model = build_model(run, source.task)
+    plan, _ = build_plan(run, len(source.train), world_size)
+    backend = create_backend(run.backend, run.precision, Ranks(rank, rank, world_size))
+    Trainer(run, source, model, plan, backend, Observers(), None).train()
+    backend.close()
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_the_run_is_the_loop_written_by_hand(tmp_path):
+    """Whole trajectory against a plain torch loop: order of samples, mean loss, learning rate, weight decay groups."""
+    import numpy as np
+
+    run = digits(**{"optimizer.weight_decay": 0.01, "optimizer.nesterov": True})
+    updates, evaluations = rows_of(run, tmp_path / "run")
+
+    source = run.data.load(0)
+    model = build_model(run, source.task).double()
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    optimizer = torch.optim.SGD(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors}], 0.1, momentum=0.9, nesterov=True
+    )
+    inputs, targets = source.train.inputs.double(), source.train.targets
+    num, size, total = len(inputs), 200, 1.5 * len(inputs)
+    order = np.concatenate([np.random.default_rng([0, epoch]).permutation(num) for epoch in range(2)])
+    seen = 0
+    for row in updates:
+        chosen = order[seen : seen + row["batch_size"]]
+        lr = 0.02 * len(chosen) / 32 * 0.5 * (1 + math.cos(math.pi * seen / total))
+        if seen < num / 2:
+            lr *= 32 / size + (1 - 32 / size) * seen / (num / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-10)
+        assert row["lr"] == pytest.approx(lr, rel=1e-12)
+        seen += len(chosen)
+    assert seen == total
+    with torch.no_grad():
+        outputs = model(source.val.inputs.double())
+    assert evaluations[-1]["val_loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(outputs, source.val.targets).item(), rel=1e-10
+    )
+    assert evaluations[-1]["val_accuracy"] == pytest.approx(
+        (outputs.argmax(1) == source.val.targets).double().mean().item()
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lower_precision_follows_float64(precision, tmp_path):
+    exact, _ = rows_of(digits(), tmp_path / "exact")
+    rough, _ = rows_of(digits(precision=precision), tmp_path / "rough")
+    # bf16 keeps 8 bits of each product's factors; the loss averages hundreds of them.
+    tolerance = {"fp32": 1e-4, "bf16": 2e-2}[precision]
+    for a, b in zip(rough, exact, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+
+
+def test_fp16_scales_the_loss_and_skips_overflows(tmp_path):
+    updates, evaluations = rows_of(digits(precision="fp16"), tmp_path / "run")
+    exact, _ = rows_of(digits(), tmp_path / "exact")
+    assert not math.isfinite(updates[0]["grad_norm"]) or updates[0]["grad_norm"] > 0
+    assert evaluations[-1]["val_loss"] == pytest.approx(exact[-1]["loss"], rel=0.5)
+
+
+def test_workers_change_nothing(tmp_path):
+    expected = rows_of(digits(), tmp_path / "one")
+    ours = rows_of(digits(**{"loader.num_workers": 2, "batch.micro_size": 64}), tmp_path / "two")
+    assert_same_curve(ours, expected, 1e-10)
+
+
+def test_a_non_finite_gradient_stops_and_keeps_the_last_good_state(tmp_path):
+    run = digits(**{"optimizer.lr": 1e150, "warmup.name": "none", "scaling.rule": "none"})
+    result = train(run, tmp_path / "run", ranks=Ranks())
+    summary = result.summary
+    assert summary.status == "diverged"
+    assert f"update {summary.updates + 1}" in summary.message and "rank 0" in summary.message
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last_good.pt", weights_only=True)
+    assert state["extra"]["step"] == summary.updates
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
+    assert not (tmp_path / "run" / "checkpoints" / "final.pt").exists()
+
+
+def poisoned(task):
+    """A model whose loss is NaN on rank 1 at the third update."""
+    return _Poisoned(task.num_outputs)
+
+
+class _Poisoned(torch.nn.Module):
+    def __init__(self, num_outputs):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, num_outputs)
+        self.calls = 0
+
+    def forward(self, inputs):
+        import torch.distributed as dist
+
+        self.calls += self.training
+        outputs = self.linear(inputs.flatten(1))
+        return outputs * math.nan if self.calls == 3 and dist.is_initialized() and dist.get_rank() == 1 else outputs
+
+
+def _train_poisoned(rank, world_size, folder):
+    run = digits(**{"model.name": "test_trainer:poisoned"})
+    return train(run, folder, ranks=Ranks(rank, rank, world_size)).summary
+
+
+def test_every_rank_stops_at_one_ranks_nan(rank_pool, tmp_path):
+    for summary in rank_pool(2, _train_poisoned, tmp_path / "run"):
+        assert summary.status == "diverged" and summary.updates == 2
+        assert "update 3" in summary.message and "not finite on rank 1" in summary.message
+
+
+def test_a_checkpoint_restores_model_and_optimizer(tmp_path):
+    from largebatch.distributed import create_backend
+    from largebatch.tracking import Observers
+    from largebatch.trainer import Trainer
+
+    run = digits(**{"optimizer.name": "adamw", "optimizer.lr": 1e-3})
+
+    def trainer():
+        source = run.data.load(run.seed)
+        plan, _ = build_plan(run, len(source.train))
+        backend = create_backend(run.backend, run.precision, Ranks())
+        return Trainer(run, source, build_model(run, source.task), plan, backend, Observers(), None)
+
+    trained, fresh = trainer(), trainer()
+    trained.train()
+    path = tmp_path / "checkpoints" / "state.pt"
+    trained.backend.save(path, trained.bare_model, trained.optimizer, trained.position())
+    extra = fresh.backend.load(path, fresh.bare_model, fresh.optimizer)
+    assert extra == {"step": trained.step, "samples_seen": trained.samples_seen, "seed": 0}
+    for a, b in zip(trained.model.parameters(), fresh.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(trained.optimizer.state[a]["exp_avg_sq"], fresh.optimizer.state[b]["exp_avg_sq"])
+
+
+def test_an_interrupted_run_leaves_its_summary(tmp_path, monkeypatch):
+    from largebatch.trainer import Trainer
+
+    evaluate = Trainer.evaluate
+
+    def interrupted(self):
+        if self.step > 5:
+            raise KeyboardInterrupt
+        return evaluate(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    result = train(digits(), tmp_path / "run", ranks=Ranks())
+    assert result.summary.status == "interrupted"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["updates"] == result.summary.updates > 5
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 10_000
