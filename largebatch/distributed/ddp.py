@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
+
+
+# The flag's name since torch 2.13; the old one warns there.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 class DataParallel:
@@ -58,7 +67,7 @@ class DataParallel:
         self.wrapper = DistributedDataParallel(
             called,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **{_SYNC_BUFFERS: False},
             gradient_as_bucket_view=True,
         )
         return self.wrapper

@@ -26,7 +26,7 @@ _REARRANGING = {
     Tensor.reshape,
     Tensor.reshape_as,
     Tensor.flatten,
-    Tensor.unflatten,
+    torch.unflatten,
     Tensor.unsqueeze,
     Tensor.squeeze,
     Tensor.select,

@@ -33,6 +33,8 @@ class Interception(TorchFunctionMode):
         """Run `func`, with a tap where it uses a tracked parameter."""
         kwargs = kwargs or {}
         scope = self.scope
+        if func is Tensor.unflatten or getattr(func, "__name__", "") == "unflatten":
+            func = torch.unflatten  # the method is written around super(), which the compiler cannot trace in here
         operands, is_batched = _inspect(scope, args, kwargs)
         if not operands or not torch.is_grad_enabled():
             output = func(*args, **kwargs)

@@ -144,6 +144,8 @@ def _linear(scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None, ro
             f"track: parameter '{scope.operand(input).bases[0].name}' is the input of a linear map whose weight is "  # type: ignore[union-attr]
             "data; use per='micro_batch'"
         )
+    if input.ndim < 2:
+        raise UserError("track: a linear map of a vector has no dimension for the samples; use per='micro_batch'")
     found = {role: scope.operand(weight), "bias": scope.operand(bias)}
     operands = {name: operand for name, operand in found.items() if operand is not None}
     output = F.linear(input, plain(weight if role == "weight" else weight.t(), found[role]), plain(bias, found["bias"]))

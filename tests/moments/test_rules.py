@@ -14,7 +14,7 @@ N = 4
 
 
 def normal(*shape: int, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype)
+    return torch.randn(shape, dtype=dtype)
 
 
 @pytest.fixture(autouse=True)

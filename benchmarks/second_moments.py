@@ -1,0 +1,250 @@
+"""What per-sample squares cost: forward and backward against the plain model, medians of interleaved runs.
+
+    python benchmarks/second_moments.py --threads 2 --rounds 15 --models mlp conv resnet18 gpt
+
+BackPACK (SumGradSquared), Opacus (grad_sample, squared) and torch.func (vmap of grad, squared) run beside it where they
+are installed and support the model. Peak memory is that of one forward and backward in a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from largebatch.moments import track
+
+Step = Callable[[], None]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time_, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, time_, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, time_, width)
+        x = x + self.out(y)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocabulary: int = 65, width: int = 256, depth: int = 4, time_: int = 128):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(time_, width)
+        self.blocks = nn.Sequential(*[Block(width, 4) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        x = self.tokens(indices) + self.positions(torch.arange(indices.shape[1], device=indices.device))
+        return self.head(self.norm(self.blocks(x))).transpose(1, 2)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels_out)
+        self.short = nn.Identity()
+        if stride > 1 or channels_in != channels_out:
+            self.short = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(y + self.short(x))
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 for 32 x 32 images: no pooling at the stem."""
+    widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
+    blocks = [Residual(a, b, 2 if a != b else 1) for a, b in zip(widths, widths[1:], strict=False)]
+    stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def conv_stack() -> nn.Module:
+    widths = [3, 64, 64, 128, 128, 256, 256]
+    layers: list[nn.Module] = []
+    for index, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
+        if index % 2:
+            layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256 * 16, 10))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+# name -> (model, inputs, targets)
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], Callable[[], Tensor]]] = {
+    "mlp": (mlp, lambda: torch.randn(256, 784), lambda: torch.randint(0, 10, (256,))),
+    "conv": (conv_stack, lambda: torch.randn(32, 3, 32, 32), lambda: torch.randint(0, 10, (32,))),
+    "resnet18": (resnet18, lambda: torch.randn(32, 3, 32, 32), lambda: torch.randint(0, 10, (32,))),
+    "gpt": (GPT, lambda: torch.randint(0, 65, (16, 128)), lambda: torch.randint(0, 65, (16, 128))),
+}
+TITLES = {
+    "mlp": "MLP 784-1024-1024-10, 256",
+    "conv": "6 conv layers 64-256 channels, 32 x 3x32x32",
+    "resnet18": "ResNet-18, 32 x 3x32x32",
+    "gpt": "GPT, 4 blocks d=256, 16 x 128 tokens",
+}
+
+
+def plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        F.cross_entropy(model(inputs), targets).backward()
+
+    return step
+
+
+def ours(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    return plain(track(model), inputs, targets)
+
+
+def ours_micro_batch(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    return plain(track(model, per="micro_batch"), inputs, targets)
+
+
+def backpack(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    from backpack import backpack as extensions
+    from backpack import extend
+    from backpack.extensions import SumGradSquared
+
+    extend(model)
+    loss = extend(nn.CrossEntropyLoss())
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        with extensions(SumGradSquared()):
+            loss(model(inputs), targets).backward()
+
+    return step
+
+
+def opacus(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    from opacus import GradSampleModule
+
+    wrapped = GradSampleModule(model)
+
+    def step() -> None:
+        for parameter in wrapped.parameters():
+            parameter.grad = parameter.grad_sample = None
+        F.cross_entropy(wrapped(inputs), targets).backward()
+        for parameter in wrapped.parameters():
+            parameter.grad_sample.square().sum(0)
+
+    return step
+
+
+def vmap(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, values, (x.unsqueeze(0),)), y.unsqueeze(0))
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
+
+    def step() -> None:
+        for grads in per_sample(parameters, inputs, targets).values():
+            grads.mean(0)
+            grads.square().sum(0)
+
+    return step
+
+
+METHODS = {"plain": plain, "ours": ours, "micro_batch": ours_micro_batch}
+METHODS |= {"BackPACK": backpack, "Opacus": opacus, "vmap": vmap}
+
+
+def prepare(name: str, method: str) -> Step:
+    torch.manual_seed(0)
+    build, inputs, targets = MODELS[name]
+    return METHODS[method](build(), inputs(), targets())
+
+
+def _peak(name: str, method: str, threads: int, queue: multiprocessing.Queue) -> None:
+    torch.set_num_threads(threads)
+    step = prepare(name, method)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        step()
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def peak_memory(name: str, method: str, threads: int) -> float:
+    """Return the growth of resident memory over two steps, in MiB, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(name, method, threads, queue))
+    process.start()
+    process.join()
+    return queue.get() if process.exitcode == 0 else float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved runs of every method")
+    parser.add_argument(
+        "--slow_rounds", type=int, default=3, help="runs of a method over 10 times the plain model's time"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    methods = ["plain", *[m for m in options.methods if m != "plain"]]
+    print(f"torch {torch.__version__}, {options.threads} threads, float32; forward + backward, plain model = 1")
+    print("| model (batch) | plain, ms | " + " | ".join(methods[1:]) + " |")
+    print("|" + "---|" * (len(methods) + 1))
+    for name in options.models:
+        steps: dict[str, Step] = {}
+        for method in methods:
+            try:
+                step = prepare(name, method)
+                step()
+                steps[method] = step
+            except Exception:
+                steps.pop(method, None)
+        times: dict[str, list[float]] = {method: [] for method in steps}
+        for index in range(options.rounds):
+            for method, step in steps.items():
+                is_slow = times[method] and times[method][0] > 10 * times["plain"][0]
+                if is_slow and index >= options.slow_rounds:
+                    continue
+                start = time.perf_counter()
+                step()
+                times[method].append(time.perf_counter() - start)
+        medians = {method: statistics.median(values) for method, values in times.items()}
+        cells = [f"{medians[m] / medians['plain']:.2f}" if m in medians else "not supported" for m in methods[1:]]
+        if options.memory:
+            peaks = {m: peak_memory(name, m, options.threads) for m in medians}
+            cells = [f"{c} ({peaks[m]:.0f} MiB)" if m in peaks else c for m, c in zip(methods[1:], cells, strict=True)]
+        memory = f" ({peaks['plain']:.0f} MiB)" if options.memory else ""
+        print(f"| {TITLES[name]} | {1e3 * medians['plain']:.1f}{memory} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

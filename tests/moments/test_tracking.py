@@ -1,0 +1,482 @@
+"""Whole models, and everything around a model: wrappers, copies, checkpoints, the compiler."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import EXACT, assert_agrees, backward, distance, loop
+from tiny import GPT, MODELS, ViT, cnn, images, mlp, resnet, text
+from torch import nn
+
+from largebatch.moments import (
+    check_statistics,
+    grad_sample_sq,
+    is_shadow,
+    shadows,
+    statistic_scale,
+    track,
+    untrack,
+)
+from largebatch.section import UserError
+
+N = 5
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no rule")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make(name):
+    build, data = MODELS[name]
+    return build().double(), data(N)
+
+
+def assert_same(a, b, tolerance=EXACT):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert distance(a[name], b[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    model, inputs = make(name)
+    assert_agrees(model, inputs)
+
+
+def batch_norm_loop(model, inputs, target):
+    """Per-sample summands of the batch's gradient: one vector-Jacobian product a row of the model's output."""
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for b in range(N):
+        output = model(inputs)
+        rows = torch.zeros_like(output)
+        rows[b] = 1
+        grads = torch.autograd.grad(output, list(model.parameters()), target * rows)
+        for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
+            expected[name] += grad.square() / N
+    return expected
+
+
+def test_batch_norm_in_training_at_the_head():
+    """Behind the last batch norm nothing mixes samples, so that the summands are those of the model's output rows."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 3)).double()
+    inputs, target = images(N), torch.randn(N, 3, dtype=torch.float64)
+    expected = batch_norm_loop(model, inputs, target)
+    track(model)
+    ((model(inputs) * target).sum() / N).backward()
+    check_statistics(model)
+    statistic = grad_sample_sq(model, N)
+    assert_same({k: v for k, v in statistic.items() if k[0] != "0"}, {k: v for k, v in expected.items() if k[0] != "0"})
+
+
+def test_resnet_in_training_keeps_its_gradients():
+    model, inputs = resnet().double(), images(N)
+    plain = copy.deepcopy(model)
+    track(model)
+    for m in (model, plain):
+        m(inputs).square().sum().backward()
+    check_statistics(model)
+    for name, parameter in plain.named_parameters():
+        # atol: a bias in front of batch norm has no gradient but rounding
+        torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=EXACT, atol=1e-13)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(dict(model.named_buffers())[name], buffer)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt, tied"])
+def test_accumulation(name):
+    model, inputs = make(name)
+    target = torch.randn_like(model(inputs))
+    track(model)
+    backward(model, inputs, target)
+    whole = grad_sample_sq(model, N)
+    for parameter in model.parameters():
+        parameter.grad = None
+    for rows in (slice(0, 2), slice(2, 5)):
+        output = model(inputs[rows])
+        ((output * target[rows] + output.square() / 2).sum() / N).backward()
+    assert_same(grad_sample_sq(model, N), whole)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(tied, use_reentrant):
+    model, inputs = GPT(tied).double(), text(N)
+    target = torch.randn_like(model(inputs))
+    track(model)
+    backward(model, inputs, target)
+    whole = grad_sample_sq(model, N)
+    model.use_reentrant = use_reentrant
+    backward(model, inputs, target)
+    assert_same(grad_sample_sq(model, N), whole)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "gpt", "gpt, tied", "vit"])
+def test_compile_without_a_graph_break(name):
+    torch._dynamo.reset()
+    model, inputs = make(name)
+    target = torch.randn_like(model(inputs))
+    track(model)
+    backward(model, inputs, target)
+    whole = grad_sample_sq(model, N)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    backward(model, inputs, target, compiled)
+    assert_same(grad_sample_sq(model, N), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt"])
+def test_compile_with_inductor(name):
+    torch._dynamo.reset()
+    model, inputs = make(name)
+    target = torch.randn_like(model(inputs))
+    track(model)
+    backward(model, inputs, target)
+    whole = grad_sample_sq(model, N)
+    backward(model, inputs, target, torch.compile(model, fullgraph=True))
+    assert_same(grad_sample_sq(model, N), whole)
+
+
+def test_compile_refuses_a_repeated_use_it_could_not_foresee():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.inner(self.inner(x).tanh())
+
+    torch._dynamo.reset()
+    model, inputs = track(Twice().double()), torch.randn(N, 3, dtype=torch.float64)
+    with pytest.raises(Exception, match="more than once"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(inputs)
+    target = torch.randn(N, 3, dtype=torch.float64)
+    backward(model, inputs, target)  # one pass outside the compiler tells
+    whole = grad_sample_sq(model, N)
+    assert_same(whole, loop(model, inputs, target))
+    torch._dynamo.reset()
+    backward(model, inputs, target, torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert_same(grad_sample_sq(model, N), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", "vit"])
+def test_autocast(name, dtype):
+    model, inputs = make(name)
+    model, inputs = model.float(), inputs.float() if inputs.is_floating_point() else inputs
+    with torch.no_grad():
+        target = torch.randn_like(model(inputs).double())
+    exact = loop(copy.deepcopy(model).double(), inputs.double() if inputs.is_floating_point() else inputs, target)
+    track(model)
+    with torch.autocast("cpu", dtype):
+        output = model(inputs)
+    ((output.double() * target + output.double().square() / 2).sum() / N).backward()
+    statistic = grad_sample_sq(model, N)
+    assert all(s.dtype == torch.float32 for s in statistic.values())
+    # Activations and products carry 8 (11) significant bits through some ten layers; a square doubles their error.
+    assert_same(statistic, exact, 0.2 if dtype == torch.bfloat16 else 0.03)
+
+
+def test_state_dict_and_parameters():
+    model, plain = track(resnet()), resnet()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
+    assert str(model.load_state_dict(plain.state_dict())) == "<All keys matched successfully>"
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight"):
+        model.load_state_dict({k: v for k, v in plain.state_dict().items() if k != "0.weight"})
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    named = dict(model.named_parameters())
+    assert {name for name, p in named.items() if not is_shadow(p)} == set(dict(plain.named_parameters()))
+    assert set(shadows(model)) == set(dict(plain.named_parameters()))
+    assert all(shadows(model)[name].shape == p.shape for name, p in plain.named_parameters())
+
+
+def test_tied_parameters_have_one_shadow():
+    model = track(GPT(tied=True))
+    assert "head.weight" not in shadows(model)
+    assert model.head.weight_grad_sq is model.tokens.weight_grad_sq
+
+
+def test_copies_are_independent_and_complete():
+    model, inputs = make("cnn")
+    target = torch.randn_like(model(inputs))
+    track(model)
+    twin = copy.deepcopy(model)
+    backward(twin, inputs, target)
+    assert all(p.grad is None for p in model.parameters())
+    backward(model, inputs, target)
+    assert_same(grad_sample_sq(twin, N), grad_sample_sq(model, N))
+
+
+def test_untrack_leaves_nothing_behind():
+    model = mlp()
+    before = {name: sorted(vars(m)) for name, m in model.named_modules()}
+    hooks = {name: len(m._state_dict_hooks) for name, m in model.named_modules()}
+    untrack(track(model))
+    assert {name: sorted(vars(m)) for name, m in model.named_modules()} == before
+    assert {name: len(m._state_dict_hooks) for name, m in model.named_modules()} == hooks
+    assert not shadows(model)
+
+
+def test_functional_call():
+    model, inputs = make("cnn")
+    target = torch.randn_like(model(inputs))
+    track(model)
+    backward(model, inputs, target)
+    whole = grad_sample_sq(model, N)
+    parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if not is_shadow(p)}
+    backward(model, inputs, target, lambda x: torch.func.functional_call(model, parameters, (x,)))
+    assert_same(grad_sample_sq(model, N), whole)
+
+
+def test_hooks_run_and_evaluation_is_free():
+    model, inputs = make("mlp")
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append("forward"))
+    model[2].register_full_backward_hook(lambda *_: calls.append("backward"))
+    model[2].weight.register_hook(lambda grad: calls.append("tensor"))
+    track(model)
+    with torch.no_grad():
+        output = model(inputs)
+    assert output.grad_fn is None and calls == ["forward"]
+    model.eval()
+    model(inputs).sum().backward()
+    assert sorted(calls) == ["backward", "forward", "forward", "tensor"]
+
+
+def test_train_and_eval_between_forward_and_backward():
+    model, inputs = make("cnn")
+    target = torch.randn_like(model(inputs))
+    track(model)
+    output = model(inputs)
+    model.eval()
+    with torch.no_grad():
+        model(inputs[:2])
+    ((output * target + output.square() / 2).sum() / N).backward()
+    assert_same(grad_sample_sq(model, N), loop(model, inputs, target))
+
+
+def test_several_forwards_before_one_backward():
+    model, inputs = make("mlp")
+    target = torch.randn_like(model(inputs))
+    track(model)
+    outputs = [model(inputs[:2]), model(inputs[2:])]
+    (sum((o * t + o.square() / 2).sum() for o, t in zip(outputs, target.split([2, 3]), strict=True)) / N).backward()
+    assert_same(grad_sample_sq(model, N), loop(model, inputs, target))
+
+
+def test_inputs_by_keyword_and_in_containers():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 2)
+
+        def forward(self, batch, scale=1.0):
+            return self.inner(batch["x"] * scale)
+
+    model, inputs = track(Model().double()), torch.randn(N, 4, 3, dtype=torch.float64)
+    target = torch.randn(N, 4, 2, dtype=torch.float64)
+    backward(model, inputs, target, lambda x: model(batch={"x": x}))
+    statistic = grad_sample_sq(model, N)
+    assert_same(statistic, {f"inner.{k}": v for k, v in loop(model.inner, inputs, target).items()})
+
+
+class TestMicroBatch:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_square_of_each_backward_pass(self, name):
+        model, inputs = make(name)
+        plain = copy.deepcopy(model)
+        track(model, per="micro_batch")
+        expected = {}
+        for rows in (slice(0, 2), slice(2, 5)):
+            plain.zero_grad()
+            for m in (model, plain):
+                (m(inputs[rows]).square().sum() / 2).backward()
+            for key, p in plain.named_parameters():
+                expected[key] = expected.get(key, 0) + p.grad.square() * 2
+        check_statistics(model)
+        assert_same(grad_sample_sq(model, 2), expected)
+
+    def test_custom_function_and_reparametrisation(self):
+        class Double(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, w):
+                return 2 * w
+
+            @staticmethod
+            def backward(ctx, grad):
+                return 2 * grad
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+
+            def forward(self, x):
+                return x @ Double.apply(self.inner.weight) + self.inner.bias
+
+        model = track(Model().double(), per="micro_batch")
+        model(torch.randn(N, 3, dtype=torch.float64)).square().sum().backward()
+        check_statistics(model)
+        for name, statistic in grad_sample_sq(model, 1).items():
+            grad = dict(model.named_parameters())[name].grad
+            torch.testing.assert_close(statistic, grad.square())
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_activation_checkpointing(self, use_reentrant):
+        model, inputs = GPT(tied=True, use_reentrant=use_reentrant).double(), text(N)
+        track(model, per="micro_batch")
+        backward(model, inputs, torch.randn_like(model(inputs)))
+        for name, statistic in grad_sample_sq(model, 1).items():
+            torch.testing.assert_close(statistic, dict(model.named_parameters())[name].grad.square())
+
+    @pytest.mark.parametrize("name", ["mlp", "cnn", "gpt, tied"])
+    def test_compile(self, name):
+        torch._dynamo.reset()
+        model, inputs = make(name)
+        track(model, per="micro_batch")
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        backward(model, inputs, torch.randn_like(model(inputs)), compiled)
+        for key, statistic in grad_sample_sq(model, 1).items():
+            torch.testing.assert_close(statistic, dict(model.named_parameters())[key].grad.square())
+
+
+class TakeThree(nn.Module):
+    def forward(self, x):
+        return x[:3]
+
+
+class TestErrors:
+    def test_missing_statistic(self):
+        class Hidden(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, w):
+                ctx.save_for_backward(x, w)
+                return x @ w
+
+            @staticmethod
+            def backward(ctx, grad):
+                x, w = ctx.saved_tensors
+                return grad @ w.t(), x.t() @ grad
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(3, 3))
+
+            def forward(self, x):
+                return Hidden.apply(x, self.weight)
+
+        model = track(nn.Sequential(nn.Linear(3, 3), Model()))
+        model(torch.randn(N, 3)).square().sum().backward()
+        with pytest.raises(UserError, match=r"'1\.weight'.*fallback=.*micro_batch"):
+            check_statistics(model)
+        model = nn.Sequential(nn.Linear(3, 3), Model()).double()
+        assert_agrees(model, torch.randn(N, 3, dtype=torch.float64), fallback=["1"])
+
+    def test_a_parameter_unfrozen_after_track(self):
+        model = mlp().double()
+        model[0].weight.requires_grad_(False)
+        track(model)
+        model[0].weight.requires_grad_(True)
+        model(torch.randn(N, 6, dtype=torch.float64)).sum().backward()
+        with pytest.raises(UserError, match=r"'0\.weight'"):
+            check_statistics(model)
+        track(model)
+        model(torch.randn(N, 6, dtype=torch.float64)).sum().backward()
+        check_statistics(model)
+
+    def test_arguments(self):
+        with pytest.raises(UserError, match="per must be"):
+            track(mlp(), per="batch")  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="no module 'encoder'"):
+            track(mlp(), batch_dim={"encoder": 1})
+
+    def test_samples_that_cannot_be_told_apart(self):
+        model = track(nn.Sequential(nn.Linear(3, 2), nn.Flatten(0), nn.Linear(N * 2, 1)))
+        with pytest.raises(UserError, match="no dimension for the samples"):
+            model(torch.randn(N, 3))
+        model = track(nn.Sequential(nn.Linear(3, 2), nn.Unflatten(1, (2, 1)), nn.Flatten(0, 1), nn.Linear(1, 1)))
+        model(torch.randn(N, 3))  # two rows a sample
+        model = track(nn.Sequential(nn.Linear(3, 2), nn.AvgPool1d(1), nn.Linear(2, 1), TakeThree(), nn.Linear(1, 1)))
+        with pytest.raises(UserError, match="3 rows along dimension 0"):
+            model(torch.randn(N, 3))
+
+
+def test_scale():
+    assert statistic_scale(12) == 12 and statistic_scale(12, world_size=4) == 3
+
+
+def two_rank_statistic(rank, world_size):
+    """Return the statistic of DDP ranks with uneven shares, accumulating under no_sync."""
+    torch.manual_seed(0)
+    model, inputs = GPT(tied=True).double(), text(8)
+    target = torch.randn_like(model(inputs))
+    ddp = nn.parallel.DistributedDataParallel(track(model))
+    rows = [slice(0, 3), slice(3, 5)] if rank == 0 else [slice(5, 6), slice(6, 8)]
+    for index, part in enumerate(rows):
+        ddp.require_backward_grad_sync = index == 1
+        output = ddp(inputs[part])
+        # DDP averages: each rank's loss is its sum over 8 samples' share, times the number of ranks.
+        ((output * target[part] + output.square() / 2).sum() * world_size / 8).backward()
+    check_statistics(model)
+    statistic = grad_sample_sq(model, 8, world_size)
+    del ddp
+    return statistic, loop(model, inputs, target)
+
+
+def test_two_ranks(rank_pool):
+    for statistic, expected in rank_pool(2, two_rank_statistic):
+        assert_same(statistic, expected)
+
+
+class TestOtherLibraries:
+    def test_backpack(self):
+        backpack = pytest.importorskip("backpack")
+        from backpack.extensions import SumGradSquared
+
+        inputs, labels = images(N).float(), torch.randint(0, 3, (N,))
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 3), nn.Flatten(), nn.Linear(50, 3)
+        )
+        other = backpack.extend(copy.deepcopy(model))
+        loss = backpack.extend(nn.CrossEntropyLoss())(other(inputs), labels)
+        with backpack.backpack(SumGradSquared()):
+            loss.backward()
+        track(model)
+        F.cross_entropy(model(inputs), labels).backward()
+        # Both in float32, with sums in another order; BackPACK's scale is the mean loss's, too.
+        assert_same(
+            {name: shadow.grad for name, shadow in shadows(model).items()},
+            {name: p.sum_grad_squared for name, p in other.named_parameters()},
+            1e-4,
+        )
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("build", [cnn, mlp])
+    def test_opacus(self, build):
+        opacus = pytest.importorskip("opacus")
+        model = build()
+        inputs = images(N).float() if build is cnn else torch.randn(N, 6)
+        labels = torch.randint(0, 3, (N,))
+        for module in model:
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+        other = opacus.GradSampleModule(copy.deepcopy(model))
+        F.cross_entropy(other(inputs), labels).backward()
+        track(model)
+        F.cross_entropy(model(inputs), labels).backward()
+        # Opacus undoes the mean, so that grad_sample is g_b itself.
+        expected = {n.removeprefix("_module."): p.grad_sample.square().mean(0) for n, p in other.named_parameters()}
+        assert_same(grad_sample_sq(model, N), expected, 1e-4)
+
+
+def test_vit_parameters_without_a_module():
+    assert {"token", "positions", "scale"} <= set(shadows(track(ViT())))
