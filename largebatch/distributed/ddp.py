@@ -16,7 +16,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 
-
 # The flag's name since torch 2.13; the old one warns there.
 _SYNC_BUFFERS = (
     "forward_sync_buffers"
