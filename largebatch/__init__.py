@@ -1,6 +1,26 @@
 """Distributed large-batch training: state hyper-parameters at a small batch, train at any batch size."""
 
+from typing import TYPE_CHECKING, Any
+
 from largebatch import scaling
 from largebatch.scaling import Reference
 
-__all__ = ["Reference", "scaling"]
+if TYPE_CHECKING:
+    from largebatch import optim
+    from largebatch.moments import grad_sample_sq, track
+    from largebatch.optim import param_groups
+
+__all__ = ["Reference", "grad_sample_sq", "optim", "param_groups", "scaling", "track"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import: only for whom it is for.
+    from importlib import import_module
+
+    if name == "optim":
+        return import_module("largebatch.optim")
+    if name in ("track", "grad_sample_sq"):
+        return getattr(import_module("largebatch.moments"), name)
+    if name == "param_groups":
+        return import_module("largebatch.optim").param_groups
+    raise AttributeError(f"module 'largebatch' has no attribute {name!r}")

@@ -64,9 +64,17 @@ class OptimizerBase(Section):
         names = ("momentum", "betas", "alpha", "eps")
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
         """Return the optimizer over parameter groups, which carry their weight decay."""
         raise NotImplementedError
+
+
+class AdaptiveBase(OptimizerBase):
+    """What every optimizer with a second moment has."""
+
+    second_moment: Literal["batch", "sample", "micro_batch"] | None = None
+    """Squares of what: the batch's mean gradient (as published), or that of the reference batch, estimated from samples
+    or micro-batches. None: sample where the batch is not the reference and the rule is linear, else batch."""
 
 
 class SGDConfig(OptimizerBase):
@@ -81,12 +89,12 @@ class SGDConfig(OptimizerBase):
     form: Literal["sum", "velocity", "average"] = "sum"
     """Where the learning rate enters: sum (torch.optim), velocity (inside v), average (running average of gradients)."""
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
         """Return the optimizer."""
         return optim.SGD(groups, self.lr, self.momentum, nesterov=self.nesterov, form=self.form)
 
 
-class AdagradConfig(OptimizerBase):
+class AdagradConfig(AdaptiveBase):
     """Adagrad."""
 
     name: Literal["adagrad"] = "adagrad"
@@ -94,12 +102,12 @@ class AdagradConfig(OptimizerBase):
     eps: NonNegative = 1e-10
     """Added to the root of the second moment."""
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
         """Return the optimizer."""
-        return optim.Adagrad(groups, self.lr, self.eps)
+        return optim.Adagrad(groups, self.lr, self.eps, reference_batch_size=reference_size)
 
 
-class RMSPropConfig(OptimizerBase):
+class RMSPropConfig(AdaptiveBase):
     """RMSProp."""
 
     name: Literal["rmsprop"] = "rmsprop"
@@ -117,7 +125,7 @@ class RMSPropConfig(OptimizerBase):
     bias_correction: Literal["none", "running_mean"] = "none"
     """none as published, or running_mean: weights 1/min(t, N)."""
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
         """Return the optimizer."""
         return optim.RMSProp(
             groups,
@@ -128,10 +136,11 @@ class RMSPropConfig(OptimizerBase):
             centered=self.centered,
             exponent=self.exponent,
             bias_correction=self.bias_correction,
+            reference_batch_size=reference_size,
         )
 
 
-class AdamConfig(OptimizerBase):
+class AdamConfig(AdaptiveBase):
     """Adam, with L2 weight decay (adam) or a decoupled one (adamw)."""
 
     name: Literal["adam", "adamw"] = "adamw"
@@ -143,10 +152,17 @@ class AdamConfig(OptimizerBase):
     bias_correction: Literal["published", "running_mean"] = "published"
     """published: divide by 1 - beta^t; running_mean: weights 1/min(t, N)."""
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
         """Return the optimizer."""
         cls = optim.AdamW if self.name == "adamw" else optim.Adam
-        return cls(groups, self.lr, self.betas, self.eps, bias_correction=self.bias_correction)
+        return cls(
+            groups,
+            self.lr,
+            self.betas,
+            self.eps,
+            bias_correction=self.bias_correction,
+            reference_batch_size=reference_size,
+        )
 
 
 class ScalingConfig(Section):
@@ -420,6 +436,27 @@ class Run(Section):
             beta1_rule=self.scaling.beta1,
             beta2_rule=self.scaling.beta2,
         )
+
+    def tracked(self) -> Literal["sample", "micro_batch"] | None:
+        """Return what squares are tracked for the second moment; None for plain second moments.
+
+        Raises:
+            UserError: if the scaling rule does not go with what was asked for.
+        """
+        if not isinstance(self.optimizer, AdaptiveBase):
+            return None
+        wanted = self.optimizer.second_moment
+        if wanted is None:
+            elsewhere = self.batch.size != self.batch.reference_size or self.schedule.realize != "lr"
+            return "sample" if elsewhere and self.scaling.rule == "linear" else None
+        if wanted == "batch":
+            return None
+        if self.scaling.rule == "sqrt":
+            raise UserError(
+                f"scaling.rule: sqrt is for plain second moments (optimizer.second_moment batch); with '{wanted}' they are "
+                "those of the reference batch, which go with linear"
+            )
+        return wanted
 
     def to_yaml(self) -> str:
         """Return the resolved config, every default written out."""

@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def reference_table(plan: Plan) -> Table:
+def reference_table(plan: Plan, tracked: str | None = None) -> Table:
     """Return the table: hyper-parameters at the reference batch size, and what they become at this run's."""
     reference = plan.reference
     size = plan.full_batch_size(0)
@@ -52,6 +52,13 @@ def reference_table(plan: Plan) -> Table:
     for heading, justify in (("", "left"), ("reference", "right"), ("this run", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     table.add_row("batch size", number(reference.batch_size), number(size))
+    if tracked is not None:
+        unit = {"sample": "samples", "micro_batch": "micro-batches"}[tracked]
+        table.add_row(
+            "second moment of",
+            f"B = {number(reference.batch_size)}",
+            f"B = {number(reference.batch_size)}, from {unit}",
+        )
     for name, value in tuned.items():
         table.add_row(NAMES[name], number(value), number(derived[name]))
     temperatures = [

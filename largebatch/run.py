@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from largebatch.config import Run
+from largebatch.config import AdaptiveBase, Run
 from largebatch.data import Source
+from largebatch.data.sampler import effective_micro_batches
 from largebatch.distributed import Ranks, create_backend, launched_ranks
 from largebatch.models import norm_group_size
 from largebatch.plan import Plan
@@ -58,6 +59,13 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
             raise UserError(
                 f"schedule.realize: the batch would grow past the {num_train} training samples; "
                 "set batch.max_size with batch_then_lr, or raise the schedule's final factor"
+            )
+    if run.tracked() == "micro_batch":
+        units = effective_micro_batches(size, world_size, run.batch.micro_size, group_size)
+        if units < 2:
+            raise UserError(
+                "optimizer.second_moment: micro_batch needs 2 micro-batches of an update or more over all ranks; "
+                f"set batch.micro_size to at most {max(group_size, size // world_size // 2)}"
             )
     gain = reference.at(size)["lr"] / reference.lr
     start = run.warmup.start if run.warmup.start is not None else min(1.0, 1.0 / gain)
@@ -132,10 +140,10 @@ def _warnings(run: Run, num_train: int, world_size: int) -> list[str]:
             f"batch size {largest:,} is more than a tenth of the {num_train:,} training samples: "
             "updates are few and the linear rule tends to break there (Smith et al. 2018)"
         )
-    if kappa > 1 and run.scaling.rule == "linear" and run.optimizer.name in ("adam", "adamw", "rmsprop", "adagrad"):
+    if kappa > 1 and run.scaling.rule == "linear" and isinstance(run.optimizer, AdaptiveBase) and not run.tracked():
         found.append(
             f"the second moment of {run.optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
-            "keep the update's size; scaling.rule sqrt is the usual choice"
+            "keep the update's size; optimizer.second_moment sample does, and scaling.rule sqrt is the usual approximation"
         )
     if run.scaling.rule == "none" and kappa != 1:
         found.append(
@@ -253,7 +261,7 @@ def _say_start(
         f"{len(source.train):,} training and {len(source.val):,} validation samples; {devices}",
         highlight=False,
     )
-    console.print(reference_table(plan), stage_table(plan, world_size, run.batch.micro_size, group_size))
+    console.print(reference_table(plan, run.tracked()), stage_table(plan, world_size, run.batch.micro_size, group_size))
 
 
 def _data_sizes(run: Run) -> tuple[int, Task, str]:
@@ -288,7 +296,7 @@ def describe_plan(run: Run, world_size: int, console: Console) -> None:
         f"[bold]{run.data.name}[/bold], {num_train:,} training samples{where}",
         highlight=False,
     )
-    console.print(reference_table(plan), stage_table(plan, world_size, run.batch.micro_size, group_size))
+    console.print(reference_table(plan, run.tracked()), stage_table(plan, world_size, run.batch.micro_size, group_size))
     verdict = "satisfies" if plan.schedule.robbins_monro else "does not satisfy"
     console.print(
         f"schedule '{run.schedule.name}' {verdict} the classical conditions for convergence: {plan.schedule.why}",

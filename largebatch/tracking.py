@@ -49,6 +49,7 @@ class WandB:
                 dir=folder,
                 mode=run.log.wandb_mode,
                 config=run.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True),
             )
         except wandb.errors.UsageError as error:
             raise UserError(

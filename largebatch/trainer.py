@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from largebatch.config import Run
 from largebatch.data import Source
 from largebatch.data.loader import MicroBatch, TrainLoader, evaluation_batches
-from largebatch.data.sampler import PlanSampler
+from largebatch.data.sampler import PlanSampler, effective_micro_batches
 from largebatch.distributed import Backend, NonFiniteError
 from largebatch.models import batch_norms, commit_batch_statistics, norm_group_size
+from largebatch.moments import check_statistics, track
 from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.plan import Plan
 from largebatch.scaling import temperature
@@ -105,12 +106,15 @@ class Trainer:
             folder,
         )
         self.dtype = torch.float64 if run.precision == "fp64" else torch.float32
+        self.tracked = run.tracked()
+        if self.tracked:
+            track(model, per=self.tracked)
         self.model = backend.prepare(model)
         self.bare_model = model
         groups = param_groups(model, run.optimizer.weight_decay, run.optimizer.decay_norm_and_bias)
-        self.optimizer = run.optimizer.build(groups)
+        self.optimizer = run.optimizer.build(groups, run.batch.reference_size)
         self.batch_norms = batch_norms(model)
-        sampler = PlanSampler(
+        self.sampler = PlanSampler(
             plan,
             len(source.train),
             run.seed,
@@ -119,7 +123,7 @@ class Trainer:
             run.batch.micro_size,
             norm_group_size(model),
         )
-        self.loader = TrainLoader(source.train, sampler, run.loader, backend.device, self.dtype)
+        self.loader = TrainLoader(source.train, self.sampler, run.loader, backend.device, self.dtype)
         self.samples_seen = 0
         self.step = 0
         self.summary = Summary(world_size=backend.world_size)
@@ -158,6 +162,8 @@ class Trainer:
             for micro_batch, is_last in self.loader.next(batch_size):
                 with backend.accumulate(sync=is_last):
                     backend.backward(self.loss_sum(micro_batch) / batch_size)
+            if self.tracked:
+                self._announce_squares(batch_size)
             grad_norm = backend.step(self.optimizer, self.run.optimizer.max_grad_norm)
             commit_batch_statistics(self.batch_norms, backend.sum)
             self.samples_seen += batch_size
@@ -170,6 +176,17 @@ class Trainer:
                 paused = time.perf_counter()
                 self._evaluate_and_log()
                 clock += time.perf_counter() - paused
+
+    def _announce_squares(self, batch_size: int) -> None:
+        """Tell the optimizer what the tracked squares are squares of; at the first update, see that none is missing."""
+        sampler, num_units = self.sampler, float(batch_size)
+        if self.tracked == "micro_batch":
+            num_units = effective_micro_batches(
+                batch_size, sampler.world_size, sampler.micro_batch_size, sampler.group_size
+            )
+        self.optimizer.set_batch(batch_size, num_units, sampler.world_size)  # type: ignore[attr-defined]
+        if self.step == 0:
+            check_statistics(self.bare_model)
 
     def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
         """Return the sum of the samples' losses, for the backward pass, and count it for the log."""

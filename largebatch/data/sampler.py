@@ -88,6 +88,18 @@ def micro_batches(share: slice, micro_batch_size: int) -> list[slice]:
     return [slice(start, min(start + micro_batch_size, share.stop)) for start in starts] or [slice(0, 0)]
 
 
+def effective_micro_batches(
+    batch_size: int, world_size: int, micro_batch_size: int | None, group_size: int = 1
+) -> float:
+    """Return 1 / sum(w^2) over the micro-batches of an update on all ranks, w their shares of the samples.
+
+    It is their number where all are of one size, and what takes its place in the estimate of a variance where not.
+    """
+    shares = (rank_share(batch_size, rank, world_size, group_size) for rank in range(world_size))
+    pieces = (piece for share in shares for piece in micro_batches(share, micro_batch_size or batch_size))
+    return batch_size**2 / sum((piece.stop - piece.start) ** 2 for piece in pieces)
+
+
 class BatchSizes(Protocol):
     """What the sampler needs to know of a plan."""
 

@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
+from largebatch.optim import is_shadow_group
 
 # The flag's name since torch 2.13; the old one warns there.
-_SYNC_BUFFERS = (
+_SYNC_BUFFERS: Any = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     else "broadcast_buffers"
@@ -66,7 +67,7 @@ class DataParallel:
         self.wrapper = DistributedDataParallel(
             called,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            **{_SYNC_BUFFERS: False},
+            **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
             gradient_as_bucket_view=True,
         )
         return self.wrapper
@@ -90,7 +91,12 @@ class DataParallel:
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> float:
         """Clip, update and zero the gradients; return the gradient's global norm before clipping."""
         self.scaler.unscale_(optimizer)
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        groups = optimizer.param_groups
+        params = [p for g in groups if not is_shadow_group(g) for p in g["params"] if p.grad is not None]
+        squares = [s.grad for g in groups if is_shadow_group(g) for s in g["params"] if s.grad is not None]
+        if squares and self.scaler.is_enabled():
+            # unscale_ has divided everything once; squares carry the square of the scale.
+            torch._foreach_div_(squares, self.scaler.get_scale())
         grad_norm = get_total_norm([p.grad for p in params if p.grad is not None])
         norm = float(grad_norm)  # the same on every rank, so all of them take the same branch
         finite = norm - norm == 0.0
@@ -99,6 +105,8 @@ class DataParallel:
             raise NonFiniteError([rank for rank, good in enumerate(self._all_losses_finite().tolist()) if not good])
         if max_grad_norm is not None and finite:
             clip_grads_with_norm_(params, max_grad_norm, grad_norm)
+            if squares:
+                torch._foreach_mul_(squares, min(1.0, max_grad_norm / (norm + 1e-6)) ** 2)
         self.scaler.step(optimizer)  # skips the update where fp16 gradients overflowed
         self.scaler.update()
         optimizer.zero_grad()

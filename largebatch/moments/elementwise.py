@@ -15,11 +15,50 @@ from largebatch.moments.derived import derive
 from largebatch.moments.scope import Scope, rule
 from largebatch.section import UserError
 
-_NAMES = (
-    "add sub subtract rsub mul multiply div divide true_divide pow maximum minimum fmax fmin where lerp addcmul addcdiv "
-    "atan2 hypot copysign float_power logaddexp masked_fill xlogy"
-).split()
-_DUNDERS = "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow ipow".split()
+_NAMES = [
+    "add",
+    "sub",
+    "subtract",
+    "rsub",
+    "mul",
+    "multiply",
+    "div",
+    "divide",
+    "true_divide",
+    "pow",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "where",
+    "lerp",
+    "addcmul",
+    "addcdiv",
+    "atan2",
+    "hypot",
+    "copysign",
+    "float_power",
+    "logaddexp",
+    "masked_fill",
+    "xlogy",
+]
+_DUNDERS = [
+    "add",
+    "radd",
+    "iadd",
+    "sub",
+    "rsub",
+    "isub",
+    "mul",
+    "rmul",
+    "imul",
+    "truediv",
+    "rtruediv",
+    "itruediv",
+    "pow",
+    "rpow",
+    "ipow",
+]
 FUNCTIONS: set[Any] = {getattr(space, name) for name in _NAMES for space in (torch, Tensor) if hasattr(space, name)}
 FUNCTIONS |= {getattr(Tensor, f"{name}_") for name in _NAMES if hasattr(Tensor, f"{name}_")}
 FUNCTIONS |= {getattr(Tensor, f"__{name}__") for name in _DUNDERS if hasattr(Tensor, f"__{name}__")}

@@ -302,7 +302,7 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-class _generators:  # noqa: N801
+class _generators:
     """Set the generators back for a block, if there is a state to set them to."""
 
     def __init__(self, state: tuple[Tensor, Tensor | None] | None, device: torch.device):

@@ -134,7 +134,7 @@ def plain(value: Any, operand: Operand | None) -> Any:
 
 @rule(F.linear)
 def linear(scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x w^T + b over any leading positions."""
+    """Y = x w^T + b over any leading positions."""
     return _linear(scope, input, weight, bias, "weight")
 
 
@@ -184,7 +184,7 @@ def matmul(scope: Scope, input: Tensor, other: Tensor) -> Tensor:
 def addmm(
     scope: Scope, input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1, **renamed: Tensor
 ) -> Tensor:
-    """y = beta * input + alpha * left @ right."""
+    """Y = beta * input + alpha * left @ right."""
     from largebatch.moments.elementwise import run
 
     product = torch.matmul(left, right)

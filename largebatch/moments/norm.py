@@ -22,7 +22,8 @@ class Affine(Operation):
     """The affine end of a normalisation; roles "weight" and "bias" of shape `shape`.
 
     Attributes:
-        kind: key of `NORMALIZE`, which computes xhat anew in the backward pass: one pass over the input, no memory.
+        kind: key of `NORMALIZE`, which computes xhat anew in the backward pass: one pass over the input, no memory;
+            or "centered", with saved tensors input, mean [c], factor [c] and xhat = (input - mean) * factor.
         options: what `NORMALIZE` takes after the saved tensors.
         shape: of weight and bias.
         batch_dim: dimension of the samples.
@@ -42,8 +43,15 @@ class Affine(Operation):
         wide = statistic_dtype(grad.dtype)
         parts = []
         for role in self.roles:
-            product = grad * NORMALIZE[self.kind](*saved, *self.options).to(grad.dtype) if role == "weight" else grad
-            parts.append(self._reduce(product, wide))
+            if role == "bias":
+                parts.append(self._reduce(grad, wide))
+            elif self.kind == "centered":
+                input, mean, factor = saved
+                mean = mean.view(-1, *[1] * (input.ndim - 2)).to(input.dtype)
+                parts.append(self._reduce((input - mean).to(grad.dtype).mul_(grad), wide) * factor)
+            else:
+                hat = NORMALIZE[self.kind](*saved, *self.options)
+                parts.append(self._reduce(hat.to(grad.dtype) * grad, wide))
         return tuple(parts)
 
     def _reduce(self, product: Tensor, wide: torch.dtype) -> Tensor:
@@ -59,12 +67,8 @@ class Affine(Operation):
         return ready[self.roles.index(role)][lo:hi]
 
 
-def _batch_hat(input: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> Tensor:
-    return torch.batch_norm(input, None, None, mean, var, mean is None, 0.0, eps, torch.backends.cudnn.enabled)
-
-
-def _batch_hat_of_batch(input: Tensor, eps: float) -> Tensor:
-    return _batch_hat(input, None, None, eps)
+def _batch_hat(input: Tensor, eps: float) -> Tensor:
+    return torch.batch_norm(input, None, None, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
 
 
 def _instance_hat(input: Tensor, eps: float) -> Tensor:
@@ -76,8 +80,7 @@ NORMALIZE: dict[str, Any] = {
     "rms": lambda input, shape, eps: F.rms_norm(input, shape, None, eps),
     "group": lambda input, groups, eps: F.group_norm(input, groups, None, None, eps),
     "instance": _instance_hat,
-    "batch": _batch_hat_of_batch,
-    "fixed": _batch_hat,  # batch or instance norm with running statistics
+    "batch": _batch_hat,
 }
 
 
@@ -161,8 +164,15 @@ def instance_norm(
     )
     if use_input_stats:
         return _finish(scope, output, (input,), (weight, bias), "instance", (eps,))
-    assert running_mean is not None and running_var is not None
-    return _finish(scope, output, (input, running_mean, running_var), (weight, bias), "fixed", (eps,))
+    return _finish_running(scope, output, input, running_mean, running_var, (weight, bias), eps)
+
+
+def _finish_running(
+    scope: Scope, output: Tensor, input: Tensor, mean: Tensor | None, var: Tensor | None, params: Any, eps: float
+) -> Tensor:
+    """Put a tap behind a normalisation by running statistics, as they are now."""
+    assert mean is not None and var is not None
+    return _finish(scope, output, (input, mean.clone(), (var + eps).rsqrt()), params, "centered", ())
 
 
 @rule(torch.batch_norm)
@@ -180,8 +190,11 @@ def batch_norm(
 ) -> Tensor:
     """Batch norm, with the batch's statistics or the running ones."""
     params = _plain(scope, weight), _plain(scope, bias)
+    if training and input.device.type == "cpu":
+        # The processor's kernel, called by its own name, gives away the mean and 1 / sd it found.
+        output, mean, factor = torch.native_batch_norm(input, *params, running_mean, running_var, True, momentum, eps)
+        return _finish(scope, output, (input, mean.detach(), factor.detach()), (weight, bias), "centered", ())
     output = torch.batch_norm(input, *params, running_mean, running_var, training, momentum, eps, cudnn_enabled)
     if training:
         return _finish(scope, output, (input,), (weight, bias), "batch", (eps,))
-    assert running_mean is not None and running_var is not None
-    return _finish(scope, output, (input, running_mean, running_var), (weight, bias), "fixed", (eps,))
+    return _finish_running(scope, output, input, running_mean, running_var, (weight, bias), eps)

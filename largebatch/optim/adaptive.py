@@ -12,6 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from largebatch.optim.averages import Moment, advance_average
+from largebatch.optim.groups import is_shadow_group
+
 BiasCorrection = Literal["published", "running_mean"]
 
 
@@ -22,25 +25,9 @@ def _denominators(second_moments: list[Tensor], exponent: float, eps: float) -> 
     return list(roots)
 
 
-class RunningWeight:
-    """Weight of the newest value in a running average, and what the average is divided by.
-
-    ``published``: weight 1 - beta, divided by 1 - prod(beta), which is Adam's 1 - beta^t while beta is constant.
-    ``running_mean``: weight 1/min(t, N) with N = 1/(1 - beta), divided by 1; for t <= N exactly the mean of x_1..x_t
-    (McAllester, TTIC 31230). Both count on through a change of beta, as a growing batch brings.
-
-    The state is one float in the optimizer's group, so that it is saved and loaded with it.
-    """
-
-    @staticmethod
-    def advance(group: dict[str, Any], key: str, beta: float, correction: BiasCorrection) -> tuple[float, float]:
-        """Count one update; return (weight, divisor)."""
-        if correction == "running_mean":
-            length = 1.0 / (1.0 - beta)
-            group[key] = min(group.get(key, 0.0) + 1.0, length)
-            return 1.0 / group[key], 1.0
-        group[key] = group.get(key, 1.0) * beta
-        return 1.0 - beta, 1.0 - group[key]
+def _with_decay(grads: list[Tensor], params: list[Tensor], weight_decay: float) -> list[Tensor]:
+    """Return gradients with L2 weight decay added; the same list where there is none."""
+    return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
 
 
 class AdaptiveOptimizer(torch.optim.Optimizer):
@@ -69,11 +56,48 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         """Return the names of the state tensors that this group's options need."""
         return self.state_names
 
+    def set_batch(self, batch_size: int, num_units: float | None = None, world_size: int = 1) -> None:
+        """Say what the coming step's gradients are means of; needed where squares are tracked.
+
+        Args:
+            batch_size: B, samples of the update over all ranks.
+            num_units: n, independent units in the mean whose squares were tracked: B for samples (the default); for
+                micro-batches their number, or 1/sum(w^2) where their weights w in the mean differ.
+            world_size: ranks over which the engine averaged gradients.
+        """
+        for group in self.param_groups:
+            group["batch_size"], group["num_units"], group["world_size"] = (
+                batch_size,
+                num_units or batch_size,
+                world_size,
+            )
+
     def update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: dict[str, list[Tensor]],
+        moment: Moment,
     ) -> None:
         """Update ``params`` and ``state`` in place."""
         raise NotImplementedError
+
+    def _moment(self, group: dict[str, Any], shadows: list[Tensor]) -> Moment:
+        """Return how this update's second moment is estimated from the shadows of a group."""
+        if any(shadow.grad is None for shadow in shadows):
+            raise RuntimeError(
+                "a parameter has a gradient but its shadow has none: was the model tracked before wrapping?"
+            )
+        reference = group["reference_batch_size"]
+        if reference is None:
+            raise ValueError("reference_batch_size: missing; the parameter groups come from a tracked model")
+        if "batch_size" not in group:
+            raise RuntimeError("call set_batch(batch_size, ...) before step(): the squares' scale depends on it")
+        kappa, num_units = group["batch_size"] / reference, group["num_units"]
+        # One unit alone says nothing of the variance between units.
+        share = (kappa - 1.0) / (num_units - 1.0) if num_units > 1 else 0.0
+        return Moment([s.grad for s in shadows if s.grad is not None], share, num_units / group["world_size"], kappa)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -82,17 +106,28 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        shadows: list[Tensor] = []
         for group in self.param_groups:
-            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            if is_shadow_group(group):  # of the parameters of the group that follows
+                shadows = group["params"]
+                continue
+            present = [index for index, p in enumerate(group["params"]) if p.grad is not None]
+            params: list[Tensor] = [group["params"][index] for index in present]
+            paired, shadows = [shadows[index] for index in present] if shadows else [], []
             if not params:
                 continue
             grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-            for p in params:
-                for name in self.used_state(group):
+            names = self.used_state(group)
+            for index, p in enumerate(params):
+                for name in names:
                     if name not in self.state[p]:
                         self.state[p][name] = torch.zeros_like(p)
-            state = {name: [self.state[p][name] for p in params] for name in self.used_state(group)}
-            self.update(group, params, grads, state)
+                # A shadow's value means nothing, so it holds the average and no further memory is taken.
+                if paired and self.state[p]["exp_avg_sq"] is not paired[index]:
+                    paired[index].copy_(self.state[p]["exp_avg_sq"])
+                    self.state[p]["exp_avg_sq"] = paired[index]
+            state = {name: [self.state[p][name] for p in params] for name in names}
+            self.update(group, params, grads, state, self._moment(group, paired) if paired else Moment())
         return loss
 
 
@@ -100,7 +135,7 @@ class Adam(AdaptiveOptimizer):
     """Adam (Kingma and Ba 2015, arXiv:1412.6980).
 
         m = beta1*m + (1-beta1)*g
-        s = beta2*s + (1-beta2)*g^2
+        s = beta2*s + (1-beta2)*s_ref         s_ref = g^2 where no squares are tracked
         p -= lr * (m/c1) / (sqrt(s/c2) + eps)
 
     Args:
@@ -110,6 +145,7 @@ class Adam(AdaptiveOptimizer):
         eps: added to the root, >= 0.
         weight_decay: L2 coefficient, added to the gradient.
         bias_correction: ``published`` (c = 1 - beta^t) or ``running_mean`` (weights 1/min(t, N), c = 1).
+        reference_batch_size: B_ref, where the parameters are those of a tracked model (see `Moment`).
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
@@ -123,26 +159,38 @@ class Adam(AdaptiveOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         bias_correction: BiasCorrection = "published",
+        reference_batch_size: int | None = None,
     ) -> None:
         super().__init__(
             params,
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction},
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": bias_correction,
+                "reference_batch_size": reference_batch_size,
+            },
         )
 
     def update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: dict[str, list[Tensor]],
+        moment: Moment,
     ) -> None:
         """Apply the rule above."""
         lr, weight_decay, correction = group["lr"], group["weight_decay"], group["bias_correction"]
-        weight1, divisor1 = RunningWeight.advance(group, "first_moment_count", group["betas"][0], correction)
-        weight2, divisor2 = RunningWeight.advance(group, "second_moment_count", group["betas"][1], correction)
+        weight1, divisor1 = advance_average(group, "first_moment_count", group["betas"][0], correction)
+        weight2, divisor2 = advance_average(group, "second_moment_count", group["betas"][1], correction)
         if weight_decay and self.decoupled_weight_decay:
             torch._foreach_mul_(params, 1.0 - lr * weight_decay)
-        elif weight_decay:
-            grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
-        torch._foreach_lerp_(state["exp_avg"], grads, weight1)
+        decayed = _with_decay(grads, params, 0.0 if self.decoupled_weight_decay else weight_decay)
+        torch._foreach_lerp_(state["exp_avg"], decayed, weight1)
         torch._foreach_mul_(state["exp_avg_sq"], 1.0 - weight2)
-        torch._foreach_addcmul_(state["exp_avg_sq"], grads, grads, weight2)
+        moment.add_to(state["exp_avg_sq"], grads, decayed, weight2)
         roots = torch._foreach_sqrt(state["exp_avg_sq"])
         torch._foreach_div_(roots, divisor2**0.5)
         torch._foreach_add_(roots, group["eps"])
@@ -162,14 +210,15 @@ class AdamW(Adam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         bias_correction: BiasCorrection = "published",
+        reference_batch_size: int | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, bias_correction)
+        super().__init__(params, lr, betas, eps, weight_decay, bias_correction, reference_batch_size)
 
 
 class RMSProp(AdaptiveOptimizer):
     """RMSProp, plain or centered, with either exponent of the lectures, and heavy-ball momentum.
 
-        s = alpha*s + (1-alpha)*g^2
+        s = alpha*s + (1-alpha)*s_ref         s_ref = g^2 where no squares are tracked
         u = g / (s^q + eps),  q = 1/2 or 1;  centered: s - m^2 in place of s, with m = alpha*m + (1-alpha)*g
         v = mu*v + u;  p -= lr*v
 
@@ -183,6 +232,7 @@ class RMSProp(AdaptiveOptimizer):
         centered: divide by the variance's root instead of the second moment's.
         exponent: q; 1/2 as published, 1 so that lr has the unit 1/loss (McAllester, TTIC 31230).
         bias_correction: ``none`` as published, or ``running_mean`` (weights 1/min(t, N)).
+        reference_batch_size: B_ref, where the parameters are those of a tracked model (see `Moment`).
     """
 
     def __init__(
@@ -196,6 +246,7 @@ class RMSProp(AdaptiveOptimizer):
         centered: bool = False,
         exponent: float = 0.5,
         bias_correction: Literal["none", "running_mean"] = "none",
+        reference_batch_size: int | None = None,
     ) -> None:
         if bias_correction not in ("none", "running_mean"):
             raise ValueError(f"bias_correction: expected none or running_mean, got {bias_correction!r}")
@@ -210,6 +261,7 @@ class RMSProp(AdaptiveOptimizer):
                 "momentum": momentum,
                 "centered": centered,
                 "exponent": exponent,
+                "reference_batch_size": reference_batch_size,
             },
         )
 
@@ -219,19 +271,21 @@ class RMSProp(AdaptiveOptimizer):
         return names + ("exp_avg",) * group["centered"] + ("momentum_buffer",) * (group["momentum"] > 0)
 
     def update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: dict[str, list[Tensor]],
+        moment: Moment,
     ) -> None:
         """Apply the rule above."""
-        weight = 1.0 - group["alpha"]
-        if self.bias_correction == "running_mean":
-            weight, _ = RunningWeight.advance(group, "second_moment_count", group["alpha"], "running_mean")
-        if group["weight_decay"]:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+        weight, _ = advance_average(group, "second_moment_count", group["alpha"], self.bias_correction)
+        decayed = _with_decay(grads, params, group["weight_decay"])
         torch._foreach_mul_(state["exp_avg_sq"], 1.0 - weight)
-        torch._foreach_addcmul_(state["exp_avg_sq"], grads, grads, weight)
+        moment.add_to(state["exp_avg_sq"], grads, decayed, weight)
         second_moments = state["exp_avg_sq"]
         if group["centered"]:
-            torch._foreach_lerp_(state["exp_avg"], grads, weight)
+            torch._foreach_lerp_(state["exp_avg"], decayed, weight)
             second_moments = list(
                 torch._foreach_addcmul(second_moments, state["exp_avg"], state["exp_avg"], value=-1.0)
             )
@@ -240,35 +294,48 @@ class RMSProp(AdaptiveOptimizer):
         denominators = _denominators(second_moments, group["exponent"], group["eps"])
         if group["momentum"] > 0:
             torch._foreach_mul_(state["momentum_buffer"], group["momentum"])
-            torch._foreach_addcdiv_(state["momentum_buffer"], grads, denominators)
+            torch._foreach_addcdiv_(state["momentum_buffer"], decayed, denominators)
             torch._foreach_add_(params, state["momentum_buffer"], alpha=-group["lr"])
         else:
-            torch._foreach_addcdiv_(params, grads, denominators, value=-group["lr"])
+            torch._foreach_addcdiv_(params, decayed, denominators, value=-group["lr"])
 
 
 class Adagrad(AdaptiveOptimizer):
     """Adagrad (Duchi et al. 2011).
 
-        s = s + g^2
-        p -= lr * g / (sqrt(s) + eps)
+        s = s + g^2                   s = s + kappa * s_ref where squares are tracked: an update at batch size B
+        p -= lr * g / (sqrt(s) + eps)                         stands for kappa = B/B_ref updates at the reference
 
     Args:
         params: parameters or groups.
         lr: learning rate, >= 0.
         eps: added to the root, >= 0.
         weight_decay: L2 coefficient, added to the gradient.
+        reference_batch_size: B_ref, where the parameters are those of a tracked model (see `Moment`).
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        reference_batch_size: int | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "reference_batch_size": reference_batch_size}
+        super().__init__(params, defaults)
 
     def update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: dict[str, list[Tensor]],
+        moment: Moment,
     ) -> None:
         """Apply the rule above."""
-        if group["weight_decay"]:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        torch._foreach_addcmul_(state["exp_avg_sq"], grads, grads)
+        decayed = _with_decay(grads, params, group["weight_decay"])
+        moment.add_to(state["exp_avg_sq"], grads, decayed, moment.kappa)
         torch._foreach_addcdiv_(
-            params, grads, _denominators(state["exp_avg_sq"], 0.5, group["eps"]), value=-group["lr"]
+            params, decayed, _denominators(state["exp_avg_sq"], 0.5, group["eps"]), value=-group["lr"]
         )

@@ -8,24 +8,39 @@ from typing import Any
 import torch
 from torch import nn
 
+from largebatch.moments import is_shadow, shadows
+
 
 def param_groups(
     model: nn.Module, weight_decay: float = 0.0, decay_norm_and_bias: bool = False
 ) -> list[dict[str, Any]]:
-    """Return the trained parameters in two groups: decayed ones, and norms and biases without weight decay.
+    """Return the trained parameters in groups: decayed ones, and norms and biases without weight decay.
 
     Norm scales, norm offsets and biases are the parameters with at most one dimension (Goyal et al. 2017, section 5.3).
+    Of a tracked model, each group is preceded by the group of its parameters' shadows, in the same order, with
+    ``role: shadow``; the adaptive optimizers of this package read them, no other optimizer may be given them.
 
     Args:
-        model: the model.
+        model: the model, tracked or not.
         weight_decay: of the first group, >= 0.
         decay_norm_and_bias: True decays all parameters alike.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for _, p in named if decay_norm_and_bias or p.dim() > 1]
-    exempt = [p for _, p in named if not decay_norm_and_bias and p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    shadow_of = shadows(model)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_shadow(p)]
+    groups: list[dict[str, Any]] = []
+    for decayed, decay in ((True, weight_decay), (False, 0.0)):
+        chosen = [(name, p) for name, p in named if (decay_norm_and_bias or p.dim() > 1) == decayed]
+        if not chosen:
+            continue
+        if shadow_of:
+            groups.append({"params": [shadow_of[name] for name, _ in chosen], "weight_decay": 0.0, "role": "shadow"})
+        groups.append({"params": [p for _, p in chosen], "weight_decay": decay})
+    return groups
+
+
+def is_shadow_group(group: Mapping[str, Any]) -> bool:
+    """Return whether a group holds shadows, which are never updated, clipped or counted."""
+    return group.get("role") == "shadow"
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:

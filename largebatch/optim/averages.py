@@ -1,0 +1,70 @@
+"""Running averages of adaptive optimizers: the weight of the newest value, and the second moment that enters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+def advance_average(
+    group: dict[str, Any], key: str, beta: float, correction: Literal["published", "running_mean", "none"]
+) -> tuple[float, float]:
+    """Count one update of a running average; return the newest value's weight, and what the average is divided by.
+
+    ``published``: weight 1 - beta, divided by 1 - prod(beta), which is Adam's 1 - beta^t while beta is constant.
+    ``running_mean``: weight 1/min(t, N) with N = 1/(1 - beta), divided by 1; for t <= N exactly the mean of x_1..x_t
+    (McAllester, TTIC 31230). Both count on through a change of beta, as a growing batch brings. ``none``: weight 1 - beta.
+
+    The count is one float in the optimizer's group, under ``key``, so that it is saved and loaded with it.
+    """
+    if correction == "running_mean":
+        group[key] = min(group.get(key, 0.0) + 1.0, 1.0 / (1.0 - beta))
+        return 1.0 / group[key], 1.0
+    if correction == "published":
+        group[key] = group.get(key, 1.0) * beta
+        return 1.0 - beta, 1.0 - group[key]
+    return 1.0 - beta, 1.0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The second moment of one update, as a combination of squares of the mean gradient and of the tracked squares.
+
+        s_ref = (1 - a) * ghat^2 + a * q,   q = (n/W) * shadow gradient,   a = (kappa - 1) / (n - 1)
+
+    which estimates without bias the square that plain Adam would have seen at the reference batch size: with n
+    independent units (samples, or micro-batches) in the mean, sigma^2/B = (q - ghat^2)/(n - 1), and s_ref = ghat^2 +
+    sigma^2*(1/B_ref - 1/B) = ghat^2 + (kappa - 1)*sigma^2/B. B_ref = 1 gives q, B_ref = B gives ghat^2.
+
+    Args:
+        squares: the shadows' gradients, in the order of the parameters; None for plain second moments.
+        share: a.
+        scale: n / W.
+        kappa: B / B_ref, the updates at the reference that this one stands for.
+    """
+
+    squares: list[Tensor] | None = None
+    share: float = 0.0
+    scale: float = 1.0
+    kappa: float = 1.0
+
+    def add_to(self, average: list[Tensor], grads: list[Tensor], decayed: list[Tensor], weight: float) -> None:
+        """Add weight * s_ref to a running average.
+
+        Args:
+            average: the running average, changed in place.
+            grads: mean gradients.
+            decayed: mean gradients with L2 weight decay in them, which moves the mean and not the variance.
+            weight: of the newest value.
+        """
+        torch._foreach_addcmul_(average, decayed, decayed, weight)
+        if self.squares is None or self.share == 0.0:
+            return
+        torch._foreach_addcmul_(average, grads, grads, -weight * self.share)
+        torch._foreach_add_(average, self.squares, alpha=weight * self.share * self.scale)
+        if not 0.0 <= self.share <= 1.0:
+            # Fewer samples than at the reference: a single estimate may be negative, its average must not be.
+            torch._foreach_clamp_min_(average, 0.0)
