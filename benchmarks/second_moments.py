@@ -9,6 +9,7 @@ are installed and support the model. Peak memory is that of one forward and back
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -26,6 +27,8 @@ Step = Callable[[], None]
 
 
 class Block(nn.Module):
+    """Attention and a two-layer network, each behind a layer norm."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -34,6 +37,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the module."""
         batch, time_, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, time_, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, time_, width)
@@ -42,6 +46,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """A decoder on token indices [n, t]; logits [n, vocabulary, t]."""
+
     def __init__(self, vocabulary: int = 65, width: int = 256, depth: int = 4, time_: int = 128):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(time_, width)
@@ -49,11 +55,14 @@ class GPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, indices: Tensor) -> Tensor:
+        """Run the module."""
         x = self.tokens(indices) + self.positions(torch.arange(indices.shape[1], device=indices.device))
         return self.head(self.norm(self.blocks(x))).transpose(1, 2)
 
 
 class Residual(nn.Module):
+    """The basic block of ResNet-18."""
+
     def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
@@ -67,6 +76,7 @@ class Residual(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the module."""
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(y + self.short(x))
 
@@ -74,7 +84,7 @@ class Residual(nn.Module):
 def resnet18() -> nn.Module:
     """ResNet-18 for 32 x 32 images: no pooling at the stem."""
     widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
-    blocks = [Residual(a, b, 2 if a != b else 1) for a, b in zip(widths, widths[1:], strict=False)]
+    blocks = [Residual(a, b, 2 if a != b else 1) for a, b in itertools.pairwise(widths)]
     stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
@@ -82,7 +92,7 @@ def resnet18() -> nn.Module:
 def conv_stack() -> nn.Module:
     widths = [3, 64, 64, 128, 128, 256, 256]
     layers: list[nn.Module] = []
-    for index, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+    for index, (a, b) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
         if index % 2:
             layers.append(nn.MaxPool2d(2))

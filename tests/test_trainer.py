@@ -68,6 +68,10 @@ MODELS = {
     },
     "growing batch": {"schedule.name": "step", "schedule.milestones_epochs": [0.6, 1.2], "schedule.factor": 0.4,
                       "schedule.epochs": 2, "schedule.realize": "batch", "batch.size": 60},
+    "adamw, squares of samples": {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "schedule.epochs": 2.5},
+    "rmsprop, squares of samples, clipped": {"optimizer.name": "rmsprop", "optimizer.lr": 1e-3, "optimizer.max_grad_norm": 0.5},
+    "cnn, adagrad, squares of samples": {"model.name": "cnn", "model.channels": [8, 8], "optimizer.name": "adagrad",
+                                         "optimizer.lr": 1e-3, "schedule.epochs": 1.0},
     "epoch cut, clipped": {"batch.at_epoch_end": "cut", "optimizer.max_grad_norm": 0.5, "schedule.epochs": 2},
 }  # fmt: skip
 
@@ -244,9 +248,12 @@ def test_a_checkpoint_restores_model_and_optimizer(tmp_path):
     trained.backend.save(path, trained.bare_model, trained.optimizer, trained.position())
     extra = fresh.backend.load(path, fresh.bare_model, fresh.optimizer)
     assert extra == {"step": trained.step, "samples_seen": trained.samples_seen, "seed": 0}
-    for a, b in zip(trained.model.parameters(), fresh.model.parameters(), strict=True):
+    for (name, a), b in zip(
+        trained.bare_model.state_dict().items(), fresh.bare_model.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b)
-        assert torch.equal(trained.optimizer.state[a]["exp_avg_sq"], fresh.optimizer.state[b]["exp_avg_sq"])
+        theirs, ours = (t.optimizer.state[t.bare_model.get_parameter(name)]["exp_avg_sq"] for t in (trained, fresh))
+        assert torch.equal(theirs, ours)
 
 
 def test_an_interrupted_run_leaves_its_summary(tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from largebatch.moments.scope import Scope
 from largebatch.moments.tap import Count, Operand
-from largebatch.section import UserError
 
 # The output's elements are the input's, each at most once.
 _REARRANGING = {
@@ -38,8 +37,8 @@ _REARRANGING = {
     Tensor.flip,
     Tensor.roll,
     Tensor.diagonal,
-    Tensor.T.__get__,
-    Tensor.mT.__get__,
+    Tensor.T.__get__,  # type: ignore[attr-defined]
+    Tensor.mT.__get__,  # type: ignore[attr-defined]
     torch.t,
     torch.transpose,
     torch.permute,
@@ -165,9 +164,3 @@ def _expand_to_samples(scope: Scope, func: Any, args: Any, kwargs: Any, operand:
     rest = [size // have for size, have in zip(result.shape, expanded.shape, strict=True)]
     is_copying = func in (Tensor.repeat, Tensor.tile, torch.tile)
     return expanded.repeat(rest) if is_copying else expanded.expand(result.shape)
-
-
-def refuse_general(operand: Operand) -> None:
-    """Raise where an operand's per-sample gradients would have to be pulled back under torch.compile."""
-    if operand.shadow is None:
-        raise UserError(f"track: parameter '{operand.bases[0].name}' is used through a function under torch.compile")

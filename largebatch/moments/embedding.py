@@ -43,7 +43,8 @@ class Lookup(Operation):
 
     def moments(self, role: str, ready: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Add up the positions of a sample that share a row, then scatter the sums and their squares."""
-        return scatter_moments(*ready, self.num_rows)
+        d, indices = ready
+        return scatter_moments(d, indices, self.num_rows)
 
     def per_sample(self, role: str, ready: tuple[Tensor, ...], lo: int, hi: int) -> Tensor:
         """Return the dense tables [hi - lo, v, features]."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from largebatch.moments.scope import Scope, Tracked, state
+from largebatch.moments.scope import Scope, notes, state
 from largebatch.moments.tap import CHUNK_ELEMENTS, Operand, Operation, _deliver, statistic_dtype
 from largebatch.section import UserError
 
@@ -93,7 +93,7 @@ class Replay(Operation):
     def _forward(self, saved: tuple[Tensor, ...], sample: int | None) -> tuple[list[Tensor], list[Tensor]]:
         """Run the operation on one sample, or on all for None; return results and operands."""
         leaves = list(self.leaves)
-        params = []
+        params: list[Tensor] = []
         for position, tensor in zip(self.where, saved, strict=True):
             dim = self.dims[position]
             if len(params) < len(self.roles):
@@ -145,7 +145,7 @@ class ReplayTap(torch.autograd.Function):
     """A tap on all results of an operation at once."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, operation: Replay, num_outputs: int, num_saved: int, token: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the results; `tensors` are results, saved tensors, then (operand, shadow) for each role."""
@@ -155,7 +155,7 @@ class ReplayTap(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hand the gradients on and add the operands' gradients and squares."""
         ctx.operation.forget()
         with torch.autocast(grads[0].device.type, enabled=False):
@@ -179,7 +179,7 @@ def _by_mark(scope: Scope) -> Callable[[Tensor], int | None]:
 
 def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
     """Run a module as one operation on its parameters and arguments."""
-    tracked: Tracked = module._largebatch  # type: ignore[assignment]
+    tracked = notes(module)
     named = dict(module.named_parameters())
     operands = {name: p for name, p in named.items() if scope.operand(p) is not None}
 
@@ -263,7 +263,10 @@ def _replay(
     device = found[0][1].tensor.device
     before = _random_state(device)
     results = function(plain)
-    has_drawn = any(a is not None and not torch.equal(a, b) for a, b in zip(before, _random_state(device), strict=True))
+    after = _random_state(device)
+    has_drawn = any(
+        a is not None and b is not None and not torch.equal(a, b) for a, b in zip(before, after, strict=True)
+    )
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in operands]
     where = [*operands, *tensors]
     operation = Replay(

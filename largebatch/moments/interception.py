@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from largebatch.moments import derived, elementwise, fallback
-from largebatch.moments.scope import RULES, Scope, Tracked, state
+from largebatch.moments.scope import RULES, Scope, Tracked, notes, state
 from largebatch.moments.tap import Operand, Square
 
 
@@ -117,7 +117,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     original = functools.partial(type(self).forward, self) if replaced is None else replaced
     if state.is_replaying or not torch.is_grad_enabled():
         return original(*args, **kwargs)
-    tracked: Tracked = self._largebatch  # type: ignore[assignment]
+    tracked = notes(self)
     run = _forward_squared if tracked.per == "micro_batch" else _forward_tapped
     return run(self, tracked, original, args, kwargs)
 
@@ -171,21 +171,30 @@ def _forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: A
         state.aliases = {}
     aliases = state.aliases
     assert aliases is not None
-    mine: list[tuple[nn.Module, str]] = []
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for owner in tracked.owners:
-            notes: Tracked = owner._largebatch  # type: ignore[assignment]
-            for name, shadow_name in notes.names.items():
+            values = owner.__dict__
+            for name, shadow_name in notes(owner).names.items():
                 parameter = owner._parameters[name]
-                if parameter is None or not parameter.requires_grad or name in owner.__dict__:
+                if parameter is None or not parameter.requires_grad:
                     continue
                 if id(parameter) not in aliases:
-                    aliases[id(parameter)] = Square.apply(parameter, owner._parameters[shadow_name])
-                owner.__dict__[name] = aliases[id(parameter)]  # found before _parameters
-                mine.append((owner, name))
+                    alias = Square.apply(parameter, owner._parameters[shadow_name])
+                    aliases[id(parameter)] = (parameter, alias)
+                alias = aliases[id(parameter)][1]
+                if values.get(name) is not alias:  # FSDP2 puts another tensor there than an outer module saw
+                    replaced.append((values, name, values.get(name)))
+                    values[name] = alias  # found before _parameters
+            if isinstance(owner, nn.RNNBase):
+                replaced.append((values, "_flat_weights", values["_flat_weights"]))
+                values["_flat_weights"] = [getattr(owner, name) for name in owner._flat_weights_names]
         return original(*args, **kwargs)
     finally:
-        for owner, name in mine:
-            del owner.__dict__[name]
+        for values, name, value in reversed(replaced):
+            if value is None:
+                del values[name]
+            else:
+                values[name] = value
         if is_outermost:
             state.aliases = None

@@ -39,7 +39,7 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """Return a [m, k] times the transpose of b [n, k]."""
     if _ONEDNN is not None and a.dtype == torch.float32 and a.device.type == "cpu":
-        return _ONEDNN(a, b, None, "none", [], "")  # type: ignore[no-any-return]
+        return _ONEDNN(a, b, None, "none", [], "")
     return torch.mm(a, b.t())
 
 
@@ -57,7 +57,7 @@ def product_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two matrices [p, q], the second at least in float32.
     """
-    num_samples, positions, p = a.shape
+    _, positions, p = a.shape
     q = b.shape[2]
     wide = statistic_dtype(a.dtype)
     if positions == 1:
@@ -198,7 +198,7 @@ def addmm(
         return product + beta * input
     if beta != 1:
         input = derive(scope, torch.mul, (input, beta), {}, [operand])
-    return run(scope, torch.add, (product, input), {})  # type: ignore[no-any-return]
+    return run(scope, torch.add, (product, input), {})
 
 
 class Einsum(Operation):
@@ -319,4 +319,4 @@ def bilinear(scope: Scope, input1: Tensor, input2: Tensor, weight: Tensor, bias:
         return product
     if scope.operand(bias) is None:
         return product + bias
-    return run(scope, torch.add, (product, bias), {})  # type: ignore[no-any-return]
+    return run(scope, torch.add, (product, bias), {})

@@ -60,6 +60,11 @@ class Tracked:
     use_fallback: bool
 
 
+def notes(module: nn.Module) -> Tracked:
+    """Return what `track` noted on a module."""
+    return module.__dict__["_largebatch"]
+
+
 class Scope:
     """One forward pass of the outermost tracked module.
 
@@ -84,8 +89,8 @@ class Scope:
 
     def enter(self, module: nn.Module) -> None:
         """Take in the parameters of a module that is about to run, its children's too: it may use them itself."""
-        for owner in module._largebatch.owners:  # type: ignore[union-attr]
-            tracked: Tracked = owner._largebatch  # type: ignore[assignment]
+        for owner in notes(module).owners:
+            tracked = notes(owner)
             for name, shadow_name in tracked.names.items():
                 parameter = owner._parameters[name]
                 if parameter is None or not parameter.requires_grad or id(parameter) in self.operands:
@@ -125,8 +130,8 @@ class Scope:
 
     def leave(self, module: nn.Module) -> None:
         """Note which parameters were used more than once, for a later torch.compile."""
-        for owner in module._largebatch.owners:  # type: ignore[union-attr]
-            tracked: Tracked = owner._largebatch  # type: ignore[assignment]
+        for owner in notes(module).owners:
+            tracked = notes(owner)
             for name in tracked.names:
                 operand = self.operands.get(id(owner._parameters[name]))
                 if operand is not None and operand.bases[0].count.uses > 1:
@@ -171,7 +176,7 @@ class Scope:
         pairs = [t for operand in operands for t in operand.targets()]
         if token is None:
             operation.spread, pairs = self._spread(operation, operands, pairs)
-        return Tap.apply(operation, len(saved), output, token, *saved, *pairs)  # type: ignore[no-any-return]
+        return Tap.apply(operation, len(saved), output, token, *saved, *pairs)
 
     def _spread(
         self, operation: Operation, operands: tuple[Operand, ...], pairs: list[Tensor]
@@ -202,7 +207,7 @@ class Scope:
             )
         tensor, shadow = operand.targets()
         expanded = Expand.apply(operation, dim, rows, token, tensor.reshape(shape), shadow.reshape(shape))
-        return expanded  # type: ignore[no-any-return]
+        return expanded
 
 
 class State:
@@ -210,12 +215,12 @@ class State:
 
     Attributes:
         scope: the forward pass that is running under per="sample".
-        aliases: the same under per="micro_batch": id of a parameter -> its alias.
+        aliases: the same under per="micro_batch": id of a parameter -> (the parameter, its alias).
         is_replaying: whether the fallback is running a module again, in which nothing is to be intercepted.
     """
 
     scope: Scope | None = None
-    aliases: dict[int, Tensor] | None = None
+    aliases: dict[int, tuple[Tensor, Tensor]] | None = None
     is_replaying = False
 
 

@@ -194,7 +194,7 @@ class Tap(torch.autograd.Function):
     """Identity on an operation's output; its backward is described at the head of this module."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, operation: Operation, num_saved: int, output: Tensor, token: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         """Return `output`; `tensors` are the saved tensors, then (operand, shadow) for each role."""
@@ -206,7 +206,7 @@ class Tap(torch.autograd.Function):
         return output.clone() if torch.compiler.is_compiling() else output.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Hand `grad` on and add the operands' gradients and squares."""
         if not torch.compiler.is_compiling() and torch.is_autocast_enabled(grad.device.type):
             with torch.autocast(grad.device.type, enabled=False):
@@ -223,7 +223,7 @@ class Expand(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, operation: Operation, dim: int, rows: int, token: Tensor | None, operand: Tensor, shadow: Tensor
     ) -> Tensor:
         """Return `operand`, whose size at `dim` is one, expanded to `rows` there."""
@@ -235,7 +235,7 @@ class Expand(torch.autograd.Function):
         return expanded.clone() if torch.compiler.is_compiling() else expanded.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Sum the samples' gradients, and their squares."""
         grad = grad.movedim(ctx.dim, 0)
         if len(grad) != ctx.operation.num_samples:  # several rows a sample
@@ -260,12 +260,12 @@ class Spread(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, shadow: Tensor, num_samples: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, parameter: Tensor, shadow: Tensor, num_samples: int) -> Tensor:
         """Return a tensor [n, *shape] of no meaning."""
         return torch.zeros((num_samples, *parameter.shape), dtype=shadow.dtype, device=parameter.device)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """Sum the samples' gradients, and their squares."""
         return *sums(grad), None
 
@@ -274,13 +274,13 @@ class Square(torch.autograd.Function):
     """Identity on a parameter; backward returns (g, g^2): the statistic of whole micro-batches."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, shadow: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, parameter: Tensor, shadow: Tensor) -> Tensor:
         """Return `parameter`."""
         ctx.dtype = shadow.dtype
         return parameter.view_as(parameter)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient and its square."""
         return grad, grad.to(ctx.dtype).square()
 
@@ -289,14 +289,14 @@ class Collect(torch.autograd.Function):
     """The node behind all taps of the given parameters: squares the sums over their uses."""
 
     @staticmethod
-    def forward(ctx: Any, bases: tuple[Base, ...], *parameters_and_shadows: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, bases: tuple[Base, ...], *parameters_and_shadows: Tensor) -> Tensor:
         """Return the token that every tap of these parameters takes."""
         ctx.bases = bases
         ctx.set_materialize_grads(False)
         return torch.empty(0, device=parameters_and_shadows[0].device)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return gradient and squares of the parameters whose taps left anything here."""
         results: list[Tensor | None] = [None]
         for base in ctx.bases:

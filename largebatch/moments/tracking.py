@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.moments.interception import forward
-from largebatch.moments.scope import Tracked
+from largebatch.moments.scope import Tracked, notes
 from largebatch.moments.tap import statistic_dtype
 from largebatch.section import UserError, nearest
 
@@ -69,7 +69,7 @@ def track(
     times = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
     shadow_of: dict[int, nn.Parameter] = {}
     for path, module in modules.items():
-        names = dict(module._largebatch.names) if hasattr(module, "_largebatch") else {}  # type: ignore[union-attr]
+        names = dict(notes(module).names) if hasattr(module, "_largebatch") else {}
         for name, shadow_name in names.items():
             parameter, shadow = module._parameters[name], module._parameters[shadow_name]
             if parameter is not None and shadow is not None:
@@ -84,7 +84,7 @@ def track(
         shared = {name for name in names if times[id(module._parameters[name])] > 1}
         _install(module, Tracked(names, path, [], per, _inherited(dims, path), shared, path in slow))
     for module in modules.values():
-        module._largebatch.owners = [m for m in module.modules() if m._largebatch.names]  # type: ignore[union-attr]
+        notes(module).owners = [m for m in module.modules() if notes(m).names]
     return model
 
 
@@ -117,12 +117,12 @@ def _install(module: nn.Module, tracked: Tracked) -> None:
 
 
 def _hide_shadows(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    for shadow_name in module._largebatch.names.values():  # type: ignore[union-attr]
+    for shadow_name in notes(module).names.values():
         state_dict.pop(prefix + shadow_name, None)
 
 
 def _forget_missing_shadows(module: nn.Module, incompatible_keys: Any) -> None:
-    own = set(module._largebatch.names.values())  # type: ignore[union-attr]
+    own = set(notes(module).names.values())
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if key.rpartition(".")[2] not in own]
 
@@ -139,7 +139,7 @@ def untrack(model: ModelT) -> ModelT:
     for module in model.modules():
         if not hasattr(module, "_largebatch"):
             continue
-        for shadow_name in module._largebatch.names.values():  # type: ignore[union-attr]
+        for shadow_name in notes(module).names.values():
             del module._parameters[shadow_name]
         del module.__dict__["forward"]
         if "_largebatch_forward" in module.__dict__:
@@ -160,7 +160,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]
             if parameter is None or shadow is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            shadow._is_largebatch_shadow = True  # type: ignore[attr-defined]
+            shadow._is_largebatch_shadow = True
             yield f"{path}.{name}".lstrip("."), parameter, shadow
 
 

@@ -84,10 +84,7 @@ class GPT(nn.Module):
     def forward(self, indices):
         x = self.tokens(indices) + self.positions(torch.arange(indices.shape[1]))
         for block in self.blocks:
-            if self.use_reentrant is None:
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+            x = block(x) if self.use_reentrant is None else checkpoint(block, x, use_reentrant=self.use_reentrant)
         return self.head(self.norm(x))
 
 
