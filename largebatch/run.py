@@ -60,6 +60,9 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
                 f"schedule.realize: the batch would grow past the {num_train} training samples; "
                 "set batch.max_size with batch_then_lr, or raise the schedule's final factor"
             )
+    if run.backend.squares_every > 1 and (run.optimizer.max_grad_norm is not None or run.precision == "fp16"):
+        reason = "optimizer.max_grad_norm" if run.optimizer.max_grad_norm is not None else "precision fp16"
+        raise UserError(f"backend.squares_every: squares add up over updates, which {reason} scales one by one; use 1")
     if run.tracked() == "micro_batch":
         units = effective_micro_batches(size, world_size, run.batch.micro_size, group_size)
         if units < 2:
@@ -145,6 +148,8 @@ def _warnings(run: Run, num_train: int, world_size: int) -> list[str]:
             f"the second moment of {run.optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
             "keep the update's size; optimizer.second_moment sample does, and scaling.rule sqrt is the usual approximation"
         )
+    if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
+        found.append("backend.squares_every and squares_dtype are not used: no squares are tracked")
     if run.scaling.rule == "none" and kappa != 1:
         found.append(
             f"scaling.rule none: lr {run.optimizer.lr:g} is kept although the batch is {kappa:g} times the reference"

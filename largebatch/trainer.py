@@ -159,11 +159,13 @@ class Trainer:
             batch_size = plan.batch_size(self.samples_seen)
             values = plan.at(self.samples_seen)
             set_hyperparameters(self.optimizer, values)
+            due = self.step % self.run.backend.squares_every == 0
+            backend.set_squares_due(due)
             for micro_batch, is_last in self.loader.next(batch_size):
                 with backend.accumulate(sync=is_last):
                     backend.backward(self.loss_sum(micro_batch) / batch_size)
             if self.tracked:
-                self._announce_squares(batch_size)
+                self._announce_squares(batch_size, due)
             grad_norm = backend.step(self.optimizer, self.run.optimizer.max_grad_norm)
             commit_batch_statistics(self.batch_norms, backend.sum)
             self.samples_seen += batch_size
@@ -177,14 +179,14 @@ class Trainer:
                 self._evaluate_and_log()
                 clock += time.perf_counter() - paused
 
-    def _announce_squares(self, batch_size: int) -> None:
+    def _announce_squares(self, batch_size: int, due: bool) -> None:
         """Tell the optimizer what the tracked squares are squares of; at the first update, see that none is missing."""
         sampler, num_units = self.sampler, float(batch_size)
         if self.tracked == "micro_batch":
             num_units = effective_micro_batches(
                 batch_size, sampler.world_size, sampler.micro_batch_size, sampler.group_size
             )
-        self.optimizer.set_batch(batch_size, num_units, sampler.world_size)  # type: ignore[attr-defined]
+        self.optimizer.set_batch(batch_size, num_units, sampler.world_size, due)  # type: ignore[attr-defined]
         if self.step == 0:
             check_statistics(self.bare_model)
 

@@ -6,9 +6,10 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from largebatch.section import Section, UserError
@@ -25,6 +26,10 @@ class BackendConfig(Section):
     """Device type; auto takes a GPU where there is one."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    squares_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the tracked squares travel between ranks."""
+    squares_every: Annotated[int, Field(ge=1)] = 1
+    """Updates between two reductions of the tracked squares; between them they add up on each rank."""
 
 
 class NonFiniteError(RuntimeError):
@@ -96,6 +101,10 @@ class Backend(Protocol):
         """Add the gradients of this rank's share of the batch's mean loss."""
         ...
 
+    def set_squares_due(self, due: bool) -> None:
+        """Say whether tracked squares are reduced in the coming update, or add up on each rank."""
+        ...
+
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> float:
         """Clip, update and zero the gradients; return the gradient's global norm before clipping.
 
@@ -142,4 +151,4 @@ def create_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
             f"use --nproc-per-node={torch.cuda.device_count()}"
         )
     device = torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
-    return DataParallel(ranks, device, precision, compile_model=config.compile)
+    return DataParallel(ranks, device, precision, config.compile, getattr(torch, config.squares_dtype))

@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
+from largebatch.distributed.hook import SquaresReduction, reduce_bucket
+from largebatch.moments import is_shadow
 from largebatch.optim import is_shadow_group
 
 # The flag's name since torch 2.13; the old one warns there.
@@ -33,12 +35,21 @@ class DataParallel:
         device: its device.
         precision: ``fp32``, ``fp64``, or autocast to ``bf16`` or ``fp16`` (the latter with loss scaling).
         compile_model: compile the model with torch.compile.
+        squares_dtype: in which tracked squares travel between ranks.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, precision: Precision = "fp32", compile_model: bool = False):
+    def __init__(
+        self,
+        ranks: Ranks,
+        device: torch.device,
+        precision: Precision = "fp32",
+        compile_model: bool = False,
+        squares_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.rank, self.world_size, self.device = ranks.rank, ranks.world_size, device
         self.precision = precision
         self.compile_model = compile_model
+        self.squares = SquaresReduction(torch.float64 if precision == "fp64" else squares_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.wrapper: DistributedDataParallel | None = None
         self.losses_finite = torch.ones((), dtype=torch.bool, device=device)
@@ -70,7 +81,13 @@ class DataParallel:
             **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
             gradient_as_bucket_view=True,
         )
+        if any(is_shadow(p) for p in model.parameters()):
+            self.wrapper.register_comm_hook(self.squares, reduce_bucket)
         return self.wrapper
+
+    def set_squares_due(self, due: bool) -> None:
+        """Say whether tracked squares are reduced in the coming update, or add up on each rank."""
+        self.squares.due = due
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of a forward pass."""

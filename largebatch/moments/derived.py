@@ -75,6 +75,7 @@ _SPLITTING = {
 _CASTING = {Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as}
 _EXPANDING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch.tile, torch.broadcast_to}
 _EXPANDING |= {Tensor.broadcast_to}
+_FILLING = {torch.zeros, torch.ones, torch.full, torch.empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full}
 _INDEXING = {Tensor.__getitem__}
 
 
@@ -122,7 +123,7 @@ def _shadows(scope: Scope, func: Any, args: Any, kwargs: Any, operands: list[Ope
         if not _is_slice(args[1]):
             return None
     elif func is torch.embedding:
-        if not _is_distinct(args[1] if len(args) > 1 else kwargs["indices"]):
+        if not _is_distinct(scope, args[1] if len(args) > 1 else kwargs["indices"]):
             return None
     elif func not in _REARRANGING and func not in _SPLITTING:
         return None
@@ -142,12 +143,33 @@ def _is_slice(index: Any) -> bool:
     return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
 
 
-def _is_distinct(indices: Tensor) -> bool:
+def note_constant(scope: Scope, func: Any, args: Any, output: Any) -> None:
+    """Note what a tensor that depends on neither samples nor parameters is good for as an index."""
+    if not isinstance(output, Tensor) or output.requires_grad:
+        return
+    dim = scope.batch_dim
+    if func is torch.arange:
+        output._largebatch_distinct = True  # type: ignore[attr-defined]
+    elif func in _FILLING or func in _EXPANDING:
+        # torch.zeros(batch, positions), positions.expand(batch, -1): a row for each sample, if all the same
+        if output.ndim >= 2 and output.shape[dim] == scope.num_samples:
+            output._largebatch_batched = True  # type: ignore[attr-defined]
+    elif func in _REARRANGING or func in _CASTING or (func in _INDEXING and _is_slice(args[1])):
+        source = args[0]
+        if isinstance(source, Tensor) and _is_marked_distinct(scope, source):
+            output._largebatch_distinct = True  # type: ignore[attr-defined]
+
+
+def _is_marked_distinct(scope: Scope, indices: Tensor) -> bool:
+    return hasattr(indices, "_largebatch_distinct") or id(indices) in scope.distinct
+
+
+def _is_distinct(scope: Scope, indices: Tensor) -> bool:
     """Whether no index occurs twice, so that looking up rows only rearranges them."""
-    if torch.compiler.is_compiling():
-        # Values cannot be read while tracing. A constant index is a range of positions in all but name.
+    if _is_marked_distinct(scope, indices):
         return True
-    return indices.unique().numel() == indices.numel()
+    # Values cannot be read while tracing.
+    return not torch.compiler.is_compiling() and indices.unique().numel() == indices.numel()
 
 
 def _expand_to_samples(scope: Scope, func: Any, args: Any, kwargs: Any, operand: Operand) -> Tensor | None:
@@ -156,7 +178,7 @@ def _expand_to_samples(scope: Scope, func: Any, args: Any, kwargs: Any, operand:
     with torch.no_grad():
         result = func(*[tensor.detach() if a is tensor else a for a in args], **kwargs)
     source = (1,) * (result.ndim - tensor.ndim) + tuple(tensor.shape)
-    if rows is None or result.ndim <= dim or result.shape[dim] != rows or source[dim] != 1 or rows == 1:
+    if rows is None or result.ndim <= dim or result.shape[dim] != rows or source[dim] != 1:
         return None
     expanded = scope.expand(operand, dim, rows, result.ndim, func.__name__)
     if expanded.shape == result.shape:

@@ -8,7 +8,9 @@ only add their parameters to its scope.
 from __future__ import annotations
 
 import functools
+import sys
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
 
 from largebatch.moments import derived, elementwise, fallback
 from largebatch.moments.scope import RULES, Scope, Tracked, notes, state
@@ -40,6 +43,10 @@ class Interception(TorchFunctionMode):
             output = func(*args, **kwargs)
             if is_batched:
                 _mark(output)
+                if func in _MIXING and not torch.compiler.is_compiling():
+                    _warn_of_mixed_rows(scope, func, args, kwargs)
+            elif not operands:
+                derived.note_constant(scope, func, args, output)
             return output
         if isinstance(func, types.FunctionType) and func in _BODIES:
             with self:
@@ -73,6 +80,29 @@ def _mark(output: Any) -> None:
     for item in output if isinstance(output, (list, tuple)) else (output,):
         if isinstance(item, Tensor) and not item.requires_grad:
             item._largebatch_batched = True  # type: ignore[attr-defined]
+
+
+_MIXING = {torch.cat, torch.concat, Tensor.__getitem__}
+
+
+def _warn_of_mixed_rows(scope: Scope, func: Any, args: Any, kwargs: Any) -> None:
+    """Warn where rows stop being grouped by sample, which their number alone would not tell a later rule."""
+    source = args[0] if args else kwargs.get("tensors")
+    dim = scope.batch_dim
+    if func is Tensor.__getitem__:
+        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        is_mixed = dim == 0 and source.requires_grad and isinstance(first, Tensor) and first.dtype == torch.bool
+    else:
+        along = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        rows = [t.shape[dim] for t in source if t.ndim > dim and t.requires_grad]
+        is_mixed = along in (dim, dim - source[0].ndim) and rows.count(scope.num_samples) > 1
+    if is_mixed and not scope.has_warned:
+        scope.has_warned = True
+        warnings.warn(
+            f"{func.__name__} along the samples: the rows that follow are no longer grouped by sample. If parameters are "
+            "applied to them, their per-sample squares are wrong; use track(model, per='micro_batch')",
+            stacklevel=3,
+        )
 
 
 def attention(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
@@ -116,6 +146,8 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     replaced = self.__dict__.get("_largebatch_forward")
     original = functools.partial(type(self).forward, self) if replaced is None else replaced
     if state.is_replaying or not torch.is_grad_enabled():
+        if state.scope is not None and not torch.compiler.is_compiling():
+            _note_segment(state.scope, self)
         return original(*args, **kwargs)
     tracked = notes(self)
     run = _forward_squared if tracked.per == "micro_batch" else _forward_tapped
@@ -143,11 +175,26 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
         if tracked.use_fallback:
             return fallback.run_module(scope, module, original, args, kwargs)
         with Interception(scope):
-            return original(*args, **kwargs)
+            output = original(*args, **kwargs)
     finally:
         state.scope = None
-        if not torch.compiler.is_compiling():
-            scope.leave(module)
+    if not torch.compiler.is_compiling():
+        scope.leave(module)
+    return output
+
+
+def _note_segment(scope: Scope, module: nn.Module) -> None:
+    """Note the parameters of a re-entrant checkpoint, which runs now without gradients and again in the backward pass.
+
+    Its second run is a forward pass of its own, whose gradients cannot be added to those of other uses per sample.
+    """
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is not None:
+        used = scope.segments.setdefault(id(frame.f_locals["ctx"]), set())
+        for owner in notes(module).owners:
+            used.update(id(owner._parameters[name]) for name in notes(owner).names)
 
 
 def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> Scope:

@@ -47,6 +47,7 @@ class Tracked:
         owners: the modules of the subtree that own tracked parameters.
         per: "sample" or "micro_batch".
         batch_dim: dimension of the samples in this module's activations.
+        distinct: this module's integer buffers in which no value occurs twice, such as position indices.
         shared: the names of those known to be used more than once in a forward pass.
         use_fallback: whether to differentiate the module as a whole, one sample at a time.
     """
@@ -56,6 +57,7 @@ class Tracked:
     owners: list[nn.Module]
     per: str
     batch_dim: int
+    distinct: set[str]
     shared: set[str]
     use_fallback: bool
 
@@ -75,7 +77,10 @@ class Scope:
         operands: id of a parameter -> its bookkeeping.
         inputs: ids of the tensors the outermost module was called with.
         keep: those tensors, so that no other takes their ids.
+        distinct: ids of the integer buffers in which no value occurs twice.
+        segments: for each re-entrant checkpoint, the ids of its parameters.
         is_used: whether a tap was put anywhere yet.
+        has_warned: whether the user was told of rows that are not grouped by sample.
     """
 
     def __init__(self, num_samples: int | None, batch_dim: int):
@@ -85,12 +90,16 @@ class Scope:
         self.operands: dict[int, Operand] = {}
         self.inputs: set[int] = set()
         self.keep: list[Tensor] = []
+        self.distinct: set[int] = set()
+        self.segments: dict[int, set[int]] = {}
         self.is_used = False
+        self.has_warned = False
 
     def enter(self, module: nn.Module) -> None:
         """Take in the parameters of a module that is about to run, its children's too: it may use them itself."""
         for owner in notes(module).owners:
             tracked = notes(owner)
+            self.distinct.update([id(owner._buffers[name]) for name in tracked.distinct])
             for name, shadow_name in tracked.names.items():
                 parameter = owner._parameters[name]
                 if parameter is None or not parameter.requires_grad or id(parameter) in self.operands:
@@ -129,12 +138,24 @@ class Scope:
         return self.num_samples
 
     def leave(self, module: nn.Module) -> None:
-        """Note which parameters were used more than once, for a later torch.compile."""
+        """Note which parameters were used more than once, for a later torch.compile.
+
+        Raises:
+            UserError: if one of them was also used in a re-entrant checkpoint.
+        """
+        for operand in self.operands.values() if self.segments else ():
+            base = operand.bases[0]
+            times = sum(id(base.parameter) in used for used in self.segments.values())
+            if times and times + base.count.uses > 1:
+                raise UserError(
+                    f"track: parameter '{base.name}' is used in a re-entrant checkpoint and elsewhere, so its gradients "
+                    "cannot be added per sample; use checkpoint(..., use_reentrant=False) or per='micro_batch'"
+                )
         for owner in notes(module).owners:
             tracked = notes(owner)
             for name in tracked.names:
-                operand = self.operands.get(id(owner._parameters[name]))
-                if operand is not None and operand.bases[0].count.uses > 1:
+                found = self.operands.get(id(owner._parameters[name]))
+                if found is not None and found.bases[0].count.uses > 1:
                     tracked.shared.add(name)
 
     def token(self, operands: tuple[Operand, ...]) -> Tensor | None:

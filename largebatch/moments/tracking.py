@@ -82,9 +82,10 @@ def track(
             module.register_parameter(name + SUFFIX, shadow_of[id(parameter)])
             names[name] = name + SUFFIX
         shared = {name for name in names if times[id(module._parameters[name])] > 1}
-        _install(module, Tracked(names, path, [], per, _inherited(dims, path), shared, path in slow))
+        distinct = {name for name, buffer in module._buffers.items() if _is_distinct(buffer)}
+        _install(module, Tracked(names, path, [], per, _inherited(dims, path), distinct, shared, path in slow))
     for module in modules.values():
-        notes(module).owners = [m for m in module.modules() if notes(m).names]
+        notes(module).owners = [m for m in module.modules() if notes(m).names or notes(m).distinct]
     return model
 
 
@@ -92,6 +93,12 @@ def _shadow(parameter: nn.Parameter) -> nn.Parameter:
     shadow = nn.Parameter(torch.zeros_like(parameter, dtype=statistic_dtype(parameter.dtype)))
     shadow._is_largebatch_shadow = True  # type: ignore[attr-defined]
     return shadow
+
+
+def _is_distinct(buffer: Tensor | None) -> bool:
+    if buffer is None or buffer.is_meta or buffer.is_floating_point() or buffer.is_complex() or buffer.ndim == 0:
+        return False
+    return buffer.unique().numel() == buffer.numel()
 
 
 def _inherited(dims: dict[str, int], path: str) -> int:

@@ -56,7 +56,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         """Return the names of the state tensors that this group's options need."""
         return self.state_names
 
-    def set_batch(self, batch_size: int, num_units: float | None = None, world_size: int = 1) -> None:
+    def set_batch(self, batch_size: int, num_units: float | None = None, world_size: int = 1, due: bool = True) -> None:
         """Say what the coming step's gradients are means of; needed where squares are tracked.
 
         Args:
@@ -64,13 +64,25 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
             num_units: n, independent units in the mean whose squares were tracked: B for samples (the default); for
                 micro-batches their number, or 1/sum(w^2) where their weights w in the mean differ.
             world_size: ranks over which the engine averaged gradients.
+            due: whether the squares are complete in this step. Until then they add up in the shadows' gradients and the
+                second moment waits; then it takes their mean, with the weight of all the updates it waited for.
         """
         for group in self.param_groups:
-            group["batch_size"], group["num_units"], group["world_size"] = (
-                batch_size,
-                num_units or batch_size,
-                world_size,
-            )
+            group["batch_size"], group["num_units"] = batch_size, num_units or batch_size
+            group["world_size"], group["due"] = world_size, due
+            group["waited"] = group.get("waited", 0) + 1
+            # n units of weight 1/n leave squares of the sum q/n, so what has added up is q * sum(1/n).
+            group["inverse_units"] = group.get("inverse_units", 0.0) + 1.0 / group["num_units"]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; those of shadows only once their squares have been used."""
+        waiting = [g for g in self.param_groups if is_shadow_group(g) and not g.get("due", True)]
+        kept = [(shadow, shadow.grad) for group in waiting for shadow in group["params"]]
+        for shadow, _ in kept:
+            shadow.grad = None
+        super().zero_grad(set_to_none)
+        for shadow, squares in kept:
+            shadow.grad = squares
 
     def update(
         self,
@@ -95,9 +107,13 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         if "batch_size" not in group:
             raise RuntimeError("call set_batch(batch_size, ...) before step(): the squares' scale depends on it")
         kappa, num_units = group["batch_size"] / reference, group["num_units"]
+        if not group["due"]:
+            return Moment(updates=0)
         # One unit alone says nothing of the variance between units.
         share = (kappa - 1.0) / (num_units - 1.0) if num_units > 1 else 0.0
-        return Moment([s.grad for s in shadows if s.grad is not None], share, num_units / group["world_size"], kappa)
+        scale = 1.0 / (group["world_size"] * group["inverse_units"])
+        updates, group["waited"], group["inverse_units"] = group["waited"], 0, 0.0
+        return Moment([s.grad for s in shadows if s.grad is not None], share, scale, kappa, updates)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -184,7 +200,7 @@ class Adam(AdaptiveOptimizer):
         """Apply the rule above."""
         lr, weight_decay, correction = group["lr"], group["weight_decay"], group["bias_correction"]
         weight1, divisor1 = advance_average(group, "first_moment_count", group["betas"][0], correction)
-        weight2, divisor2 = advance_average(group, "second_moment_count", group["betas"][1], correction)
+        weight2, divisor2 = advance_average(group, "second_moment_count", group["betas"][1], correction, moment.updates)
         if weight_decay and self.decoupled_weight_decay:
             torch._foreach_mul_(params, 1.0 - lr * weight_decay)
         decayed = _with_decay(grads, params, 0.0 if self.decoupled_weight_decay else weight_decay)
@@ -279,13 +295,14 @@ class RMSProp(AdaptiveOptimizer):
         moment: Moment,
     ) -> None:
         """Apply the rule above."""
-        weight, _ = advance_average(group, "second_moment_count", group["alpha"], self.bias_correction)
+        weight, _ = advance_average(group, "second_moment_count", group["alpha"], self.bias_correction, moment.updates)
         decayed = _with_decay(grads, params, group["weight_decay"])
         torch._foreach_mul_(state["exp_avg_sq"], 1.0 - weight)
         moment.add_to(state["exp_avg_sq"], grads, decayed, weight)
         second_moments = state["exp_avg_sq"]
         if group["centered"]:
-            torch._foreach_lerp_(state["exp_avg"], decayed, weight)
+            mean_weight, _ = advance_average(group, "first_moment_count", group["alpha"], self.bias_correction)
+            torch._foreach_lerp_(state["exp_avg"], decayed, mean_weight)
             second_moments = list(
                 torch._foreach_addcmul(second_moments, state["exp_avg"], state["exp_avg"], value=-1.0)
             )
@@ -335,7 +352,7 @@ class Adagrad(AdaptiveOptimizer):
     ) -> None:
         """Apply the rule above."""
         decayed = _with_decay(grads, params, group["weight_decay"])
-        moment.add_to(state["exp_avg_sq"], grads, decayed, moment.kappa)
+        moment.add_to(state["exp_avg_sq"], grads, decayed, moment.kappa * moment.updates)
         torch._foreach_addcdiv_(
             params, decayed, _denominators(state["exp_avg_sq"], 0.5, group["eps"]), value=-group["lr"]
         )

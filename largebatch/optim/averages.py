@@ -10,23 +10,34 @@ from torch import Tensor
 
 
 def advance_average(
-    group: dict[str, Any], key: str, beta: float, correction: Literal["published", "running_mean", "none"]
+    group: dict[str, Any],
+    key: str,
+    beta: float,
+    correction: Literal["published", "running_mean", "none"],
+    updates: int = 1,
 ) -> tuple[float, float]:
-    """Count one update of a running average; return the newest value's weight, and what the average is divided by.
+    """Count updates of a running average; return the newest value's weight, and what the average is divided by.
 
     ``published``: weight 1 - beta, divided by 1 - prod(beta), which is Adam's 1 - beta^t while beta is constant.
     ``running_mean``: weight 1/min(t, N) with N = 1/(1 - beta), divided by 1; for t <= N exactly the mean of x_1..x_t
     (McAllester, TTIC 31230). Both count on through a change of beta, as a growing batch brings. ``none``: weight 1 - beta.
 
-    The count is one float in the optimizer's group, under ``key``, so that it is saved and loaded with it.
+    Args:
+        group: the optimizer's group; the count is one float in it, so that it is saved and loaded with it.
+        key: the count's name.
+        beta: coefficient of one update, in [0, 1).
+        correction: which of the three.
+        updates: how many updates the value stands for; 0 leaves the average as it is.
     """
     if correction == "running_mean":
-        group[key] = min(group.get(key, 0.0) + 1.0, 1.0 / (1.0 - beta))
-        return 1.0 / group[key], 1.0
+        length = max(1.0 / (1.0 - beta), float(updates))
+        group[key] = min(group.get(key, 0.0) + updates, length)
+        return updates / group[key] if updates else 0.0, 1.0
+    decay = beta**updates
     if correction == "published":
-        group[key] = group.get(key, 1.0) * beta
-        return 1.0 - beta, 1.0 - group[key]
-    return 1.0 - beta, 1.0
+        group[key] = group.get(key, 1.0) * decay
+        return 1.0 - decay, 1.0 - group[key]
+    return 1.0 - decay, 1.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,14 @@ class Moment:
         share: a.
         scale: n / W.
         kappa: B / B_ref, the updates at the reference that this one stands for.
+        updates: updates that the squares have added up over; 0 while they are not complete.
     """
 
     squares: list[Tensor] | None = None
     share: float = 0.0
     scale: float = 1.0
     kappa: float = 1.0
+    updates: int = 1
 
     def add_to(self, average: list[Tensor], grads: list[Tensor], decayed: list[Tensor], weight: float) -> None:
         """Add weight * s_ref to a running average.
@@ -60,6 +73,8 @@ class Moment:
             decayed: mean gradients with L2 weight decay in them, which moves the mean and not the variance.
             weight: of the newest value.
         """
+        if self.updates == 0:
+            return
         torch._foreach_addcmul_(average, decayed, decayed, weight)
         if self.squares is None or self.share == 0.0:
             return

@@ -278,6 +278,16 @@ BROADCASTS = {
         {"p": (3, 3)},
         (N, 5, 3),
     ),
+    "positions laid out by sample": (
+        lambda x, p: x + F.embedding(torch.arange(5).expand(len(x), -1), p),
+        {"p": (5, 3)},
+        (N, 5, 3),
+    ),
+    "one kind of token": (
+        lambda x, p: x + F.embedding(torch.zeros(len(x), 5, dtype=torch.long), p),
+        {"p": (2, 3)},
+        (N, 5, 3),
+    ),
     "prelu": (lambda x, p: F.prelu(x, p), {"p": (5,)}, (N, 5, 3)),
     "prelu, one slope": (lambda x, p: F.prelu(x, p), {"p": (1,)}, (N, 5, 3)),
     "stacked": (lambda x, p, q: x + torch.stack([p, q], 0), {"p": (3,), "q": (3,)}, (N, 2, 3)),
@@ -301,6 +311,14 @@ def _scale_and_shift(x, p):
 def test_broadcasts(name):
     function, shapes, shape = BROADCASTS[name]
     assert_agrees(Apply(function, **{k: normal(*v) for k, v in shapes.items()}), normal(*shape))
+
+
+@pytest.mark.parametrize("name", BROADCASTS)
+def test_broadcasts_with_one_sample(name):
+    function, shapes, shape = BROADCASTS[name]
+    if shape[0] == shape[1]:
+        pytest.skip("more positions than samples")
+    assert_agrees(Apply(function, **{k: normal(*v) for k, v in shapes.items()}), normal(1, *shape[1:]))
 
 
 class Attention(nn.Module):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from oracle import EXACT, assert_agrees, backward, distance, loop
 from tiny import GPT, MODELS, ViT, cnn, images, mlp, resnet, text
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from largebatch.moments import (
     check_statistics,
@@ -115,6 +116,41 @@ def test_activation_checkpointing(tied, use_reentrant):
     model.use_reentrant = use_reentrant
     backward(model, inputs, target)
     assert_same(grad_sample_sq(model, N), whole)
+
+
+def test_reentrant_checkpoints_that_share_a_weight_are_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x):
+            for _ in range(2):
+                x = checkpoint(self.inner, x, use_reentrant=True)
+            return x
+
+    model = track(Twice())
+    with pytest.raises(UserError, match=r"'inner\.weight'.*use_reentrant=False"):
+        model(torch.randn(N, 3, requires_grad=True))
+
+
+def test_compile_with_positions_in_a_buffer():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("indices", torch.arange(9).unsqueeze(0))
+            self.table = nn.Embedding(9, 3)
+
+        def forward(self, x):
+            return x + self.table(self.indices[:, : x.shape[1]])
+
+    torch._dynamo.reset()
+    model, inputs = Positions().double(), torch.randn(N, 4, 3, dtype=torch.float64)
+    target = torch.randn_like(inputs)
+    expected = loop(model, inputs, target)
+    track(model)
+    backward(model, inputs, target, torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert_same(grad_sample_sq(model, N), expected)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "gpt", "gpt, tied", "vit"])
@@ -408,6 +444,20 @@ class TestErrors:
         model = track(nn.Sequential(nn.Linear(3, 2), nn.AvgPool1d(1), nn.Linear(2, 1), TakeThree(), nn.Linear(1, 1)))
         with pytest.raises(UserError, match="3 rows along dimension 0"):
             model(torch.randn(N, 3))
+
+
+@pytest.mark.parametrize("mix", [lambda x: torch.cat([x, x.sin()]), lambda x: x[x[:, 0] > 0]], ids=["cat", "mask"])
+def test_rows_that_stop_being_grouped_by_sample_are_warned_of(mix):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return mix(self.inner(x))
+
+    with pytest.warns(UserWarning, match="no longer grouped by sample"):
+        track(Model())(torch.randn(N, 3))
 
 
 def test_scale():
