@@ -221,12 +221,18 @@ def main() -> None:
         "--slow_rounds", type=int, default=3, help="runs of a method over 10 times the plain model's time"
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, for one thread on a busy machine"
+    )
     parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
     methods = ["plain", *[m for m in options.methods if m != "plain"]]
-    print(f"torch {torch.__version__}, {options.threads} threads, float32; forward + backward, plain model = 1")
+    print(
+        f"torch {torch.__version__}, {options.threads} threads, {options.clock} time, float32; forward + backward, plain model = 1"
+    )
     print("| model (batch) | plain, ms | " + " | ".join(methods[1:]) + " |")
     print("|" + "---|" * (len(methods) + 1))
     for name in options.models:
@@ -244,9 +250,9 @@ def main() -> None:
                 is_slow = times[method] and times[method][0] > 10 * times["plain"][0]
                 if is_slow and index >= options.slow_rounds:
                     continue
-                start = time.perf_counter()
+                start = clock()
                 step()
-                times[method].append(time.perf_counter() - start)
+                times[method].append(clock() - start)
         medians = {method: statistics.median(values) for method, values in times.items()}
         cells = [f"{medians[m] / medians['plain']:.2f}" if m in medians else "not supported" for m in methods[1:]]
         if options.memory:

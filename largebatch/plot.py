@@ -13,6 +13,7 @@ import numpy as np
 from largebatch.tracking import read_metrics
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9702b", "#3a8a5f", "#8a8f98"
+METHOD_COLORS = (ORANGE, BLUE, GREY, GREEN, "#9c4dcc")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -97,33 +98,67 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
 
 
 class Curves(Protocol):
-    """What `plot_study` needs of a variant: its name, and its validation loss by seed (seeds, p) at epochs (p,)."""
+    """What `plot_study` needs of a variant: its place, and its validation loss by seed (seeds, p) at epochs (p,)."""
 
-    name: str
+    cell: Any
     epochs: np.ndarray
     val_loss: np.ndarray
 
 
 def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
-    """Draw curves.png: the mean validation loss of each variant, with a band of one standard deviation over seeds."""
+    """Draw curves.png: mean validation loss with a band of one standard deviation over seeds.
+
+    Without methods there is a panel for each group, with all its variants. With methods there is a panel for each group
+    and variant: the reference in black, and a line for each method.
+    """
     matplotlib.use("Agg")
+    panels = _panels(variants, title)
+    by_method = any(variant.cell.method for variant in variants)
+    columns = max(1, len({v.cell.variant for v in variants}) - 1) if by_method else 1
+    rows = -(-len(panels) // columns)
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(8.5, 5), layout="constrained")
-        colors = plt.get_cmap("viridis")(np.linspace(0.0, 0.9, max(1, len(variants) - 1)))
-        finite = np.concatenate([variant.val_loss[np.isfinite(variant.val_loss)] for variant in variants])
-        for number, variant in enumerate(variants):
-            mean, deviation = variant.val_loss.mean(axis=0), variant.val_loss.std(axis=0)
-            color = "#111418" if number == 0 else colors[number - 1]
-            width = 2.4 if number == 0 else 1.4
-            axis.plot(variant.epochs, mean, color=color, linewidth=width, marker="o", markersize=3, label=variant.name)
-            axis.fill_between(variant.epochs, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
-        if len(finite) and finite.max() > 5 * finite.min() > 0:
-            axis.set_yscale("log")
-        axis.set_xlabel("epochs")
-        axis.set_ylabel("validation loss")
-        axis.set_title(title, loc="left", fontsize=11, color="#30343a")
-        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+        size = (3.6 * columns + 1, 2.8 * rows) if by_method else (8.5, 5.0 * rows)
+        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
+            shades = [
+                matplotlib.colors.to_hex(c)
+                for c in plt.get_cmap("viridis")(np.linspace(0.0, 0.9, max(1, len(lines) - 1)))
+            ]
+            colors = ["#111418", *(METHOD_COLORS if by_method else shades)]
+            for number, (label, variant) in enumerate(lines):
+                mean, deviation = variant.val_loss.mean(axis=0), variant.val_loss.std(axis=0)
+                color, width = colors[number % len(colors)], 2.4 if number == 0 else 1.5
+                axis.plot(variant.epochs, mean, color=color, linewidth=width, label=label)
+                axis.fill_between(
+                    variant.epochs, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0
+                )
+            finite = np.concatenate([v.val_loss[np.isfinite(v.val_loss)] for _, v in lines])
+            if len(finite) and finite.max() > 5 * finite.min() > 0:
+                axis.set_yscale("log")
+            axis.set_title(name, loc="left", fontsize=9 if by_method else 11, color="#30343a")
+            if not by_method:
+                axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+        figure.supxlabel("epochs", fontsize=10)
+        figure.supylabel("validation loss", fontsize=10)
+        if by_method:
+            handles, labels = axes.flat[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
         path = folder / "curves.png"
         figure.savefig(path)
         plt.close(figure)
     return path
+
+
+def _panels(variants: Sequence[Curves], title: str) -> dict[str, list[tuple[str, Curves]]]:
+    """Return {panel: [(label, variant)]}, the reference first in each."""
+    references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
+    panels: dict[str, list[tuple[str, Curves]]] = {}
+    by_method = any(variant.cell.method for variant in variants)
+    for variant in variants:
+        cell, reference = variant.cell, references[variant.cell.group]
+        if not by_method:
+            panels.setdefault(cell.group or title, []).append((cell.variant, variant))
+        elif cell.method:
+            name = ", ".join(part for part in (cell.group, cell.variant) if part)
+            panels.setdefault(name, [(reference.cell.variant, reference)]).append((cell.method, variant))
+    return panels

@@ -7,6 +7,9 @@
       reference: {batch.size: 32}           # the first one is what the others are held against
       no warm-up: {batch.size: 512, warmup.name: none}
 
+With ``methods`` each variant but the first is crossed with each of them; with ``groups`` the whole is done for each of
+them, with a reference of its own. A table of distances then has a column for each method.
+
 Every run is an ordinary run folder, STUDY/VARIANT/seed-N. A study that was cut short goes on where it stopped.
 """
 
@@ -16,6 +19,7 @@ import json
 import os
 import re
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -48,6 +52,32 @@ class Study(Section):
     """Flags for every variant: {section.key: value}."""
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
     """Flags of each variant, by its name; the first is the reference of the comparison."""
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Flags of each method, by its name; every variant but the first is run by each."""
+    groups: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Flags of each group, by its name; all variants are run in each."""
+
+    def cells(self) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """Yield every cell of the study, and its flags."""
+        for group, group_flags in (self.groups or {"": {}}).items():
+            for number, (variant, variant_flags) in enumerate(self.variants.items()):
+                methods = self.methods if self.methods and number else {"": {}}
+                for method, method_flags in methods.items():
+                    flags = {**self.set, **group_flags, **variant_flags, **method_flags}
+                    yield Cell(group, variant, method, number == 0), flags
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where a variant stands in the table."""
+
+    group: str
+    variant: str
+    method: str
+    is_reference: bool
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.group, self.variant, self.method) if part)
 
 
 @dataclass
@@ -55,18 +85,23 @@ class Variant:
     """What the runs of one variant came to, a row for each seed.
 
     Args:
-        name: of the variant.
+        cell: its place in the table.
         run: its config, of the first seed.
         summaries: summary.json of each seed.
         epochs: where the curves stand, (p,).
         val_loss: validation loss of each seed at those epochs, (seeds, p); NaN after a run diverged.
     """
 
-    name: str
+    cell: Cell
     run: Run
     summaries: list[dict[str, Any]] = field(default_factory=list)
     epochs: np.ndarray = field(default_factory=lambda: np.zeros(0))
     val_loss: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and figures."""
+        return str(self.cell)
 
     def finals(self, name: str) -> np.ndarray:
         """Return a value of the summaries for the seeds that finished."""
@@ -74,7 +109,7 @@ class Variant:
         return np.array(done, dtype=float)
 
 
-def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[str, list[Run]]]:
+def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[Cell, list[Run]]]:
     """Read a study and the config of each of its runs.
 
     Args:
@@ -90,13 +125,13 @@ def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[str, list
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {where}: {first['msg']}; a study has base, seeds, set and variants") from error
-    runs: dict[str, list[Run]] = {}
-    for name, changes in study.variants.items():
-        runs[name] = []
+    runs: dict[Cell, list[Run]] = {}
+    for cell, changes in study.cells():
+        runs[cell] = []
         for seed in study.seeds:
             values = read_yaml(path.parent / study.base)
-            merge_flags(values, {**study.set, **changes, **flags, "seed": seed})
-            runs[name].append(check_config(values, f"{path}: variant '{name}'"))
+            merge_flags(values, {**changes, **flags, "seed": seed})
+            runs[cell].append(check_config(values, f"{path}: variant '{cell}'"))
     return study, runs
 
 
@@ -158,37 +193,37 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
     out = out or Path("runs") / path.stem
     console = create_console()
     todo = []
-    for name, by_seed in runs.items():
+    for cell, by_seed in runs.items():
         for seed, run in zip(study.seeds, by_seed, strict=True):
-            folder = out / slug(name) / f"seed-{seed}"
+            folder = out / slug(str(cell)) / f"seed-{seed}"
             if not _finished(run, folder):
                 _clear(folder)
-                todo.append((name, seed, run, folder))
+                todo.append((cell, seed, run, folder))
     total = sum(map(len, runs.values()))
     console.print(f"{path.stem}: {total} runs, {total - len(todo)} of them finished before; {jobs} at a time in {out}")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,)) as pool:
-        futures = {pool.submit(_train_quietly, run, folder): (name, seed) for name, seed, run, folder in todo}
+        futures = {pool.submit(_train_quietly, run, folder): (cell, seed) for cell, seed, run, folder in todo}
         for future in as_completed(futures):
-            name, seed = futures[future]
+            cell, seed = futures[future]
             summary = future.result()
             accuracy = f"  accuracy {summary['val_accuracy']:.2%}" if summary["val_accuracy"] is not None else ""
             val = f"  val {summary['val_loss']:.4f}" if summary["val_loss"] is not None else ""
             console.print(
-                f"{name}, seed {seed}: {summary['status']}{val}{accuracy}  {duration(summary['seconds'])}",
+                f"{cell}, seed {seed}: {summary['status']}{val}{accuracy}  {duration(summary['seconds'])}",
                 highlight=False,
             )
-    variants = [read_variant(name, by_seed, study.seeds, out) for name, by_seed in runs.items()]
+    variants = [read_variant(cell, by_seed, study.seeds, out) for cell, by_seed in runs.items()]
     write_results(variants, out, path.stem, console)
     return 0
 
 
-def read_variant(name: str, runs: list[Run], seeds: list[int], out: Path) -> Variant:
+def read_variant(cell: Cell, runs: list[Run], seeds: list[int], out: Path) -> Variant:
     """Read back what the runs of a variant came to; curves are interpolated to common epochs."""
-    variant = Variant(name, runs[0])
+    variant = Variant(cell, runs[0])
     curves = []
     for seed in seeds:
-        folder = out / slug(name) / f"seed-{seed}"
+        folder = out / slug(str(cell)) / f"seed-{seed}"
         variant.summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
         _, evaluations = read_metrics(folder / "metrics.jsonl")
         curves.append(([row["epoch"] for row in evaluations], [row["val_loss"] for row in evaluations]))
@@ -233,7 +268,9 @@ def _spread(values: np.ndarray, form: str) -> str:
 def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
     """Return the table of a study, a row for each variant; the numbers are means over seeds ± their standard deviation."""
     rows = []
+    references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
     for variant in variants:
+        reference = references[variant.cell.group]
         run, summaries = variant.run, variant.summaries
         diverged = sum(s["status"] != "finished" for s in summaries)
         row = {
@@ -244,13 +281,38 @@ def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
         if any(s["val_accuracy"] is not None for s in summaries):
             row["error at the end, %"] = _spread(100 - 100 * variant.finals("val_accuracy"), ".2f")
         row["val. loss at the end"] = _spread(variant.finals("val_loss"), ".4f")
-        row["distance of the curve"] = (
-            f"{curve_distance(variant, variants[0]):.4f}" if variant is not variants[0] else "-"
-        )
+        row["distance of the curve"] = f"{curve_distance(variant, reference):.4f}" if variant is not reference else "-"
         row["seed sd of the curve"] = f"{seed_deviation(variant):.4f}"
         row["diverged"] = f"{diverged} of {len(summaries)}"
         rows.append(row)
     return rows
+
+
+def distance_rows(variants: list[Variant]) -> list[dict[str, str]]:
+    """Return the table of distances: a row for each group and variant, a column for each method."""
+    references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for variant in variants:
+        cell = variant.cell
+        if cell.is_reference:
+            continue
+        head = {
+            "group": cell.group,
+            "variant": cell.variant,
+            "seed sd": f"{seed_deviation(references[cell.group]):.4f}",
+        }
+        row = rows.setdefault((cell.group, cell.variant), head)
+        row[cell.method] = f"{curve_distance(variant, references[cell.group]):.4f}"
+    return list(rows.values())
+
+
+def _as_table(rows: list[dict[str, str]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in rows[0]:
+        table.add_column(heading, justify="left" if heading in ("variant", "group") else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
 
 
 def write_results(variants: list[Variant], out: Path, name: str, console: Console) -> None:
@@ -260,12 +322,13 @@ def write_results(variants: list[Variant], out: Path, name: str, console: Consol
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    table = Table(title=name, title_justify="left")
-    for heading in rows[0]:
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+    console.print(_as_table(rows, name))
+    if any(variant.cell.method for variant in variants):
+        distances = distance_rows(variants)
+        lines += ["", "| " + " | ".join(distances[0]) + " |", "|" + "---|" * len(distances[0])]
+        lines += ["| " + " | ".join(row.values()) + " |" for row in distances]
+        (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        console.print(_as_table(distances, "distance of the curve from the reference's"))
     from largebatch.plot import plot_study
 
     console.print(f"{plot_study(variants, out, name)}", highlight=False)
