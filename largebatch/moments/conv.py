@@ -75,7 +75,7 @@ class Convolution(Operation):
             steps = tuple(slice(None, None, step) for step in self.stride)
             columns = x[(slice(None), slice(None), *steps)].flatten(2)[:, :, : _positions(d)].mT
         elif is_fast:
-            columns = _windows(x, d.shape[2:], window, self.stride, self.padding, self.dilation)
+            columns = _windows(x, d.shape[2:], window, self.stride, self.padding, self.dilation).mT
         elif d.ndim == 3:
             ones = (1, *window), (1, *self.dilation), (0, *self.padding), (1, *self.stride)
             columns = F.unfold(x.unsqueeze(2), *ones).mT
@@ -84,12 +84,8 @@ class Convolution(Operation):
         d = d.flatten(2).mT
         if len(d) != self.num_samples:  # the rows of a sample are more positions
             d, columns = (t.reshape(self.num_samples, -1, t.shape[2]) for t in (d, columns))
-        moments = product_moments(d, columns)
-        if not is_fast:
-            return moments[0].reshape(self.weight_shape), moments[1].reshape(self.weight_shape)
-        shape = (self.weight_shape[0], *window, self.weight_shape[1])
-        total, squares = (t.reshape(shape).movedim(-1, 1) for t in moments)
-        return total, squares
+        total, squares = product_moments(d, columns)
+        return total.reshape(self.weight_shape), squares.reshape(self.weight_shape)
 
     def per_sample(self, role: str, ready: tuple[Tensor, ...], lo: int, hi: int) -> Tensor:
         """Return the gradients from the library's weight-gradient kernel."""
@@ -135,23 +131,15 @@ def _windows(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """im2col by one strided copy: [n, positions, window * channels], channels last in memory.
-
-    A window's row is then one run of memory: 3 to 7 times faster than F.unfold, which gathers single numbers.
-    """
-    x = F.pad(x, [p for edge in reversed(padding) for p in (edge, edge)]).movedim(1, -1).contiguous()
-    n, *_, channels = x.shape
-    steps = x.stride()[1:-1]
-    view = x.as_strided(
-        (n, *size, *window, channels),
-        (
-            x.stride(0),
-            *(step * s for step, s in zip(steps, stride, strict=True)),
-            *(step * d for step, d in zip(steps, dilation, strict=True)),
-            1,
-        ),
+    """im2col by one strided copy, [n, channels * window, positions]: up to twice as fast as F.unfold."""
+    x = F.pad(x, [p for edge in reversed(padding) for p in (edge, edge)]).contiguous()
+    steps = x.stride()[2:]
+    strides = (
+        *x.stride()[:2],
+        *(step * d for step, d in zip(steps, dilation, strict=True)),
+        *(step * s for step, s in zip(steps, stride, strict=True)),
     )
-    return view.reshape(n, -1, channels * window[0] * (window[1] if len(window) > 1 else 1))
+    return x.as_strided((*x.shape[:2], *window, *size), strides).flatten(1, 1 + len(window)).flatten(2)
 
 
 def _positions(d: Tensor) -> int:
