@@ -228,13 +228,12 @@ def read_variant(cell: Cell, runs: list[Run], seeds: list[int], out: Path) -> Va
         _, evaluations = read_metrics(folder / "metrics.jsonl")
         curves.append(([row["epoch"] for row in evaluations], [row["val_loss"] for row in evaluations]))
     every = runs[0].evaluate.every_epochs
-    # A batch reaches a little past the epoch at which it is evaluated, so the last common point is the end of the run.
     variant.epochs = np.arange(1, int(runs[0].schedule.epochs / every + 1e-9) + 1) * every
+    # A batch reaches up to one update past the epoch at which it is evaluated: interpolate back, and take the first
+    # evaluation for the first epoch. A run that stopped early has no values beyond.
     variant.val_loss = np.array(
         [
-            np.interp(variant.epochs, at, values, left=np.nan, right=np.nan)
-            if at
-            else np.full(len(variant.epochs), np.nan)
+            np.interp(variant.epochs, at, values, right=np.nan) if at else np.full(len(variant.epochs), np.nan)
             for at, values in curves
         ]
     )
@@ -245,17 +244,14 @@ def curve_distance(variant: Variant, reference: Variant) -> float:
     """Return the mean over epochs of the distance between the two mean validation-loss curves; NaN where one diverged."""
     if len(variant.epochs) != len(reference.epochs):
         return float("nan")
-    gaps = np.abs(variant.val_loss.mean(axis=0) - reference.val_loss.mean(axis=0))
-    # An evaluation falls up to one update after its epoch, so a first point may have nothing to its left.
-    return float(gaps[~np.isnan(gaps)].mean()) if np.isfinite(gaps).any() else float("nan")
+    return float(np.abs(variant.val_loss.mean(axis=0) - reference.val_loss.mean(axis=0)).mean())
 
 
 def seed_deviation(variant: Variant) -> float:
     """Return the mean over epochs of the standard deviation of the validation loss from seed to seed."""
     if len(variant.val_loss) < 2:
         return float("nan")
-    deviations = variant.val_loss.std(axis=0, ddof=1)
-    return float(deviations[~np.isnan(deviations)].mean()) if np.isfinite(deviations).any() else float("nan")
+    return float(variant.val_loss.std(axis=0, ddof=1).mean())
 
 
 def _spread(values: np.ndarray, form: str) -> str:
