@@ -231,7 +231,8 @@ def main() -> None:
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     methods = ["plain", *[m for m in options.methods if m != "plain"]]
     print(
-        f"torch {torch.__version__}, {options.threads} threads, {options.clock} time, float32; forward + backward, plain model = 1"
+        f"torch {torch.__version__}, {options.threads} threads, {options.clock} time, float32; "
+        "forward + backward, plain model = 1"
     )
     print("| model (batch) | plain, ms | " + " | ".join(methods[1:]) + " |")
     print("|" + "---|" * (len(methods) + 1))

@@ -168,7 +168,9 @@ def test_every_study_reads(path):
     from largebatch.study import load_study
 
     study, runs = load_study(path, {})
-    assert len(runs) == len(study.variants)
+    crossed = 1 + (len(study.variants) - 1) * max(1, len(study.methods))
+    assert len(runs) == max(1, len(study.groups)) * crossed
+    assert all(len(by_seed) == len(study.seeds) for by_seed in runs.values())
 
 
 def test_trackers(tmp_path, monkeypatch):
@@ -200,6 +202,7 @@ def test_study(tmp_path, capsys):
                 "seeds": [0, 1],
                 "set": {"schedule.epochs": 4, "warmup.epochs": 1, "evaluate.every_epochs": 1},
                 "variants": {"B 32": {"batch.size": 32}, "B 128": {"batch.size": 128}},
+                "methods": {"linear": {}, "unscaled": {"scaling.rule": "none"}},
             },
             sort_keys=False,
         )
@@ -207,15 +210,18 @@ def test_study(tmp_path, capsys):
     out = tmp_path / "study"
     assert main(["study", str(study), "--out", str(out)]) == 0
     first = capsys.readouterr().out
-    assert "4 runs, 0 of them finished before" in first
+    assert "6 runs, 0 of them finished before" in first
     rows = json.loads((out / "table.json").read_text())
-    assert [row["variant"] for row in rows] == ["B 32", "B 128"]
-    assert float(rows[1]["distance of the curve"]) < 0.5 and rows[0]["diverged"] == "0 of 2"
-    assert (out / "table.md").read_text().startswith("| variant | batch size | updates |")
+    assert [row["variant"] for row in rows] == ["B 32", "B 128, linear", "B 128, unscaled"]
+    linear, unscaled = (float(row["distance of the curve"]) for row in rows[1:])
+    assert linear < unscaled and rows[0]["diverged"] == "0 of 2"
+    table = (out / "table.md").read_text()
+    assert table.startswith("| variant | batch size | updates |")
+    assert "| group | variant | seed sd | linear | unscaled |" in table
     assert (out / "curves.png").stat().st_size > 10_000
-    (out / "b-128" / "seed-1" / "summary.json").unlink()
+    (out / "b-128-linear" / "seed-1" / "summary.json").unlink()
     assert main(["study", str(study), "--out", str(out)]) == 0
-    assert "4 runs, 3 of them finished before" in capsys.readouterr().out
+    assert "6 runs, 5 of them finished before" in capsys.readouterr().out
     assert json.loads((out / "table.json").read_text()) == rows
     assert main(["study", str(study), "--out", str(out), "--optimizer.lr", "0.01"]) == 2
     assert "holds a run of another config" in capsys.readouterr().err

@@ -41,7 +41,12 @@ def track(
         per="micro_batch":  shadow.grad = sum_k (G_k / K)^2 over K micro-batches whose losses were divided by K,
     and `statistic_scale` turns either into a mean of squares. Gradients and squares accumulate over backward passes.
 
-    Call it before wrapping the model (DDP, FSDP2, DeepSpeed) and before building the optimizer. Calling it again is
+    How samples are found: they lie along `batch_dim` of the first tensor the model is called with, and of every
+    activation that meets a parameter; k times as many rows are k rows a sample, sample by sample. Each call of the
+    tracked model is a batch of its own: track the outermost module, not an encoder that is called twice on one sample.
+    What a forward pass does to a parameter without any sample (a penalty on its norm) is no part of the statistic.
+
+    Cast the model first (`model.bfloat16()` would cast the shadows too). Call it before wrapping the model (DDP, FSDP2, DeepSpeed) and before building the optimizer. Calling it again is
     allowed: it takes in what was added or unfrozen since. Parameters with requires_grad=False are left alone.
 
     Args:
