@@ -46,8 +46,9 @@ def track(
     tracked model is a batch of its own: track the outermost module, not an encoder that is called twice on one sample.
     What a forward pass does to a parameter without any sample (a penalty on its norm) is no part of the statistic.
 
-    Cast the model first (`model.bfloat16()` would cast the shadows too). Call it before wrapping the model (DDP, FSDP2, DeepSpeed) and before building the optimizer. Calling it again is
-    allowed: it takes in what was added or unfrozen since. Parameters with requires_grad=False are left alone.
+    Cast the model first (`model.bfloat16()` would cast the shadows too). Call it before wrapping the model (DDP, FSDP2,
+    DeepSpeed) and before building the optimizer. Calling it again is allowed: it takes in what was added or unfrozen
+    since. Parameters with requires_grad=False are left alone.
 
     Args:
         model: any module; changed in place.
