@@ -32,6 +32,8 @@ from largebatch.task import Task
 from largebatch.tracking import JsonLines
 from largebatch.trainer import Trainer
 
+SAMPLES = 8192
+
 
 @dataclass(frozen=True)
 class Case:
@@ -43,10 +45,10 @@ class Case:
 
 
 CASES = {
-    "mlp 784-1024-1024-10, B 256": Case(
-        {"name": "mlp", "hidden": [1024, 1024]}, Task("classification", (1, 28, 28), 10), 256
+    "mlp 784-1024-1024-10, B 512": Case(
+        {"name": "mlp", "hidden": [1024, 1024]}, Task("classification", (1, 28, 28), 10), 512
     ),
-    "cnn 32-64-64 on 28x28, B 128": Case({"name": "cnn"}, Task("classification", (1, 28, 28), 10), 128),
+    "cnn 32-64-64 on 28x28, B 512": Case({"name": "cnn"}, Task("classification", (1, 28, 28), 10), 512),
     "gpt 4 x 128, 64 tokens, B 16": Case({"name": "gpt"}, Task("language_modeling", (64,), 256), 16),
 }
 
@@ -126,11 +128,11 @@ def main() -> None:
     backend = create_backend(config(next(iter(CASES.values())), 1, 1024).backend, "fp32", ranks)
     rows = {}
     for name, case in CASES.items():
-        source = random_source(case.task, 4096)
+        source = random_source(case.task, SAMPLES)
         hand, ours = [], []
         with tempfile.TemporaryDirectory() as folder:
             for block in range(options.blocks + 1):
-                model = build_model(config(case, 1, 4096), case.task)
+                model = build_model(config(case, 1, SAMPLES), case.task)
                 wrapped = (
                     DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world_size > 1 else model
                 )

@@ -50,13 +50,17 @@ def global_batch(seed: int, num_samples: int, samples_seen: int, batch_size: int
         samples_seen: samples used by all earlier updates.
         batch_size: B, samples of this update.
     """
-    positions = np.arange(samples_seen, samples_seen + batch_size)
-    epochs, offsets = np.divmod(positions, num_samples)
-    indices = np.empty(batch_size, dtype=np.int64)
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-        here = epochs == epoch
-        indices[here] = epoch_permutation(seed, epoch, num_samples)[offsets[here]]
-    return SampleKeys(epochs, indices)
+    epoch, offset = divmod(samples_seen, num_samples)
+    epochs, indices = [], []
+    left = batch_size
+    while left > 0:
+        part = epoch_permutation(seed, epoch, num_samples)[offset : offset + left]
+        indices.append(part)
+        epochs.append(np.full(len(part), epoch))
+        left, epoch, offset = left - len(part), epoch + 1, 0
+    if len(indices) == 1:
+        return SampleKeys(epochs[0], indices[0])
+    return SampleKeys(np.concatenate(epochs), np.concatenate(indices))
 
 
 def rank_share(batch_size: int, rank: int, world_size: int, group_size: int = 1) -> slice:

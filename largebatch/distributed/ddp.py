@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.hook import SquaresReduction, reduce_bucket
@@ -107,14 +107,18 @@ class DataParallel:
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> float:
         """Clip, update and zero the gradients; return the gradient's global norm before clipping."""
-        self.scaler.unscale_(optimizer)
+        scaled = self.scaler.is_enabled()
+        if scaled:
+            self.scaler.unscale_(optimizer)
         groups = optimizer.param_groups
         params = [p for g in groups if not is_shadow_group(g) for p in g["params"] if p.grad is not None]
         squares = [s.grad for g in groups if is_shadow_group(g) for s in g["params"] if s.grad is not None]
-        if squares and self.scaler.is_enabled():
+        if squares and scaled:
             # unscale_ has divided everything once; squares carry the square of the scale.
             torch._foreach_div_(squares, self.scaler.get_scale())
-        grad_norm = get_total_norm([p.grad for p in params if p.grad is not None])
+        # torch.nn.utils.get_total_norm without its sorting by device and type, which costs as much as the norm.
+        grads = [p.grad for p in params if p.grad is not None]
+        grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         norm = float(grad_norm)  # the same on every rank, so all of them take the same branch
         finite = norm - norm == 0.0
         if not finite and (self.precision != "fp16" or not bool(self._all_losses_finite().all())):
@@ -124,8 +128,11 @@ class DataParallel:
             clip_grads_with_norm_(params, max_grad_norm, grad_norm)
             if squares:
                 torch._foreach_mul_(squares, min(1.0, max_grad_norm / (norm + 1e-6)) ** 2)
-        self.scaler.step(optimizer)  # skips the update where fp16 gradients overflowed
-        self.scaler.update()
+        if scaled:
+            self.scaler.step(optimizer)  # skips the update where gradients overflowed
+            self.scaler.update()
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         self.losses_finite.fill_(True)
         return norm

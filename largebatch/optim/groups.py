@@ -28,8 +28,9 @@ def param_groups(
     shadow_of = shadows(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_shadow(p)]
     groups: list[dict[str, Any]] = []
+    all_alike = decay_norm_and_bias or weight_decay == 0.0  # one group is one pass of the optimizer
     for decayed, decay in ((True, weight_decay), (False, 0.0)):
-        chosen = [(name, p) for name, p in named if (decay_norm_and_bias or p.dim() > 1) == decayed]
+        chosen = [(name, p) for name, p in named if (all_alike or p.dim() > 1) == decayed]
         if not chosen:
             continue
         if shadow_of:
