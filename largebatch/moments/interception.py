@@ -205,8 +205,7 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
     scope = Scope(num_samples=rows, batch_dim=dim)
     for tensor in tensors:
         if tensor.shape[dim] == rows:
-            scope.inputs.add(id(tensor))
-            scope.keep.append(tensor)
+            scope.inputs.append(tensor)
     scope.enter(module)
     return scope
 

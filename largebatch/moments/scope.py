@@ -75,8 +75,8 @@ class Scope:
         batch_dim: dimension of the samples in the module that is running.
         width: rows along `batch_dim` where it is not 0, needed to undo a flattening of (time, batch).
         operands: id of a parameter -> its bookkeeping.
-        inputs: ids of the tensors the outermost module was called with.
-        keep: those tensors, so that no other takes their ids.
+        inputs: the tensors the outermost module was called with; compared by identity, not by id(), which torch.compile
+            would guard and so compile anew for every batch.
         distinct: ids of the integer buffers in which no value occurs twice.
         segments: for each re-entrant checkpoint, the ids of its parameters.
         is_used: whether a tap was put anywhere yet.
@@ -88,8 +88,7 @@ class Scope:
         self.batch_dim = batch_dim
         self.width: int | None = None
         self.operands: dict[int, Operand] = {}
-        self.inputs: set[int] = set()
-        self.keep: list[Tensor] = []
+        self.inputs: list[Tensor] = []
         self.distinct: set[int] = set()
         self.segments: dict[int, set[int]] = {}
         self.is_used = False
@@ -112,7 +111,7 @@ class Scope:
 
     def operand(self, value: Any) -> Operand | None:
         """Return the bookkeeping of an operand, None for any other value."""
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or self.is_input(value):
             return None
         found = self.operands.get(id(value))
         if found is None:
@@ -122,8 +121,12 @@ class Scope:
     def is_batched(self, value: Any) -> bool:
         """Whether a tensor that is no operand depends on the samples."""
         return isinstance(value, Tensor) and (
-            value.requires_grad or id(value) in self.inputs or hasattr(value, "_largebatch_batched")
+            value.requires_grad or hasattr(value, "_largebatch_batched") or self.is_input(value)
         )
+
+    def is_input(self, value: Tensor) -> bool:
+        """Whether the outermost module was called with this very tensor."""
+        return any(value is tensor for tensor in self.inputs)
 
     def samples_in(self, rows: int, function: str) -> int:
         """Return the number of samples, given the rows along the batch dimension of an argument of `function`."""

@@ -530,3 +530,18 @@ class TestOtherLibraries:
 
 def test_vit_parameters_without_a_module():
     assert {"token", "positions", "scale"} <= set(shadows(track(ViT())))
+
+
+def test_compiles_once_for_all_batches():
+    """No guard may hang on the identity of a batch: a training loop has another one every update."""
+    model = track(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(6):
+        compiled(torch.randn(7, 5)).square().mean().backward()
+    assert len(graphs) <= 2  # the first pass notes how often each parameter is used
