@@ -13,7 +13,7 @@ import numpy as np
 from largebatch.tracking import read_metrics
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9702b", "#3a8a5f", "#8a8f98"
-METHOD_COLORS = (ORANGE, BLUE, GREY, GREEN, "#9c4dcc")
+METHOD_COLORS = (ORANGE, BLUE, GREY, GREEN, "#9c4dcc", "#c2a200")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,

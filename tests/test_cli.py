@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,24 @@ def test_launch_script(tmp_path):
     run("launch/torchrun.sh", "configs/digits.yaml", *flags, TORCHRUN=_torchrun(tmp_path), NPROC_PER_NODE="2")
     assert json.loads((out / "summary.json").read_text())["world_size"] == 2
     assert "NNODES" in run("launch/torchrun.sh", expect=2)
+
+
+def test_launch_script_on_two_nodes(tmp_path):
+    """Two agents that meet at an address, as on two hosts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NPROC_PER_NODE": "1"}
+    words = ["launch/torchrun.sh", "configs/digits.yaml", "--schedule.epochs", "4", "--out", str(tmp_path / "run")]
+    environment = {**ENVIRONMENT, **nodes, "TORCHRUN": _torchrun(tmp_path)}
+    started = [
+        subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    assert sorted("Run finished" in text for text in printed) == [False, True], "only rank 0 prints"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
 
 
 def _torchrun(folder):
