@@ -95,10 +95,11 @@ def test_ranks_and_micro_batches_do_not_change_the_run(model, rank_pool, tmp_pat
         assert_same_curve(ours, expected, 1e-10)
 
 
-def test_a_rank_without_samples_takes_part(rank_pool, tmp_path):
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_rank_without_samples_takes_part(optimizer, rank_pool, tmp_path):
     """The run's last batch has fewer samples than there are ranks."""
-    flags = {"batch.size": 196, "schedule.epochs": 1.0, "evaluate.every_epochs": 1.0}  # 1438 = 7 * 205 + 3
-    run = digits(**flags | {"batch.size": 205})
+    flags = {"optimizer.name": optimizer, "optimizer.lr": 1e-3, "schedule.epochs": 1.0, "evaluate.every_epochs": 1.0}
+    run = digits(**flags, **{"batch.size": 205})  # 1438 = 7 * 205 + 3
     expected = rows_of(run, tmp_path / "one")
     assert expected[0][-1]["batch_size"] == 3
     assert_same_curve(rank_pool(4, _train_on_rank, run, tmp_path / "four")[0], expected, 1e-10)
