@@ -157,6 +157,33 @@ def test_an_average_is_never_negative():
     assert (optimizer.state[p]["exp_avg_sq"] == 0).all() and torch.isfinite(p).all()
 
 
+def test_a_skipped_update_leaves_no_trace():
+    """As loss scaling skips one: gradients and squares are cleared without a step."""
+
+    def run(skip):
+        model, inputs, targets = problem()
+        largebatch.track(model)
+        optimizer = optim.AdamW(optim.param_groups(model), 0.01, reference_batch_size=2)
+        for update in range(4):
+            sample_losses(model, inputs, targets).mean().backward()
+            optimizer.set_batch(B)
+            if update != skip:
+                optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat([v.flatten() for v in model.state_dict().values()])
+
+    model, inputs, targets = problem()
+    largebatch.track(model)
+    optimizer = optim.AdamW(optim.param_groups(model), 0.01, reference_batch_size=2)
+    for _ in range(3):
+        sample_losses(model, inputs, targets).mean().backward()
+        optimizer.set_batch(B)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = torch.cat([v.flatten() for v in model.state_dict().values()])
+    assert torch.equal(run(skip=1), expected)
+
+
 def test_one_sample_says_nothing_of_the_variance():
     optimizer = optim.Adam([nn.Parameter(torch.zeros(1))], reference_batch_size=8)
     optimizer.set_batch(1)

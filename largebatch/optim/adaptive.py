@@ -68,11 +68,13 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
                 second moment waits; then it takes their mean, with the weight of all the updates it waited for.
         """
         for group in self.param_groups:
+            if group.get("due", True):  # the last squares were complete, whether or not their update was taken
+                group["waited"], group["inverse_units"] = 0, 0.0
             group["batch_size"], group["num_units"] = batch_size, num_units or batch_size
             group["world_size"], group["due"] = world_size, due
-            group["waited"] = group.get("waited", 0) + 1
+            group["waited"] += 1
             # n units of weight 1/n leave squares of the sum q/n, so what has added up is q * sum(1/n).
-            group["inverse_units"] = group.get("inverse_units", 0.0) + 1.0 / group["num_units"]
+            group["inverse_units"] += 1.0 / group["num_units"]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; those of shadows only once their squares have been used."""
@@ -112,8 +114,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         # One unit alone says nothing of the variance between units.
         share = (kappa - 1.0) / (num_units - 1.0) if num_units > 1 else 0.0
         scale = 1.0 / (group["world_size"] * group["inverse_units"])
-        updates, group["waited"], group["inverse_units"] = group["waited"], 0, 0.0
-        return Moment([s.grad for s in shadows if s.grad is not None], share, scale, kappa, updates)
+        return Moment([s.grad for s in shadows if s.grad is not None], share, scale, kappa, group["waited"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
