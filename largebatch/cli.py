@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") in ("0", ""):  # under torchrun, one line a node
             print(f"largebatch: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return EXIT_CODES["interrupted"]
 
 
 def _main(arguments: list[str]) -> int:

@@ -204,15 +204,19 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,)) as pool:
         futures = {pool.submit(_train_quietly, run, folder): (cell, seed) for cell, seed, run, folder in todo}
-        for future in as_completed(futures):
-            cell, seed = futures[future]
-            summary = future.result()
-            accuracy = f"  accuracy {summary['val_accuracy']:.2%}" if summary["val_accuracy"] is not None else ""
-            val = f"  val {summary['val_loss']:.4f}" if summary["val_loss"] is not None else ""
-            console.print(
-                f"{cell}, seed {seed}: {summary['status']}{val}{accuracy}  {duration(summary['seconds'])}",
-                highlight=False,
-            )
+        try:
+            for future in as_completed(futures):
+                cell, seed = futures[future]
+                summary = future.result()
+                accuracy = f"  accuracy {summary['val_accuracy']:.2%}" if summary["val_accuracy"] is not None else ""
+                val = f"  val {summary['val_loss']:.4f}" if summary["val_loss"] is not None else ""
+                console.print(
+                    f"{cell}, seed {seed}: {summary['status']}{val}{accuracy}  {duration(summary['seconds'])}",
+                    highlight=False,
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the runs not begun; a later call trains them
+            raise
     variants = [read_variant(cell, by_seed, study.seeds, out) for cell, by_seed in runs.items()]
     write_results(variants, out, path.stem, console)
     return 0

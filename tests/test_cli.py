@@ -242,5 +242,7 @@ def test_study(tmp_path, capsys):
     assert main(["study", str(study), "--out", str(out)]) == 0
     assert "6 runs, 5 of them finished before" in capsys.readouterr().out
     assert json.loads((out / "table.json").read_text()) == rows
+    assert main(["study", str(study), "--out", str(tmp_path / "bad"), "--batch.size", "4096"]) == 2
+    assert "batch.size: 4096 is more than the 1438 training samples" in capsys.readouterr().err
     assert main(["study", str(study), "--out", str(out), "--optimizer.lr", "0.01"]) == 2
     assert "holds a run of another config" in capsys.readouterr().err
