@@ -51,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _main(sys.argv[1:] if arguments is None else list(arguments))
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") in ("0", ""):  # under torchrun, one line a node
+        rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+        if not error.everywhere and rank != "0":
+            print(f"largebatch: error: rank {rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        elif local_rank in ("0", ""):  # under torchrun, one line a node
             print(f"largebatch: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -66,6 +69,9 @@ def _main(arguments: list[str]) -> int:
         return 0
     if known.config is None:
         raise UserError(f"command line: name a config, like: largebatch {known.command} configs/digits.yaml")
+    if known.help and known.command == "study":
+        print(_usage(known.command))
+        return 0
     if known.command == "study":
         from largebatch.study import run_study
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, Union, get_args
 
 import torch
 import yaml
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from largebatch import optim
 from largebatch.data import SOURCES
@@ -83,6 +83,14 @@ class SGDConfig(OptimizerBase):
     """Nesterov's look-ahead momentum."""
     form: Literal["sum", "velocity", "average"] = "sum"
     """Where the learning rate enters: sum (torch.optim), velocity (inside v), average (running average of gradients)."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and (self.momentum == 0 or self.form != "sum"):
+            raise ValueError(
+                f"nesterov needs momentum > 0 and form sum, got momentum {self.momentum:g} and form {self.form}"
+            )
+        return self
 
     def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
         """Return the optimizer."""
@@ -247,7 +255,7 @@ class Run(Section):
     backend: BackendConfig = BackendConfig()
     precision: Precision = "fp32"
     """Arithmetic: fp32, fp64, or autocast to bf16 or fp16."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and of the order of samples."""
 
     def reference(self) -> Reference:

@@ -29,7 +29,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as a text file ({error})") from error
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from error
@@ -57,7 +57,7 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
             text = following
         try:
             values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
             raise UserError(f"command line: --{key}: '{text}' cannot be read as a YAML value") from error
     return values
 
@@ -140,6 +140,8 @@ def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "a section with keys"
+    if kind == "value_error" and isinstance(came, Mapping):
+        return f"{where}: {message}"
     return f"{where}: expected {message}, got {came!r}"
 
 

@@ -87,8 +87,9 @@ class Plan:
 
             eta = eta(B) * schedule(s) * warmup(s)
 
-        with eta(B) the reference's rule at this update's own batch size, so that under the linear rule a sample in the
-        smaller last batch has the same total effect as any other.
+        with eta(B) the reference's rule at this update's own batch size: under the linear rule a sample in a smaller last
+        batch moves the weights as much as any other. (What a momentum buffer keeps of it is the optimizer's: SGD's form
+        ``velocity`` keeps that weight, a running average of mean gradients does not.)
         """
         values = self.reference.at(self.batch_size(samples_seen))
         values["lr"] *= self.schedule(samples_seen) * self.warmup(samples_seen)

@@ -47,7 +47,8 @@ def reference_table(plan: Plan, tracked: str | None = None) -> Table:
     """Return the table: hyper-parameters at the reference batch size, and what they become at this run's."""
     reference = plan.reference
     size = plan.full_batch_size(0)
-    tuned, derived = reference.at(reference.batch_size), reference.at(size)
+    derived = reference.at(size)
+    tuned = {name: getattr(reference, name) for name in derived}
     table = Table(title=f"Reference to this run (rule: {reference.rule})", title_justify="left")
     for heading, justify in (("", "left"), ("reference", "right"), ("this run", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
@@ -45,6 +46,17 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         UserError: if the batch sizes cannot be had on these ranks, with the nearest that can.
     """
     reference = run.reference()
+    if run.schedule.total_samples(num_train) < 1:
+        raise UserError(
+            f"schedule.epochs: {run.schedule.epochs:g} epochs of {num_train} samples are less than one sample"
+        )
+    if run.scaling.rule == "sqrt" and (
+        run.optimizer.name == "adagrad" or getattr(run.optimizer, "exponent", 0.5) != 0.5
+    ):
+        raise UserError(
+            f"scaling.rule: sqrt holds for a root of a running average of squares, which {run.optimizer.name} "
+            "as configured does not divide by; use linear with optimizer.second_moment sample"
+        )
     _check_batches(run, num_train, world_size, group_size)
     schedule = run.schedule.build(num_train)
     size, realize = run.batch.size, run.schedule.realize
@@ -86,7 +98,7 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         group_size,
         run.batch.at_epoch_end,
     )
-    return plan, _warnings(run, num_train, world_size)
+    return plan, _warnings(run, plan, world_size)
 
 
 def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -> None:
@@ -122,17 +134,27 @@ def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -
         raise UserError(f"batch.max_size: expected at least batch.size {run.batch.size}, got {run.batch.max_size}")
 
 
-def _warnings(run: Run, num_train: int, world_size: int) -> list[str]:
+def _warnings(run: Run, plan: Plan, world_size: int) -> list[str]:
     """Return what does not stop a run, but should be known before it is paid for."""
     found = []
-    size, kappa = run.batch.size, run.batch.size / run.batch.reference_size
+    kappa = run.batch.size / run.batch.reference_size
     if run.batch.max_size is not None and run.schedule.realize == "lr":
         found.append("batch.max_size is not used: schedule.realize is lr, so the batch does not grow")
     if run.warmup.name == "none" and (run.warmup.epochs or run.warmup.start is not None):
         found.append("warmup.epochs and warmup.start are not used: warmup.name is none")
     if run.warmup.name != "none" and run.warmup.epochs >= run.schedule.epochs:
         found.append(f"the warm-up ({run.warmup.epochs:g} epochs) fills the whole run ({run.schedule.epochs:g} epochs)")
-    largest = max(size, (run.batch.max_size or 0) if run.schedule.realize != "lr" else 0)
+    if run.warmup.name != "none" and plan.warmup.start == 1.0:
+        found.append(
+            "the warm-up starts at the full learning rate, which is not above the reference's: it does nothing"
+        )
+    momentum = getattr(run.optimizer, "momentum", 0.0) or getattr(run.optimizer, "betas", (0.0,))[0]
+    if run.batch.at_epoch_end == "cut" and momentum and getattr(run.optimizer, "form", "") != "velocity":
+        found.append(
+            "batch.at_epoch_end cut: the mean gradient of an epoch's smaller last batch stays in the running average with "
+            "the weight of a full one; optimizer.form velocity, or carry, gives every sample the same weight"
+        )
+    largest, num_train = max(stage.batch_size for stage in plan.stages()), plan.samples_per_epoch
     if run.batch.micro_size is not None and run.batch.micro_size > -(-largest // world_size):
         found.append(
             f"batch.micro_size {run.batch.micro_size} is not used: no rank has more than {-(-largest // world_size)} samples "
@@ -146,7 +168,7 @@ def _warnings(run: Run, num_train: int, world_size: int) -> list[str]:
     if kappa > 1 and run.scaling.rule == "linear" and isinstance(run.optimizer, AdaptiveBase) and not run.tracked():
         found.append(
             f"the second moment of {run.optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
-            "keep the update's size; optimizer.second_moment sample does, and scaling.rule sqrt is the usual approximation"
+            "keep the update's size; optimizer.second_moment sample does"
         )
     if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
         found.append("backend.squares_every and squares_dtype are not used: no squares are tracked")
@@ -178,7 +200,7 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name a folder")
-    if (folder / "metrics.jsonl").exists():
+    if any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml")):
         raise UserError(f"--out: {folder} already holds a run; name another folder, or remove it")
 
 
@@ -215,21 +237,30 @@ def train(
     model = build_model(run, source.task)
     group_size = norm_group_size(model)
     plan, plan_warnings = build_plan(run, len(source.train), ranks.world_size, group_size)
-    backend = create_backend(run.backend, run.precision, ranks)
+    try:
+        backend = create_backend(run.backend, run.precision, ranks)
+    except UserError as error:
+        error.everywhere = False
+        raise
+    # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
+    torch.manual_seed(int(np.random.SeedSequence([run.seed, ranks.rank + 1]).generate_state(1)[0]))
     observers = Observers()
     try:
         if console is not None:
             _say_start(console, run, source, model, plan, backend.describe(), ranks.world_size, group_size)
             for warning in (*warnings, *plan_warnings):
                 console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        trainer = Trainer(run, source, model, plan, backend, observers, folder)
         if folder_here is not None:
             _make_folder(folder_here, run)
             observers.observers += create_trackers(run, folder_here)
         if console is not None:
             observers.observers.append(create_progress(console, plan.total_samples))
-        trainer = Trainer(run, source, model, plan, backend, observers, folder)
         summary = trainer.train()
         del trainer
+    except UserError as error:
+        error.everywhere = False  # a broken sample, say, which one rank alone has met
+        raise
     finally:
         observers.close()
         backend.close()

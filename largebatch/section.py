@@ -19,7 +19,12 @@ class UserError(ValueError):
     """A mistake the user can mend: shown as one line, without a traceback, with exit code 2.
 
     The message says where, what was expected, what came, and what to do.
+
+    Attributes:
+        everywhere: every rank meets the same mistake (a config, say), so one of them says it for all.
     """
+
+    everywhere = True
 
 
 class Section(BaseModel):

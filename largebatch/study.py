@@ -125,6 +125,11 @@ def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[Cell, lis
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {where}: {first['msg']}; a study has base, seeds, set and variants") from error
+    folders = [slug(str(cell)) for cell, _ in study.cells()]
+    unclear = sorted({name for name in folders if not name.strip(".") or folders.count(name) > 1})
+    if unclear or len(set(study.seeds)) < len(study.seeds):
+        what = f"names that give one folder: {', '.join(unclear) or study.seeds}"
+        raise UserError(f"{path}: expected variants and seeds of different names, got {what}")
     runs: dict[Cell, list[Run]] = {}
     for cell, changes in study.cells():
         runs[cell] = []
@@ -155,7 +160,10 @@ def _start_worker(threads: int) -> None:
 
 def _train_quietly(run: Run, folder: Path) -> dict[str, Any]:
     """Train one run of a study in a worker process; return its summary."""
-    return train(run, folder, None, Ranks()).summary.as_dict()
+    summary = train(run, folder, None, Ranks()).summary
+    if summary.status == "interrupted":
+        raise KeyboardInterrupt
+    return summary.as_dict()
 
 
 def _finished(run: Run, folder: Path) -> bool:
@@ -165,7 +173,7 @@ def _finished(run: Run, folder: Path) -> bool:
         UserError: if it holds another one.
     """
     summary = folder / "summary.json"
-    if not summary.exists():
+    if not summary.exists() or json.loads(summary.read_text(encoding="utf-8"))["status"] == "interrupted":
         return False
     if (folder / "config.yaml").read_text(encoding="utf-8") != run.to_yaml():
         raise UserError(f"{folder}: holds a run of another config; name another --out, or remove it")
@@ -174,7 +182,7 @@ def _finished(run: Run, folder: Path) -> bool:
 
 def _clear(folder: Path) -> None:
     """Remove what a run that was cut short has left; only files a run writes."""
-    for name in ("metrics.jsonl", "config.yaml"):
+    for name in ("metrics.jsonl", "config.yaml", "summary.json"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -234,11 +242,13 @@ def read_variant(cell: Cell, runs: list[Run], seeds: list[int], out: Path) -> Va
     every = runs[0].evaluate.every_epochs
     variant.epochs = np.arange(1, int(runs[0].schedule.epochs / every + 1e-9) + 1) * every
     # A batch reaches up to one update past the epoch at which it is evaluated: interpolate back, and take the first
-    # evaluation for the first epoch. A run that stopped early has no values beyond.
+    # evaluation for the first epoch, the last for the last. A run that diverged has no values beyond.
     variant.val_loss = np.array(
         [
-            np.interp(variant.epochs, at, values, right=np.nan) if at else np.full(len(variant.epochs), np.nan)
-            for at, values in curves
+            np.interp(variant.epochs, at, values, right=None if summary["status"] == "finished" else np.nan)
+            if at
+            else np.full(len(variant.epochs), np.nan)
+            for (at, values), summary in zip(curves, variant.summaries, strict=True)
         ]
     )
     return variant
@@ -269,6 +279,7 @@ def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
     """Return the table of a study, a row for each variant; the numbers are means over seeds ± their standard deviation."""
     rows = []
     references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
+    has_accuracy = any(s["val_accuracy"] is not None for variant in variants for s in variant.summaries)
     for variant in variants:
         reference = references[variant.cell.group]
         run, summaries = variant.run, variant.summaries
@@ -278,7 +289,7 @@ def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
             "batch size": f"{run.batch.size:,}",
             "updates": f"{max(s['updates'] for s in summaries):,}",
         }
-        if any(s["val_accuracy"] is not None for s in summaries):
+        if has_accuracy:
             row["error at the end, %"] = _spread(100 - 100 * variant.finals("val_accuracy"), ".2f")
         row["val. loss at the end"] = _spread(variant.finals("val_loss"), ".4f")
         row["distance of the curve"] = f"{curve_distance(variant, reference):.4f}" if variant is not reference else "-"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ class JsonLines:
 
     def log(self, row: Row) -> None:
         """Write a row."""
-        self.file.write(json.dumps(row) + "\n")
+        # JSON has no word for NaN and infinity, which an fp16 gradient's norm may be.
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.file.write(json.dumps(known) + "\n")
 
     def close(self) -> None:
         """Close the file."""

@@ -25,8 +25,8 @@ fi
 NNODES=${NNODES:-1}
 TORCHRUN=${TORCHRUN:-torchrun}
 if [[ -z ${NPROC_PER_NODE:-} ]]; then
-    NPROC_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
-    [[ ${NPROC_PER_NODE:-0} -ge 1 ]] || NPROC_PER_NODE=1
+    # "gpu" counts those that CUDA_VISIBLE_DEVICES leaves.
+    if nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; then NPROC_PER_NODE=gpu; else NPROC_PER_NODE=1; fi
 fi
 if [[ $NNODES != 1 && -z ${MASTER_ADDR:-} ]]; then
     echo "torchrun.sh: NNODES is $NNODES, so MASTER_ADDR must name the first node" >&2

@@ -32,6 +32,11 @@ FLAGS = {
     "momentum of one": ("--optimizer.momentum 1.0", r"optimizer.momentum: expected less than 1, got 1.0"),
     "no samples": ("--batch.size 0", r"batch.size: expected greater than or equal to 1, got 0"),
     "negative seed": ("--seed -1", r"seed: expected greater than or equal to 0, got -1"),
+    "seed too large": ("--seed 100000000000000000000", r"seed: expected less than 9223372036854775808"),
+    "nesterov without momentum": ("--optimizer.nesterov true --optimizer.momentum 0", r"optimizer: nesterov needs momentum > 0 and form sum"),
+    "less than a sample": ("--schedule.epochs 0.0001", r"schedule.epochs: 0.0001 epochs of 1438 samples are less than one sample"),
+    "a date that is none": ("--log.project 2021-13-45", r"command line: --log.project: '2021-13-45' cannot be read as a YAML value"),
+    "square root for adagrad": ("--optimizer.name adagrad --scaling.rule sqrt", r"scaling.rule: sqrt holds for a root of a running average"),
     "unknown precision": ("--precision fp8", r"precision: expected 'fp32', 'fp64', 'bf16' or 'fp16', got 'fp8'"),
     "unknown optimizer": ("--optimizer.name sdg", r"optimizer.name: unknown 'sdg' \(did you mean 'sgd'\?\); expected one of sgd, "),
     "unknown model": ("--model.name mpl", r"model.name: unknown 'mpl' \(did you mean 'mlp'\?\); expected one of mlp, cnn, "),
@@ -166,6 +171,18 @@ def test_out_that_holds_a_run(config, tmp_path, capsys):
     assert (out / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+def test_out_that_holds_the_config_itself(config, tmp_path, capsys):
+    own = tmp_path / "config.yaml"
+    own.write_text(config.read_text())
+    assert "already holds a run" in refused(capsys, "train", own, "--out", tmp_path)
+    assert own.read_text() == config.read_text()
+
+
+def test_a_refused_run_leaves_its_folder_free(config, tmp_path, capsys):
+    refused(capsys, "train", config, "--out", tmp_path / "out", "--batch.size", "4096")
+    assert main(["train", str(config), "--out", str(tmp_path / "out")]) == 0
+
+
 def test_out_that_is_a_file(config, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     assert "is a file; name a folder" in refused(capsys, "train", config, "--out", tmp_path / "out")
@@ -242,6 +259,19 @@ def test_tracker_that_is_not_installed(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else found(name, *a))
     line = refused(capsys, "train", config, "--out", tmp_path / "out", "--log.trackers", "[wandb]")
     assert line == "log.trackers: wandb is not installed; pip install 'largebatch[wandb]'"
+
+
+def test_a_warm_up_that_does_nothing_is_a_warning(config, capsys):
+    flags = ["--batch.size", "32", "--warmup.name", "gradual", "--warmup.epochs", "0.5"]
+    assert main(["plan", str(config), *flags]) == 0
+    assert "it does nothing" in capsys.readouterr().out
+
+
+def test_a_cut_epoch_with_momentum_is_a_warning(config, capsys):
+    assert main(["plan", str(config), "--batch.at_epoch_end", "cut"]) == 0
+    assert "optimizer.form velocity" in capsys.readouterr().out
+    assert main(["plan", str(config), "--batch.at_epoch_end", "cut", "--optimizer.form", "velocity"]) == 0
+    assert "optimizer.form velocity" not in capsys.readouterr().out
 
 
 def test_a_setting_that_is_not_used_is_a_warning(config, tmp_path, capsys):

@@ -210,6 +210,27 @@ def test_trackers(tmp_path, monkeypatch):
         assert [event.value for event in logged] == pytest.approx([row[name] for row in rows], rel=1e-6)
 
 
+def test_study_help_trains_nothing(tmp_path, capsys):
+    path = ROOT / "configs" / "studies" / "smith_small.yaml"
+    assert main(["study", str(path), "--help", "--out", str(tmp_path / "out")]) == 0
+    assert "usage: largebatch study" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_variants_that_would_share_a_folder(tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text((ROOT / "configs" / "digits.yaml").read_text())
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({"base": "base.yaml", "seeds": [0], "variants": {"a b": {}, "a-b": {}}}))
+    assert main(["study", str(study), "--out", str(tmp_path / "out")]) == 2
+    assert "names that give one folder: a-b" in capsys.readouterr().err
+
+
+def test_the_reference_column_is_what_was_tuned(capsys):
+    flags = ["--batch.size", "3200", "--scaling.momentum", "0.98"]
+    assert main(["plan", str(ROOT / "configs" / "cifar10_smith.yaml"), *flags]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ learning rate "))
+    assert [word.strip() for word in line.split("│")[2:4]] == ["0.1", "0.5"]
+
+
 def test_study(tmp_path, capsys):
     """Two variants, two seeds; a second call finds everything done; a third, after a run is gone, trains that one alone."""
     (tmp_path / "base.yaml").write_text((ROOT / "configs" / "digits.yaml").read_text())
@@ -238,7 +259,8 @@ def test_study(tmp_path, capsys):
     assert table.startswith("| variant | batch size | updates |")
     assert "| group | variant | seed sd | linear | unscaled |" in table
     assert (out / "curves.png").stat().st_size > 10_000
-    (out / "b-128-linear" / "seed-1" / "summary.json").unlink()
+    summary = out / "b-128-linear" / "seed-1" / "summary.json"
+    summary.write_text(summary.read_text().replace('"finished"', '"interrupted"'))
     assert main(["study", str(study), "--out", str(out)]) == 0
     assert "6 runs, 5 of them finished before" in capsys.readouterr().out
     assert json.loads((out / "table.json").read_text()) == rows

@@ -239,6 +239,36 @@ class _Poisoned(torch.nn.Module):
         return outputs * math.nan if self.calls == 3 and dist.is_initialized() and dist.get_rank() == 1 else outputs
 
 
+def noisy(task):
+    """A model that keeps the dropout mask it drew first."""
+    return _Noisy(task.num_outputs)
+
+
+class _Noisy(torch.nn.Module):
+    mask = None
+
+    def __init__(self, num_outputs):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, num_outputs)
+
+    def forward(self, inputs):
+        kept = torch.nn.functional.dropout(torch.ones_like(inputs), training=self.training)
+        if self.training and _Noisy.mask is None:
+            _Noisy.mask = kept.flatten()[:512].clone()
+        return self.linear((inputs * kept).flatten(1))
+
+
+def _first_mask(rank, world_size):
+    _Noisy.mask = None
+    train(digits(**{"model.name": "test_trainer:noisy"}), None, ranks=Ranks(rank, rank, world_size))
+    return _Noisy.mask
+
+
+def test_ranks_draw_other_dropout_masks(rank_pool):
+    first, second = rank_pool(2, _first_mask)
+    assert not torch.equal(first, second)
+
+
 def _train_poisoned(rank, world_size, folder):
     run = digits(**{"model.name": "test_trainer:poisoned"})
     return train(run, folder, ranks=Ranks(rank, rank, world_size)).summary

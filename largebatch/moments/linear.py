@@ -44,7 +44,7 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 # Rows of the running sums are taken in blocks that stay in the processor's cache with the product being added.
-BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 5 << 18
 
 
 def product_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,6 +82,7 @@ def product_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             product = outer(a_s[lo : lo + step], b_s).to(wide)
             sum_rows.add_(product)
             square_rows.addcmul_(product, product)
+            del product  # or the next one would push the sums out of the cache
     return total, squares
 
 
