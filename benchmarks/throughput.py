@@ -44,11 +44,19 @@ class Case:
     batch_size: int
 
 
+def _mlp(batch_size: int) -> Case:
+    return Case({"name": "mlp", "hidden": [1024, 1024]}, Task("classification", (1, 28, 28), 10), batch_size)
+
+
+def _cnn(batch_size: int) -> Case:
+    return Case({"name": "cnn"}, Task("classification", (1, 28, 28), 10), batch_size)
+
+
 CASES = {
-    "mlp 784-1024-1024-10, B 512": Case(
-        {"name": "mlp", "hidden": [1024, 1024]}, Task("classification", (1, 28, 28), 10), 512
-    ),
-    "cnn 32-64-64 on 28x28, B 512": Case({"name": "cnn"}, Task("classification", (1, 28, 28), 10), 512),
+    "mlp 784-1024-1024-10, B 256": _mlp(256),
+    "mlp 784-1024-1024-10, B 512": _mlp(512),
+    "cnn 32-64-64 on 28x28, B 128": _cnn(128),
+    "cnn 32-64-64 on 28x28, B 512": _cnn(512),
     "gpt 4 x 128, 64 tokens, B 16": Case({"name": "gpt"}, Task("language_modeling", (64,), 256), 16),
 }
 

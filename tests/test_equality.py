@@ -65,11 +65,25 @@ def test_digits(precision, tmp_path):
             assert largest < 1e-10 if precision == "fp64" else last < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
-def test_fashion_mnist(precision, tmp_path, data_folder):
+@pytest.mark.parametrize(
+    ("precision", "rate"),
+    [
+        ("fp64", None),
+        pytest.param(
+            "fp32",
+            None,
+            marks=pytest.mark.xfail(
+                reason="float32 rounding grows past 1e-4 at this rate: measured in docs/results.md"
+            ),
+        ),
+        ("fp32", "0.0015"),
+    ],
+)
+def test_fashion_mnist(precision, rate, tmp_path, data_folder):
+    """At the config's own rate, and in float32 at a quarter of it too, where rounding does not grow as far."""
     flags = ["--data.path", str(data_folder / "fashion_mnist"), "--schedule.epochs", "1", "--warmup.epochs", "0.25"]
-    # float32 rounding grows with the rate: to 1e-3 in the loss of the last batch at the config's own (docs/results.md).
-    flags += ["--data.num_train", "20000"] if precision == "fp64" else ["--optimizer.lr", "0.0015"]
+    flags += ["--data.num_train", "20000"] if precision == "fp64" else []
+    flags += ["--optimizer.lr", rate] if rate else []
     for gaps in compare("fashion_mnist_cnn.yaml", flags, precision, tmp_path, SPLITS):
         for largest, last in gaps.values():
             assert largest < 1e-10 if precision == "fp64" else last < 1e-4
