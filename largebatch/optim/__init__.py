@@ -2,6 +2,20 @@
 
 from largebatch.optim.adaptive import Adagrad, Adam, AdamW, RMSProp
 from largebatch.optim.groups import is_shadow_group, param_groups, set_hyperparameters
+from largebatch.optim.layerwise import LAMB, LARS
+from largebatch.optim.quench import Quench
 from largebatch.optim.sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSProp", "is_shadow_group", "param_groups", "set_hyperparameters"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Quench",
+    "RMSProp",
+    "is_shadow_group",
+    "param_groups",
+    "set_hyperparameters",
+]

@@ -1,0 +1,208 @@
+"""Quenching SGD: each parameter element's own batch size and learning rate, from its own noise.
+
+B is the batch size of an update and ghat its mean gradient; everything below is elementwise. In one dimension, with a
+loss whose curvature is at most L, the progress that an update guarantees per sample is largest at
+
+    Bstar = 16 * sigma2 / g^2,   eta* = 1/(2L),   and a smaller batch takes eta_B = (B/Bstar) * eta*
+
+where sigma2 is the variance of one sample's gradient g_b (McAllester, TTIC 31230, winter 2017, "A Quenching SGD
+Algorithm"). So lambda_B = 16 and lambda_eta = 1/(32*L) are the theory's values of the meta-parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from largebatch.optim.adaptive import AdaptiveOptimizer, _with_decay
+from largebatch.optim.averages import Moment
+from largebatch.optim.groups import is_shadow_group
+from largebatch.section import UserError
+
+Variance = Literal["average", "sample"]
+
+# Of the newest gradient in an average: at 1 the average variance is 0 and never recovers. With squares per sample it would,
+# but a single gradient near 0 makes Bstar huge and the element stand still: on quadratics 1/2 left less excess loss.
+LARGEST_WEIGHT = 0.5
+
+
+def critical_batch_sizes(means: list[Tensor], variances: list[Tensor], lambda_B: float, eps: float) -> list[Tensor]:
+    """Return Bstar = lambda_B * sigma2 / (g^2 + eps) of every element, in samples.
+
+    Args:
+        means: running averages of the gradient.
+        variances: sigma2 of one sample's gradient.
+        lambda_B: 16 in the theory.
+        eps: > 0; bounds Bstar where the gradient's average passes through 0.
+    """
+    squares = torch._foreach_mul(means, means)
+    torch._foreach_add_(squares, eps)
+    sizes = torch._foreach_div(variances, squares)
+    torch._foreach_mul_(sizes, lambda_B)
+    return list(sizes)
+
+
+def learning_rates(
+    means: list[Tensor], variances: list[Tensor], batch_size: int, lambda_B: float, lambda_eta: float
+) -> list[Tensor]:
+    """Return eta = lambda_eta * B * g^2 / sigma2 of every element, at most eta* = lambda_eta * lambda_B.
+
+    The bound is eta_B = (B/Bstar) * eta* with B/Bstar at most 1: a batch larger than Bstar bears no larger rate.
+
+    Args:
+        means: running averages of the gradient.
+        variances: sigma2 of one sample's gradient.
+        batch_size: B.
+        lambda_B: 16 in the theory.
+        lambda_eta: 1/(32*L) in the theory.
+    """
+    rates = torch._foreach_mul(means, means)
+    torch._foreach_mul_(rates, batch_size / lambda_B)
+    least = torch._foreach_maximum(variances, rates)
+    # 0/0 where no sample has a gradient: no step.
+    torch._foreach_clamp_min_(least, torch.finfo(least[0].dtype).tiny)
+    torch._foreach_div_(rates, least)
+    torch._foreach_mul_(rates, lambda_eta * lambda_B)
+    return list(rates)
+
+
+class Quench(AdaptiveOptimizer):
+    """Quenching SGD (McAllester, TTIC 31230, winter 2017, "A Complete Algorithm").
+
+        w      = min(B/Bstar, 1/2)                              with Bstar after the update before
+        g      = (1-w)*g + w*ghat
+        sigma2 = B * (s - g^2),  s = (1-w)*s + w*ghat^2         ``average``: B times the variance of batch means
+        sigma2 = (1-w)*sigma2 + w*B/(n-1) * (q - ghat^2)        ``sample``: from tracked squares, exact for any batch
+        Bstar  = K for t <= K, else lambda_B * sigma2 / (g^2 + eps)
+        eta    = 0 for t <= K, else min(lambda_eta * B * g^2 / sigma2, lambda_eta * lambda_B)
+        p     -= eta * ghat
+
+    t counts samples, as Bstar does. The slides leave B out of sigma2 and eta, which is B = 1; with it Bstar is one number of
+    samples and eta/B one rate per sample whatever the batch size, so no scaling rule applies. `set_batch` is needed in
+    either form. The state is ``exp_avg`` (g) and ``exp_avg_sq`` (sigma2).
+
+    No average is shorter than two updates: the variance of one batch mean about itself is 0, so with w = 1 Bstar would be 0
+    and w stay 1 for good.
+
+    Args:
+        params: parameters or groups; of a tracked model for ``sample``.
+        lambda_eta: rate's coefficient, 1/(32*L) in the theory; > 0. It is the group's ``lr``, where a schedule finds it.
+        K: samples at the start during which only averages are taken, several times B.
+        lambda_B: coefficient of Bstar, 16 in the theory; > 0.
+        eps: added to g^2 in Bstar, > 0. An element whose average passes through 0 stands still for as long as its average
+            is long, up to lambda_B * sigma2 / eps samples.
+        sigma2: ``average`` or ``sample``.
+        weight_decay: L2 coefficient, added to the gradient.
+
+    Raises:
+        UserError: if an argument lies outside its range.
+    """
+
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lambda_eta: float = 1e-2,
+        K: int = 4096,
+        lambda_B: float = 16.0,
+        eps: float = 1e-8,
+        sigma2: Variance = "average",
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value in (("lambda_eta", lambda_eta), ("K", K), ("lambda_B", lambda_B), ("eps", eps)):
+            if not value > 0:
+                raise UserError(f"{name}: expected a value > 0, got {value}")
+        if sigma2 not in ("average", "sample"):
+            raise UserError(f"sigma2: expected average or sample, got {sigma2!r}")
+        defaults = {"lr": lambda_eta, "K": K, "lambda_B": lambda_B, "eps": eps, "sigma2": sigma2}
+        # Bstar counts single samples, so that is the reference which the walk over the groups asks for.
+        super().__init__(params, {**defaults, "weight_decay": weight_decay, "reference_batch_size": 1})
+
+    def update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: dict[str, list[Tensor]],
+        moment: Moment,
+    ) -> None:
+        """Apply the rule above."""
+        if "batch_size" not in group:
+            raise RuntimeError("call set_batch(batch_size, ...) before step(): the averages' weights depend on it")
+        batch_size = group["batch_size"]
+        means, variances = state["exp_avg"], state["exp_avg_sq"]
+        decayed = _with_decay(grads, params, group["weight_decay"])
+        weights = self._weights(group, means, variances)
+        deviations = list(torch._foreach_sub(decayed, means))
+        if group["sigma2"] == "sample":
+            self._average_squares(group, grads, variances, weights, moment)
+        else:
+            # (1-w) * (V + w*B*(ghat-g)^2) is B*(s - g^2), without the difference of two large numbers.
+            spreads = torch._foreach_mul(deviations, deviations)
+            torch._foreach_mul_(spreads, weights)
+            torch._foreach_add_(variances, spreads, alpha=batch_size)
+            torch._foreach_addcmul_(variances, variances, weights, value=-1.0)
+        torch._foreach_addcmul_(means, weights, deviations)
+        group["samples"] = group.get("samples", 0) + batch_size
+        if group["samples"] > group["K"]:
+            rates = learning_rates(means, variances, batch_size, group["lambda_B"], group["lr"])
+            torch._foreach_addcmul_(params, rates, decayed, value=-1.0)
+
+    def _weights(self, group: dict[str, Any], means: list[Tensor], variances: list[Tensor]) -> list[Tensor]:
+        """Return min(B/Bstar, 1/2) of every element."""
+        batch_size = group["batch_size"]
+        if group.get("samples", 0) <= group["K"]:
+            return [torch.full_like(mean, min(batch_size / group["K"], LARGEST_WEIGHT)) for mean in means]
+        weights = list(
+            torch._foreach_reciprocal(critical_batch_sizes(means, variances, group["lambda_B"], group["eps"]))
+        )
+        torch._foreach_mul_(weights, batch_size)
+        torch._foreach_clamp_max_(weights, LARGEST_WEIGHT)
+        return weights
+
+    def _average_squares(
+        self,
+        group: dict[str, Any],
+        grads: list[Tensor],
+        variances: list[Tensor],
+        weights: list[Tensor],
+        moment: Moment,
+    ) -> None:
+        """Take the tracked squares into the average of sigma2; they may have waited for a few updates."""
+        if moment.updates == 0:
+            return
+        if moment.squares is None:
+            raise UserError(
+                "sigma2: 'sample' needs the parameter groups of a tracked model: call largebatch.track first"
+            )
+        if not group["num_units"] > 1:
+            raise UserError("sigma2: 'sample' needs at least 2 samples in an update, got 1; take sigma2='average'")
+        if moment.updates > 1:
+            kept = torch._foreach_pow(torch._foreach_add(torch._foreach_neg(weights), 1.0), moment.updates)
+            weights = list(torch._foreach_add(torch._foreach_neg(kept), 1.0))
+        estimates = torch._foreach_mul(moment.squares, moment.scale)
+        torch._foreach_addcmul_(estimates, grads, grads, value=-1.0)
+        torch._foreach_mul_(estimates, group["batch_size"] / (group["num_units"] - 1.0))
+        torch._foreach_sub_(estimates, variances)
+        torch._foreach_addcmul_(variances, weights, estimates)
+
+    def critical_batch_sizes_and_rates(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """Return {parameter: (Bstar, eta)}, elementwise, as the next update finds them; of those that have had one."""
+        found: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        for group in self.param_groups:
+            params = [] if is_shadow_group(group) else [p for p in group["params"] if p in self.state]
+            if not params:
+                continue
+            means, variances = ([self.state[p][name] for p in params] for name in self.state_names)
+            if group["samples"] <= group["K"]:
+                sizes = [torch.full_like(mean, group["K"]) for mean in means]
+                rates = [torch.zeros_like(mean) for mean in means]
+            else:
+                sizes = critical_batch_sizes(means, variances, group["lambda_B"], group["eps"])
+                rates = learning_rates(means, variances, group["batch_size"], group["lambda_B"], group["lr"])
+            found.update(zip(params, zip(sizes, rates, strict=True), strict=True))
+        return found
