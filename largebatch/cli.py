@@ -1,6 +1,8 @@
-"""The command line: ``largebatch train CONFIG``, ``largebatch plan CONFIG``, ``largebatch study CONFIG``.
+"""The command line: ``largebatch train CONFIG``, ``plan CONFIG``, ``study CONFIG`` and ``inspect PATH``.
 
-A user's mistake is one line on standard error and exit code 2; a run that diverged ends with 3, an interrupted one with 130.
+A user's mistake is one line on standard error and exit code 2. A run that diverged ends with 3, one whose last state could
+not be written with 4, one that lost a rank with 5, an interrupted one with 130, and one that was pre-empted or met its time
+limit with 75 ("try again"), on which launchers requeue.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import NoReturn
 
 from largebatch.section import UserError
 
-EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
+EXIT_CODES = {"finished": 0, "damaged": 1, "diverged": 3, "unsaved": 4, "preempted": 75, "interrupted": 130, "lost": 5}
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,6 +36,7 @@ def create_parser() -> Parser:
     train = commands.add_parser("train", add_help=False, help="train a config, alone or under torchrun")
     train.add_argument("config", nargs="?", type=Path)
     train.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
+    train.add_argument("--resume", default="never", help="auto, never, or a checkpoint or run folder to continue from")
     plan = commands.add_parser("plan", add_help=False, help="show what a config would do, without training")
     plan.add_argument("config", nargs="?", type=Path)
     plan.add_argument("--world-size", type=int, default=1, help="ranks to plan for")
@@ -41,6 +44,10 @@ def create_parser() -> Parser:
     study.add_argument("config", nargs="?", type=Path)
     study.add_argument("--out", type=Path, help="study folder (default: runs/CONFIG); finished runs in it are kept")
     study.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
+    inspect = commands.add_parser(
+        "inspect", help="show what is in a run folder or a checkpoint, and whether it is whole"
+    )
+    inspect.add_argument("path", type=Path)
     for command in (train, plan, study):
         command.add_argument("-h", "--help", action="store_true", help="show this help, with the config's values")
     return parser
@@ -59,11 +66,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return EXIT_CODES["interrupted"]
+    except RuntimeError as error:
+        if type(error).__name__ != "LostRankError":  # by name: torch takes seconds to import
+            raise
+        print(f"largebatch: error: rank {os.environ.get('RANK', '0')} stops: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_CODES["lost"])  # threads that wait for the lost rank would keep the process
 
 
 def _main(arguments: list[str]) -> int:
     parser = create_parser()
     known, rest = parser.parse_known_args(arguments)
+    if known.command == "inspect":
+        if rest:
+            raise UserError(f"command line: inspect takes one path, got '{rest[0]}' too")
+        from largebatch.inspection import inspect
+        from largebatch.report import create_console
+
+        return 0 if inspect(known.path, create_console()) else EXIT_CODES["damaged"]
     if known.help and known.config is None:
         print(_usage(known.command))
         return 0
@@ -97,18 +116,27 @@ def _main(arguments: list[str]) -> int:
         describe_plan(run, known.world_size, console)
         return 0
 
+    from largebatch.resume import run_folder_of
     from largebatch.run import default_folder, train
 
-    folder = known.out or default_folder(known.config.stem)
-    result = train(run, folder, console, warnings=tuple(warnings))
+    if known.out is None and known.resume == "auto":
+        raise UserError("--resume: auto needs --out, the run folder to continue or to begin")
+    begun = run_folder_of(known.resume) if known.resume != "never" else default_folder(known.config.stem)
+    folder = known.out or begun
+    result = train(run, folder, console, warnings=tuple(warnings), resume=known.resume)
     if result.summary.message and result.folder is not None:
         print(f"largebatch: {result.summary.status}: {result.summary.message}", file=sys.stderr)
+    if result.summary.stopped_by == "time_limit" and "TORCHELASTIC_RUN_ID" in os.environ:
+        return 0  # torchrun would start it again; who reads summary.json knows that it is not finished
     return EXIT_CODES[result.summary.status]
 
 
 def _usage(command: str) -> str:
     """Return the lines above the settings in ``--help``."""
-    own = {"train": "[--out DIR] [--section.key VALUE ...]", "plan": "[--world-size N] [--section.key VALUE ...]"}
+    own = {
+        "train": "[--out DIR] [--resume auto|never|PATH] [--section.key VALUE ...]",
+        "plan": "[--world-size N] [--section.key VALUE ...]",
+    }
     own["study"] = "[--out DIR] [--jobs N] [--section.key VALUE ...]"
     lines = [
         f"usage: largebatch {command} CONFIG {own[command]}",

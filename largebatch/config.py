@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from largebatch import optim
+from largebatch.checkpoint import CheckpointConfig
 from largebatch.data import SOURCES
 from largebatch.data.loader import LoaderConfig
 from largebatch.distributed import BackendConfig, Precision
@@ -53,6 +54,9 @@ class OptimizerBase(Section):
     """Decay norms and biases too."""
     max_grad_norm: Positive | None = None
     """Clip the gradient's global norm to this."""
+    non_finite: Literal["stop", "skip", "roll_back"] = "stop"
+    """At a NaN or infinite gradient: stop with the state before it; skip the update and count it; or go back to the last
+    checkpoint and continue with other samples."""
 
     def reference_values(self) -> dict[str, Any]:
         """Return the values that follow the batch size, besides lr."""
@@ -252,6 +256,7 @@ class Run(Section):
     loader: LoaderConfig = LoaderConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     backend: BackendConfig = BackendConfig()
     precision: Precision = "fp32"
     """Arithmetic: fp32, fp64, or autocast to bf16 or fp16."""

@@ -145,7 +145,7 @@ def summary_table(summary: dict[str, Any], folder: str | None) -> Table:
 class ProgressBar:
     """Progress on a terminal."""
 
-    def __init__(self, console: Console, total_samples: int) -> None:
+    def __init__(self, console: Console, total_samples: int, done: int = 0) -> None:
         self.val = ""
         self.progress = Progress(
             BarColumn(bar_width=24),
@@ -156,16 +156,23 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.progress.add_task("", total=total_samples, shown="")
+        self.task = self.progress.add_task("", total=total_samples, completed=done, shown="")
         self.progress.start()
 
     def log(self, row: Row) -> None:
         """Move the bar."""
+        if "event" in row:
+            self.progress.console.print(row["event"], style="yellow", markup=False, highlight=False)
+            return
         if "val_loss" in row:
             self.val = f"  {_scores(row)}"
             self.progress.update(self.task, completed=row["samples"])
             return
         self.progress.update(self.task, completed=row["samples"], shown=f"{_state(row)}{self.val}")
+
+    def rewind(self, samples: int) -> None:
+        """Move the bar back."""
+        self.progress.update(self.task, completed=samples)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -175,26 +182,34 @@ class ProgressBar:
 class ProgressLines:
     """Progress where there is no terminal: a line at each evaluation, and at most one every few seconds between."""
 
-    def __init__(self, console: Console, total_samples: int, every_seconds: float = 5.0) -> None:
+    def __init__(self, console: Console, total_samples: int, done: int = 0, every_seconds: float = 5.0) -> None:
         self.console, self.total, self.every = console, total_samples, every_seconds
+        self.first = done  # a resumed run has not done these in this time
         self.started = self.last = time.monotonic()
         self.row: Row = {}
 
     def log(self, row: Row) -> None:
         """Print a line where one is due."""
         now = time.monotonic()
+        if "event" in row:
+            self.console.print(row["event"], style="yellow", markup=False, highlight=False)
+            return
         if "val_loss" not in row:
             self.row = row
             if now - self.last < self.every:
                 return
         done = row["samples"] / self.total
-        left = (now - self.started) * (1 - done) / done
+        left = (now - self.started) * (self.total - row["samples"]) / max(1, row["samples"] - self.first)
         scores = f"  {_scores(row)}" if "val_loss" in row else ""
         state = _state(self.row) if self.row else ""
         self.console.print(
             f"{done:4.0%}  epoch {row['epoch']:<7.4g} {state}{scores}  {duration(left)} left", highlight=False
         )
         self.last = now
+
+    def rewind(self, samples: int) -> None:
+        """Measure the time left from there."""
+        self.first, self.started = samples, time.monotonic()
 
     def close(self) -> None:
         """Do nothing: every line is out."""
@@ -215,6 +230,6 @@ def create_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 110)
 
 
-def create_progress(console: Console, total_samples: int) -> ProgressBar | ProgressLines:
-    """Return a bar on a terminal, plain lines elsewhere."""
-    return ProgressBar(console, total_samples) if console.is_terminal else ProgressLines(console, total_samples)
+def create_progress(console: Console, total_samples: int, done: int = 0) -> ProgressBar | ProgressLines:
+    """Return a bar on a terminal, plain lines elsewhere, for a run of which ``done`` samples were seen before."""
+    return (ProgressBar if console.is_terminal else ProgressLines)(console, total_samples, done)

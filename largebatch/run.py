@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,18 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from largebatch.checkpoint import CheckpointFolder, replace_text
 from largebatch.config import AdaptiveBase, Run
 from largebatch.data import Source
 from largebatch.data.sampler import effective_micro_batches
-from largebatch.distributed import Ranks, create_backend, launched_ranks
+from largebatch.distributed import Backend, LostRankError, Ranks, create_backend, is_communication, launched_ranks
+from largebatch.distributed.saving import cause_of
+from largebatch.distributed.state import export_weights
 from largebatch.models import norm_group_size
 from largebatch.plan import Plan
 from largebatch.plot import plot_run
 from largebatch.report import create_progress, reference_table, stage_table, summary_table
+from largebatch.resume import Found, choose_checkpoint
 from largebatch.schedules import Warmup
 from largebatch.section import UserError
 from largebatch.task import Task
@@ -75,6 +80,11 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
     if run.backend.squares_every > 1 and (run.optimizer.max_grad_norm is not None or run.precision == "fp16"):
         reason = "optimizer.max_grad_norm" if run.optimizer.max_grad_norm is not None else "precision fp16"
         raise UserError(f"backend.squares_every: squares add up over updates, which {reason} scales one by one; use 1")
+    if run.backend.squares_every > 1 and run.optimizer.non_finite == "skip":
+        raise UserError(
+            "backend.squares_every: squares add up over updates, from which those of a skipped one cannot be taken out "
+            "(optimizer.non_finite skip); use 1"
+        )
     if run.tracked() == "micro_batch":
         units = effective_micro_batches(size, world_size, run.batch.micro_size, group_size)
         if units < 2:
@@ -192,16 +202,22 @@ def default_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, resume: bool = False) -> None:
     """Refuse a folder that cannot take a run.
+
+    Args:
+        folder: the run folder.
+        resume: whether a run in it is to be continued.
 
     Raises:
         UserError: if it holds a run already, or is a file, or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name a folder")
-    if any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml")):
-        raise UserError(f"--out: {folder} already holds a run; name another folder, or remove it")
+    if not resume and any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml")):
+        raise UserError(
+            f"--out: {folder} already holds a run; continue it with --resume auto, name another folder, or remove it"
+        )
 
 
 def train(
@@ -211,6 +227,7 @@ def train(
     ranks: Ranks | None = None,
     source: Source | None = None,
     warnings: tuple[str, ...] = (),
+    resume: str = "never",
 ) -> Result:
     """Train a run; everything that can be refused is refused before anything is written.
 
@@ -221,6 +238,8 @@ def train(
         ranks: this process among all; None reads the environment that torchrun sets.
         source: the data, where the caller has loaded it already.
         warnings: what to tell beside the run's own warnings.
+        resume: ``never``; ``auto`` continues the run in the folder, or begins it where there is none; or the path of a
+            checkpoint or of a run folder to continue from.
 
     Raises:
         UserError: for what the user can mend.
@@ -231,7 +250,7 @@ def train(
     else:
         folder_here = folder
     if folder_here is not None:
-        check_folder(folder_here)
+        check_folder(folder_here, resume != "never")
     check_trackers(run.log)
     source = run.data.load(run.seed) if source is None else source
     model = build_model(run, source.task)
@@ -243,29 +262,48 @@ def train(
         error.everywhere = False
         raise
     # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
-    torch.manual_seed(int(np.random.SeedSequence([run.seed, ranks.rank + 1]).generate_state(1)[0]))
-    observers = Observers()
+    own_seed = int(np.random.SeedSequence([run.seed, ranks.rank + 1]).generate_state(1)[0])
+    torch.manual_seed(own_seed)
+    np.random.seed(own_seed)  # and Python's: a user's model or data may draw from them
+    random.seed(own_seed)
+    observers, is_lost = Observers(), False
     try:
+        found, notes = _agree_on_checkpoint(run, folder, resume, len(source.train), backend)
         if console is not None:
             _say_start(console, run, source, model, plan, backend.describe(), ranks.world_size, group_size)
-            for warning in (*warnings, *plan_warnings):
+            for warning in (*warnings, *plan_warnings, *notes):
                 console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
-        trainer = Trainer(run, source, model, plan, backend, observers, folder)
+        trainer = Trainer(run, source, model, plan, backend, observers, folder, found)
+        done = trainer.progress.samples_seen
         if folder_here is not None:
             _make_folder(folder_here, run)
             observers.observers += create_trackers(run, folder_here)
+            observers.rewind(done)
         if console is not None:
-            observers.observers.append(create_progress(console, plan.total_samples))
+            for line in _resumption(found, trainer, run):
+                console.print(line, highlight=False)
+            observers.observers.append(create_progress(console, plan.total_samples, done))
         summary = trainer.train()
         del trainer
     except UserError as error:
         error.everywhere = False  # a broken sample, say, which one rank alone has met
+        backend.watch.report(str(error), is_own=True)
         raise
+    except Exception as error:
+        if ranks.world_size == 1 or not is_communication(error):
+            backend.watch.report(f"{type(error).__name__}: {cause_of(error)}", is_own=True)
+            raise
+        is_lost = True
+        raise LostRankError(f"{backend.watch.explain(cause_of(error))}; {_what_is_kept(folder)}") from error
     finally:
         observers.close()
-        backend.close()
+        if not is_lost:  # a group that has lost a rank cannot be left in good order
+            backend.close()
     if folder_here is not None:
-        (folder_here / "summary.json").write_text(json.dumps(summary.as_dict(), indent=2) + "\n", encoding="utf-8")
+        replace_text(folder_here / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
+        if summary.status == "finished":
+            last = CheckpointFolder(folder_here / "checkpoints").place(summary.samples)
+            export_weights(last, folder_here / "model.safetensors")
         title = f"{folder_here.name}:  batch {run.batch.reference_size:,} → {run.batch.size:,}, {run.optimizer.name}"
         plot_run(folder_here, title, plan.samples_per_epoch)
     if console is not None:
@@ -273,10 +311,62 @@ def train(
     return Result(summary, folder_here)
 
 
+def _what_is_kept(folder: Path | None) -> str:
+    saved = CheckpointFolder(folder / "checkpoints").saved() if folder is not None else []
+    if not saved:
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is {saved[-1]}: continue with --resume auto --out {folder}"
+
+
+def _agree_on_checkpoint(
+    run: Run, folder: Path | None, resume: str, num_train: int, backend: Backend
+) -> tuple[Found | None, tuple[str, ...]]:
+    """Return the checkpoint that rank 0 chose, on every rank, and what it noticed.
+
+    Raises:
+        UserError: if there is none to continue from, or it is of another run, or a rank does not see it.
+    """
+    if resume == "never" or folder is None:
+        return None, ()
+    found: Found | None = None
+    notes: tuple[str, ...] = ()
+    error: UserError | None = None
+    if backend.rank == 0:
+        try:
+            found, notes = choose_checkpoint(run, resume, folder, num_train)
+            CheckpointFolder(folder / "checkpoints").clean()
+        except UserError as raised:
+            error = raised
+    found, notes, error = backend.share((found, notes, error))
+    if error is not None:
+        raise error
+    if found is not None and not found.path.is_dir():
+        raise UserError(f"--resume: {found.path} is not there; the run folder must be on a file system all ranks share")
+    return found, notes
+
+
+def _resumption(found: Found | None, trainer: Trainer, run: Run) -> list[str]:
+    """Return what a resumed run says before it goes on."""
+    if found is None:
+        return []
+    progress, saved = trainer.progress, found.state
+    lines = [
+        f"resumed from {found.path}: update {progress.step:,}, {progress.samples_seen:,} samples, "
+        f"written {saved['date']} by {saved['engine']}"
+    ]
+    if trainer.micro_size != run.batch.micro_size:
+        lines.append(
+            f"{saved['world_size']} ranks were there, now {trainer.backend.world_size}: micro-batches stay at "
+            f"{trainer.micro_size} samples, the rest is accumulated"
+        )
+    return lines
+
+
 def _make_folder(folder: Path, run: Run) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        (folder / "summary.json").unlink(missing_ok=True)  # of the part of the run that ended
+        replace_text(folder / "config.yaml", run.to_yaml())
     except OSError as error:
         raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
 

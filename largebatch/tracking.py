@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,51 @@ Row = dict[str, Any]
 
 
 class JsonLines:
-    """Appends each row to a file, one JSON object a line; a reader can follow it."""
+    """Appends each row to a file, one JSON object a line; a reader can follow it.
+
+    Args:
+        path: the file; rows that are there stay, but see `rewind`.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.path = path
+        self._open()
+
+    def _open(self) -> None:
+        # Unbuffered: a line is in the file or not, and a full disk says so at once.
+        self.file = self.path.open("ab", buffering=0)
 
     def log(self, row: Row) -> None:
-        """Write a row."""
+        """Write a row.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
         # JSON has no word for NaN and infinity, which an fp16 gradient's norm may be.
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(known) + "\n")
+        line = (json.dumps(known) + "\n").encode()
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, then continue with --resume auto"
+            ) from error
+
+    def rewind(self, samples: int) -> None:
+        """Remove the rows after so many samples, and a last line that was cut short."""
+        self.file.close()
+        kept = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                is_kept = line.endswith(b"\n") and json.loads(line)["samples"] <= samples
+            except (ValueError, KeyError, TypeError):
+                is_kept = False
+            kept += [line] * is_kept
+        beside = self.path.with_name(self.path.name + ".part")
+        beside.write_bytes(b"".join(kept))
+        beside.replace(self.path)
+        self._open()
 
     def close(self) -> None:
         """Close the file."""
@@ -45,10 +81,16 @@ class WandB:
     def __init__(self, run: Run, folder: Path, name: str) -> None:
         import wandb
 
+        # One id a run folder, so that a resumed run goes on in its own page.
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
         try:
             self.run = wandb.init(
                 project=run.log.project,
                 name=name,
+                id=id_file.read_text(encoding="utf-8").strip(),
+                resume="allow",
                 dir=folder,
                 mode=run.log.wandb_mode,
                 config=run.model_dump(mode="json"),
@@ -63,6 +105,9 @@ class WandB:
     def log(self, row: Row) -> None:
         """Send a row."""
         self.run.log(_scalars(row))
+
+    def rewind(self, samples: int) -> None:
+        """Keep the rows: they are out; those that follow have smaller samples, which is the axis."""
 
     def close(self) -> None:
         """Finish the run."""
@@ -83,6 +128,11 @@ class TensorBoard:
             if name not in ("step", "samples"):
                 self.writer.add_scalar(name, value, row["samples"])
 
+    def rewind(self, samples: int) -> None:
+        """Hide what was written after so many samples, as TensorBoard does from a new file on."""
+        self.writer.close()
+        self.writer = type(self.writer)(str(self.writer.log_dir), purge_step=samples + 1)
+
     def close(self) -> None:
         """Close the files."""
         self.writer.close()
@@ -98,6 +148,11 @@ class Observers:
         """Pass a row on."""
         for observer in self.observers:
             observer.log(row)
+
+    def rewind(self, samples: int) -> None:
+        """Let every observer forget the rows after so many samples."""
+        for observer in self.observers:
+            observer.rewind(samples)
 
     def close(self) -> None:
         """Close every observer."""

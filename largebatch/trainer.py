@@ -4,32 +4,54 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from largebatch.checkpoint import CheckpointFolder, samples_of
 from largebatch.config import Run
 from largebatch.data import Source
 from largebatch.data.loader import MicroBatch, TrainLoader, evaluation_batches
 from largebatch.data.sampler import PlanSampler, effective_micro_batches
-from largebatch.distributed import Backend, NonFiniteError
-from largebatch.models import batch_norms, commit_batch_statistics, norm_group_size
-from largebatch.moments import check_statistics, track
+from largebatch.distributed import Backend, CheckpointWriter, NonFiniteError
+from largebatch.distributed.state import (
+    group_state,
+    load_group_state,
+    load_random_state,
+    random_state,
+    read_tensors,
+    tensor_metadata,
+)
+from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
+from largebatch.moments import track
 from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.plan import Plan
+from largebatch.resume import Found, find_checkpoint
 from largebatch.scaling import temperature
+from largebatch.stopping import REASONS, Reason, StopRequest
 
 Row = dict[str, Any]
+
+# Ranks ask each other about this often whether to stop or to save: a signal reaches one of them.
+AGREE_SECONDS = 0.5
+# Updates skipped in a row, and returns to a checkpoint in a run, after which it is not bad luck.
+MOST_SKIPS, MOST_ROLLBACKS = 20, 10
 
 
 class Observer(Protocol):
     """Whoever wants to see the rows of a run: metrics.jsonl, a progress bar, a tracker."""
 
     def log(self, row: Row) -> None:
-        """Take a row: an update's (it has a loss) or an evaluation's (it has a val_loss)."""
+        """Take a row: an update's (it has a loss), an evaluation's (a val_loss), or what happened (an event)."""
+        ...
+
+    def rewind(self, samples: int) -> None:
+        """Forget the rows after so many samples: the run continues from there."""
         ...
 
     def close(self) -> None:
@@ -42,18 +64,22 @@ class Summary:
     """What a run came to.
 
     Args:
-        status: ``finished``, ``interrupted``, or ``diverged`` at a non-finite gradient.
+        status: ``finished``; ``preempted`` by a signal or its time limit; ``interrupted``; ``diverged`` at a non-finite
+            gradient; ``unsaved`` where it finished and its last state could not be written.
         updates: optimizer steps.
         samples: samples seen.
         epochs: the same in epochs.
-        seconds: wall time, evaluation included.
+        seconds: wall time, evaluation included, over all parts of a resumed run.
         samples_per_second: training throughput over all ranks, evaluation left out.
         world_size: number of ranks.
+        skipped: updates left out at a non-finite gradient.
+        rollbacks: returns to a checkpoint at a non-finite gradient.
         loss: training loss of the last logged updates.
         val_loss: of the last evaluation.
         val_accuracy: of the last evaluation, in [0, 1]; None where there is no such thing.
         best_val_accuracy: of all evaluations.
         message: why it did not finish.
+        stopped_by: what asked for the stop of a preempted run.
     """
 
     status: str = "finished"
@@ -63,15 +89,59 @@ class Summary:
     seconds: float = 0.0
     samples_per_second: float = 0.0
     world_size: int = 1
+    skipped: int = 0
+    rollbacks: int = 0
     loss: float | None = None
     val_loss: float | None = None
     val_accuracy: float | None = None
     best_val_accuracy: float | None = None
     message: str | None = None
+    stopped_by: Reason | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields; numbers that JSON has no word for become None."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights, the optimizer and the random numbers, all that a checkpoint needs.
+
+    Args:
+        step: updates done.
+        samples_seen: samples they used.
+        skipped: updates among them that were left out at a non-finite gradient.
+        skipped_in_a_row: the last of these.
+        rollbacks: returns to a checkpoint; each continues with another order of the samples.
+        loss_samples: samples whose losses wait for the next row.
+        row_samples: samples seen at the last row.
+        train_seconds: time in updates.
+        seconds: wall time.
+        loss: as in `Summary`.
+        val_loss: as in `Summary`.
+        val_accuracy: as in `Summary`.
+        best_val_accuracy: as in `Summary`.
+        best_val_loss: lowest of all evaluations.
+    """
+
+    step: int = 0
+    samples_seen: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    loss_samples: int = 0
+    row_samples: int = 0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    loss: float | None = None
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    best_val_accuracy: float | None = None
+    best_val_loss: float | None = None
+
+
+class Diverged(Exception):
+    """The run cannot go on after a gradient that was NaN or infinite; the message says why."""
 
 
 class Trainer:
@@ -85,6 +155,7 @@ class Trainer:
         backend: the engine.
         observer: takes the rows; on every rank, which may ignore them.
         folder: run folder, for checkpoints; None writes none.
+        found: checkpoint to continue from; None begins.
     """
 
     def __init__(
@@ -96,6 +167,7 @@ class Trainer:
         backend: Backend,
         observer: Observer,
         folder: Path | None,
+        found: Found | None = None,
     ) -> None:
         self.run, self.source, self.plan, self.backend, self.observer, self.folder = (
             run,
@@ -109,75 +181,136 @@ class Trainer:
         self.tracked = run.tracked()
         if self.tracked:
             track(model, per=self.tracked)
-        self.model = backend.prepare(model)
         self.bare_model = model
-        groups = param_groups(model, run.optimizer.weight_decay, run.optimizer.decay_norm_and_bias)
-        self.optimizer = run.optimizer.build(groups, run.batch.reference_size)
+        self.model, self.optimizer = backend.prepare(model, self._build_optimizer)
         self.batch_norms = batch_norms(model)
-        self.sampler = PlanSampler(
-            plan,
-            len(source.train),
-            run.seed,
-            backend.rank,
-            backend.world_size,
-            run.batch.micro_size,
-            norm_group_size(model),
-        )
-        self.loader = TrainLoader(source.train, self.sampler, run.loader, backend.device, self.dtype)
-        self.samples_seen = 0
-        self.step = 0
-        self.summary = Summary(world_size=backend.world_size)
+        self.micro_size = run.batch.micro_size
+        self.progress = Progress()
+        self.message: str | None = None
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
-        self._logged_samples = 0
-        self._train_seconds = 0.0
+        self._save_due, self._best_due = False, False
+        self._stopped_by: Reason | None = None
+        self._agreed_at, self._agreed_time, self._agree_next = 0, time.monotonic(), 1
+        self._saved_time, self._saved_samples = time.monotonic(), -1
+        self._started = time.perf_counter()
+        self.writer = self._create_writer() if folder is not None else None
+        if found is None:
+            self._start_loader()
+        else:
+            self.restore(found)
+
+    def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        config = self.run.optimizer
+        groups = param_groups(model, config.weight_decay, config.decay_norm_and_bias)
+        return config.build(groups, self.run.batch.reference_size)
+
+    def _create_writer(self) -> CheckpointWriter:
+        assert self.folder is not None
+        config, epoch = self.run.checkpoint, self.plan.samples_per_epoch
+        return CheckpointWriter(
+            CheckpointFolder(self.folder / "checkpoints"),
+            self.backend.rank,
+            self.backend.world_size,
+            config.asynchronous,
+            config.keep_last,
+            None if config.keep_every_epochs is None else config.keep_every_epochs * epoch,
+        )
+
+    def _start_loader(self) -> None:
+        """Begin to load samples at where the run stands."""
+        seed, rollbacks = self.run.seed, self.progress.rollbacks
+        if rollbacks:  # other samples than those that led to where the run came back from
+            seed = int(np.random.SeedSequence([seed, rollbacks]).generate_state(1, np.uint64)[0] >> 1)
+        self.sampler = PlanSampler(
+            self.plan,
+            len(self.source.train),
+            seed,
+            self.backend.rank,
+            self.backend.world_size,
+            self.micro_size,
+            norm_group_size(self.bare_model),
+            self.progress.samples_seen,
+        )
+        self.loader = TrainLoader(self.source.train, self.sampler, self.run.loader, self.backend.device, self.dtype)
 
     def train(self) -> Summary:
-        """Run the whole plan; return what it came to."""
-        started = time.perf_counter()
-        try:
-            self._train()
-        except NonFiniteError as error:
-            self._stop_at_non_finite(error)
-        except KeyboardInterrupt:
-            self.summary.status, self.summary.message = "interrupted", f"interrupted after update {self.step}"
-        self.summary.updates, self.summary.samples = self.step, self.samples_seen
-        self.summary.epochs = self.samples_seen / self.plan.samples_per_epoch
-        self.summary.seconds = time.perf_counter() - started
-        if self._train_seconds > 0:
-            self.summary.samples_per_second = self.samples_seen / self._train_seconds
-        if self.folder is not None and self.summary.status == "finished":
-            self.backend.save(
-                self.folder / "checkpoints" / "final.pt", self.bare_model, self.optimizer, self.position()
-            )
-        return self.summary
+        """Run the plan to its end, or to where it is stopped; return what it came to."""
+        status = "finished"
+        with StopRequest(self.run.checkpoint.time_limit_minutes) as self.stop:
+            try:
+                self._train()
+            except Diverged as error:
+                status, self.message = "diverged", str(error)
+            except KeyboardInterrupt:
+                if self.backend.world_size > 1:  # the other ranks are no longer in step
+                    raise
+                self._stopped_by, self._saved_samples = "interrupted", -1
+            if self._stopped_by is not None:
+                status = "interrupted" if self._stopped_by == "interrupted" else "preempted"
+                self.message = self._stop_message()
+            if self.writer is not None:
+                if status == "finished":
+                    self.save()
+                self.writer.close()
+                failure, saved = self.backend.share((self.writer.failure(), self.writer.saved))
+                if failure is not None:
+                    is_saved = saved is not None and samples_of(saved) == self.progress.samples_seen
+                    status = "unsaved" if status == "finished" and not is_saved else status
+                    if is_saved:  # an earlier one failed, or a name could not be moved
+                        self._tell(failure)
+                    else:
+                        self.message = f"{self.message or 'the last state is lost'}: {failure}"
+        return self._summary(status)
 
     def _train(self) -> None:
-        plan, backend = self.plan, self.backend
+        plan, progress = self.plan, self.progress
         self.model.train()
         clock = time.perf_counter()
-        while self.samples_seen < plan.total_samples:
-            batch_size = plan.batch_size(self.samples_seen)
-            values = plan.at(self.samples_seen)
-            set_hyperparameters(self.optimizer, values)
-            due = self.step % self.run.backend.squares_every == 0
-            backend.set_squares_due(due)
-            for micro_batch, is_last in self.loader.next(batch_size):
-                with backend.accumulate(sync=is_last):
-                    backend.backward(self.loss_sum(micro_batch) / batch_size)
-            if self.tracked:
-                self._announce_squares(batch_size, due)
-            grad_norm = backend.step(self.optimizer, self.run.optimizer.max_grad_norm)
-            commit_batch_statistics(self.batch_norms, backend.sum)
-            self.samples_seen += batch_size
-            self.step += 1
+        while progress.samples_seen < plan.total_samples and self._stopped_by is None:
+            batch_size = plan.batch_size(progress.samples_seen)
+            values = plan.at(progress.samples_seen)
+            losses = self._loss_sum.clone()
+            try:
+                grad_norm = self._update(batch_size, values)
+            except NonFiniteError as error:
+                self._loss_sum = losses
+                discard_batch_statistics(self.batch_norms)
+                if not self._skips(error, batch_size):
+                    clock = time.perf_counter()
+                    continue
+                grad_norm = math.nan
+            progress.samples_seen += batch_size
+            progress.step += 1
 
-            done = self.samples_seen >= plan.total_samples
-            if done or self.step % self.run.log.every_updates == 0:
+            done = progress.samples_seen >= plan.total_samples
+            if done or progress.step % self.run.log.every_updates == 0:
                 clock = self._log(values, batch_size, grad_norm, clock)
+            paused, is_best = time.perf_counter(), False
             if done or self._crossed(self.run.evaluate.every_epochs, batch_size):
-                paused = time.perf_counter()
-                self._evaluate_and_log()
-                clock += time.perf_counter() - paused
+                is_best = self._evaluate_and_log()
+            self._keep(batch_size, is_best, done)
+            clock += time.perf_counter() - paused
+
+    def _update(self, batch_size: int, values: Row) -> float:
+        """Do one update of a global batch; return the gradient's norm.
+
+        Raises:
+            NonFiniteError: if it was not finite; no weight was changed then.
+        """
+        backend, run = self.backend, self.run
+        set_hyperparameters(self.optimizer, values)
+        due = self.progress.step % run.backend.squares_every == 0
+        backend.set_squares_due(due)
+        for micro_batch, is_last in self.loader.next(batch_size):
+            with backend.accumulate(sync=is_last):
+                backend.backward(self.loss_sum(micro_batch) / batch_size)
+        if self.tracked:
+            self._announce_squares(batch_size, due)
+        grad_norm = backend.step(self.optimizer, run.optimizer.max_grad_norm)
+        commit_batch_statistics(self.batch_norms, backend.sum)
+        self.progress.loss_samples += batch_size
+        self.progress.skipped_in_a_row = 0
+        return grad_norm
 
     def _announce_squares(self, batch_size: int, due: bool) -> None:
         """Tell the optimizer what the tracked squares are squares of; at the first update, see that none is missing."""
@@ -187,8 +320,8 @@ class Trainer:
                 batch_size, sampler.world_size, sampler.micro_batch_size, sampler.group_size
             )
         self.optimizer.set_batch(batch_size, num_units, sampler.world_size, due)  # type: ignore[attr-defined]
-        if self.step == 0:
-            check_statistics(self.bare_model)
+        if self.progress.step == 0:
+            self.backend.check_statistics(self.bare_model)
 
     def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
         """Return the sum of the samples' losses, for the backward pass, and count it for the log."""
@@ -233,6 +366,8 @@ class Trainer:
             for batch in batches:
                 with backend.autocast():
                     outputs = self.bare_model(batch.inputs)
+                if batch.num_samples == 0:
+                    continue
                 totals[0] += task.losses(outputs.to(self.dtype), batch.targets).sum(dtype=torch.float64)
                 correct = task.num_correct(outputs, batch.targets)
                 if correct is not None:
@@ -242,25 +377,167 @@ class Trainer:
         loss, correct_sum, count = backend.sum(totals).tolist()
         return {"val_loss": loss / count} | ({"val_accuracy": correct_sum / count} if has_accuracy else {})
 
-    def position(self) -> dict[str, Any]:
-        """Return where the run stands, for a checkpoint."""
-        return {"step": self.step, "samples_seen": self.samples_seen, "seed": self.run.seed}
+    def save(self) -> None:
+        """Begin to write a checkpoint of where the run stands, unless there is one; every rank takes part."""
+        progress, backend, writer = self.progress, self.backend, self.writer
+        if writer is None or self._saved_samples == progress.samples_seen:
+            return
+        now = time.perf_counter()
+        progress.seconds += now - self._started
+        self._started = now
+        tensors = {
+            **backend.state(self.bare_model, self.optimizer),
+            **random_state(backend.rank),
+            f"loss_sum.{backend.rank}": self._loss_sum,
+        }
+        share = max(piece.stop - piece.start for piece in self.sampler.pieces(self.plan.batch_size_at_start))
+        state = {
+            "progress": asdict(progress),
+            "config": self.run.model_dump(mode="json"),
+            "num_train": len(self.source.train),
+            "world_size": backend.world_size,
+            "micro_size": share,
+            "engine": backend.describe(),
+            "groups": group_state(self.optimizer),
+            "versions": {name: version(name) for name in ("largebatch", "torch")},
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        writer.save(progress.samples_seen, tensors, state, self._best_due)
+        self._saved_time, self._saved_samples = time.monotonic(), progress.samples_seen
+        self._save_due, self._best_due = False, False
+
+    def restore(self, found: Found, rollbacks: int | None = None) -> None:
+        """Continue from a checkpoint, whatever number of ranks wrote it; every rank takes part.
+
+        Args:
+            found: the checkpoint.
+            rollbacks: number of the return to it that this is; None for a resumed run.
+        """
+        path, state, backend = found.path, found.state, self.backend
+        backend.load_state(path, self.bare_model, self.optimizer)
+        load_group_state(self.optimizer, state["groups"])
+        known = {field.name for field in fields(Progress)}
+        self.progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
+        if rollbacks is not None:
+            self.progress.rollbacks = rollbacks
+        self._saved_samples = self.progress.samples_seen
+        self._agreed_at, self._agreed_time = self.progress.step, time.monotonic()
+        self._agree_next = self._agreed_at + 1
+        if self.run.batch.micro_size is None and backend.world_size < state["world_size"]:
+            self.micro_size = state["micro_size"]  # what is known to fit a rank
+        # Losses that wait for the next row: each rank its own, or the first one all where ranks came or went.
+        losses = read_tensors(path, [name for name in tensor_metadata(path) if name.startswith("loss_sum.")])
+        if backend.world_size == state["world_size"]:
+            self._loss_sum.copy_(losses[f"loss_sum.{backend.rank}"])
+        else:
+            self._loss_sum.fill_(float(sum(losses.values())) if backend.rank == 0 else 0.0)
+        self._start_loader()
+        load_random_state(path, backend.rank)  # after the loader, which draws a seed for its workers
+
+    def _keep(self, batch_size: int, is_best: bool, done: bool) -> None:
+        """Save where a checkpoint is due; take note where the run is to stop."""
+        config = self.run.checkpoint
+        reason = self._agree()
+        if self.writer is not None and (failure := self.writer.failure()) is not None:
+            self._tell(f"{failure}; training goes on")
+        self._best_due = self._best_due or (is_best and config.keep_best)
+        if done:
+            return
+        if config.every_epochs is not None and self._crossed(config.every_epochs, batch_size):
+            self._save_due = True
+        # Not between two reductions of the squares, which each rank adds up by itself until then.
+        may_save = (self.progress.step - 1) % self.run.backend.squares_every == 0
+        if may_save and (reason or self._save_due or self._best_due):
+            self.save()
+            self._stopped_by = reason
+
+    def _agree(self) -> Reason | None:
+        """Return why the run should stop, and note whether a checkpoint is due; alike on every rank, asked twice a second."""
+        progress = self.progress
+        if progress.step < self._agree_next:
+            return None
+        now, backend = time.monotonic(), self.backend
+        wishes = torch.zeros(len(REASONS) + 2, dtype=torch.float64)
+        if (reason := self.stop.reason()) is not None:
+            wishes[REASONS.index(reason)] = 1.0
+        every = self.run.checkpoint.every_minutes
+        wishes[-2] = float(backend.rank == 0 and every is not None and now - self._saved_time >= 60.0 * every)
+        wishes[-1] = now - self._agreed_time
+        *reasons, save_due, seconds = backend.sum(wishes).tolist()
+        # All ranks compute the next time alike, from the mean of their clocks.
+        pace = seconds / backend.world_size / max(1, progress.step - self._agreed_at)
+        stopping = any(reasons)
+        waits = 1 if stopping else min(max(1, int(AGREE_SECONDS / max(pace, 1e-9))), 1000)
+        self._agreed_at, self._agreed_time, self._agree_next = progress.step, now, progress.step + waits
+        self._save_due = self._save_due or save_due > 0
+        return REASONS[[wish > 0 for wish in reasons].index(True)] if stopping else None
+
+    def _skips(self, error: NonFiniteError, batch_size: int) -> bool:
+        """Deal with a non-finite gradient as the config says: True skips the update, False went back to a checkpoint.
+
+        Raises:
+            Diverged: if the run cannot go on.
+        """
+        progress, choice = self.progress, self.run.optimizer.non_finite
+        whose = f"on rank {', '.join(map(str, error.ranks))}" if error.ranks else ""
+        cause = f"the loss was not finite {whose}" if error.ranks else "every loss was finite"
+        what = f"update {progress.step + 1} (after {progress.samples_seen} samples): the gradient is NaN or infinite, {cause}"
+        advice = "lower optimizer.lr, lengthen the warm-up, or set optimizer.max_grad_norm"
+        if choice == "skip" and progress.skipped_in_a_row < MOST_SKIPS:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            # With the samples that it is counted with: a run that resumes before them forgets the row with the rest.
+            samples = progress.samples_seen + batch_size
+            self.observer.log(
+                {**self._clock_row(), "samples": samples, "event": f"{what}; skipped, {progress.skipped} in all"}
+            )
+            return True
+        if choice == "roll_back" and progress.rollbacks < MOST_ROLLBACKS and self._roll_back(what):
+            return False
+        if choice == "skip":
+            what += f", {MOST_SKIPS} updates in a row were skipped"
+        if choice == "roll_back":
+            what += f", after {progress.rollbacks} returns to a checkpoint"
+        if self.folder is not None:
+            self.save()
+            what += f"; the state before it is in {CheckpointFolder(self.folder / 'checkpoints').place(progress.samples_seen)}"
+        raise Diverged(f"{what}; {advice}") from error
+
+    def _roll_back(self, what: str) -> bool:
+        """Continue from the newest checkpoint with other samples; return whether there is one."""
+        if self.writer is None or self.folder is None:
+            return False
+        self.writer.wait()
+        self.backend.barrier()
+        found = self.backend.share(find_checkpoint("auto", self.folder)[0] if self.backend.rank == 0 else None)
+        if found is None:
+            return False
+        seconds = self.progress.seconds
+        self.restore(found, self.progress.rollbacks + 1)
+        self.progress.seconds = seconds
+        self.optimizer.zero_grad()  # squares that were still adding up, and are NaN
+        self.observer.rewind(self.progress.samples_seen)
+        self._tell(f"{what}; back at {self.progress.samples_seen} samples ({found.path}), with other samples from here")
+        return True
+
+    def _tell(self, event: str) -> None:
+        self.observer.log({**self._clock_row(), "event": event})
 
     def _crossed(self, every_epochs: float, batch_size: int) -> bool:
         """Return whether the last update passed a multiple of so many epochs."""
         every = every_epochs * self.plan.samples_per_epoch
-        return self.samples_seen // every > (self.samples_seen - batch_size) // every
+        return self.progress.samples_seen // every > (self.progress.samples_seen - batch_size) // every
 
     def _clock_row(self) -> Row:
-        epoch = self.samples_seen / self.plan.samples_per_epoch
-        return {"step": self.step, "samples": self.samples_seen, "epoch": round(epoch, 6)}
+        epoch = self.progress.samples_seen / self.plan.samples_per_epoch
+        return {"step": self.progress.step, "samples": self.progress.samples_seen, "epoch": round(epoch, 6)}
 
     def _log(self, values: Row, batch_size: int, grad_norm: float, clock: float) -> float:
         """Hand a row about the updates since the last one to the observer; return the time from which the next one counts."""
-        samples = self.samples_seen - self._logged_samples
-        loss = float(self.backend.sum(self._loss_sum)) / samples
+        progress = self.progress
+        loss = float(self.backend.sum(self._loss_sum)) / progress.loss_samples if progress.loss_samples else math.nan
         now = time.perf_counter()
-        self._train_seconds += now - clock
+        progress.train_seconds += now - clock
         row = {
             **self._clock_row(),
             "loss": loss,
@@ -268,35 +545,47 @@ class Trainer:
             "batch_size": batch_size,
             "temperature": temperature(values["lr"], batch_size, values.get("momentum", 0.0)),
             "grad_norm": grad_norm,
-            "samples_per_second": samples / (now - clock),
+            "samples_per_second": (progress.samples_seen - progress.row_samples) / (now - clock),
         }
-        self.summary.loss = loss
+        if progress.skipped:
+            row["skipped"] = progress.skipped
+        progress.loss = loss
         self._loss_sum.zero_()
-        self._logged_samples = self.samples_seen
+        progress.loss_samples, progress.row_samples = 0, progress.samples_seen
         self.observer.log(row)
         return now
 
-    def _evaluate_and_log(self) -> None:
-        scores = self.evaluate()
-        self.summary.val_loss, self.summary.val_accuracy = scores["val_loss"], scores.get("val_accuracy")
-        if self.summary.val_accuracy is not None:
-            self.summary.best_val_accuracy = max(self.summary.best_val_accuracy or 0.0, self.summary.val_accuracy)
+    def _evaluate_and_log(self) -> bool:
+        """Evaluate; return whether the validation loss is the lowest so far."""
+        scores, progress = self.evaluate(), self.progress
+        progress.val_loss, progress.val_accuracy = scores["val_loss"], scores.get("val_accuracy")
+        if progress.val_accuracy is not None:
+            progress.best_val_accuracy = max(progress.best_val_accuracy or 0.0, progress.val_accuracy)
+        is_best = progress.best_val_loss is None or scores["val_loss"] < progress.best_val_loss
+        if is_best:
+            progress.best_val_loss = scores["val_loss"]
         self.observer.log({**self._clock_row(), **scores})
+        return is_best
 
-    def _stop_at_non_finite(self, error: NonFiniteError) -> None:
-        """Keep the state before the update that went wrong."""
-        whose = (
-            f"the loss was not finite on rank {', '.join(map(str, error.ranks))}"
-            if error.ranks
-            else "every loss was finite"
-        )
-        kept = ""
-        if self.folder is not None:
-            path = self.folder / "checkpoints" / "last_good.pt"
-            self.backend.save(path, self.bare_model, self.optimizer, self.position())
-            kept = f"; the state before it is in {path}"
-        self.summary.status = "diverged"
-        self.summary.message = (
-            f"update {self.step + 1} (after {self.samples_seen} samples): the gradient is NaN or infinite, {whose}{kept}; "
-            "lower optimizer.lr, lengthen the warm-up, or set optimizer.max_grad_norm"
+    def _stop_message(self) -> str:
+        why = {"interrupted": "interrupted", "signal": "stopped by a signal", "time_limit": "time limit reached"}
+        message = f"{why[self._stopped_by or 'interrupted']} after update {self.progress.step}"
+        if self._saved_samples == self.progress.samples_seen and self.folder is not None:
+            message += f"; everything is in {self.folder}: continue with --resume auto --out {self.folder}"
+        return message
+
+    def _summary(self, status: str) -> Summary:
+        progress = self.progress
+        progress.seconds += time.perf_counter() - self._started
+        shared = {f.name: getattr(progress, f.name) for f in fields(Summary) if hasattr(progress, f.name)}
+        return Summary(
+            **shared,
+            status=status,
+            updates=progress.step,
+            samples=progress.samples_seen,
+            epochs=progress.samples_seen / self.plan.samples_per_epoch,
+            samples_per_second=progress.row_samples / progress.train_seconds if progress.train_seconds > 0 else 0.0,
+            world_size=self.backend.world_size,
+            message=self.message,
+            stopped_by=self._stopped_by,
         )

@@ -113,13 +113,16 @@ def evaluation_batches(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[MicroBatch]:
-    """Yield this rank's part of a data set, each sample on exactly one rank."""
-    mine = np.arange(len(samples))[rank::world_size]
-    keys = [
-        SampleKeys(np.zeros(len(part), dtype=np.int64), part)
-        for part in (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
-    ]
+    """Yield this rank's part of a data set, each sample on exactly one rank.
+
+    Every rank gets equally many batches, as a sharded model's forward pass is a collective: where a rank's part runs out
+    early, a stand-in of no samples.
+    """
+    mine, most = np.arange(len(samples))[rank::world_size], -(-len(samples) // world_size)
+    parts = [mine[start : start + batch_size] for start in range(0, most, batch_size)]
+    loaded = [part if len(part) else np.zeros(1, dtype=np.int64) for part in parts]
+    keys = [SampleKeys(np.zeros(len(part), dtype=np.int64), part) for part in loaded]
     batches = iter(_data_loader(samples, keys, config, device))
-    for key in keys:
+    for part in parts:
         inputs, targets = _fetch(batches, device, dtype)
-        yield MicroBatch(inputs, targets, len(key))
+        yield MicroBatch(inputs, targets, len(part))

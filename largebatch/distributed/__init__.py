@@ -9,5 +9,18 @@ from largebatch.distributed.backend import (
     create_backend,
     launched_ranks,
 )
+from largebatch.distributed.saving import CheckpointWriter
+from largebatch.distributed.watch import LostRankError, is_communication
 
-__all__ = ["Backend", "BackendConfig", "NonFiniteError", "Precision", "Ranks", "create_backend", "launched_ranks"]
+__all__ = [
+    "Backend",
+    "BackendConfig",
+    "CheckpointWriter",
+    "LostRankError",
+    "NonFiniteError",
+    "Precision",
+    "Ranks",
+    "create_backend",
+    "is_communication",
+    "launched_ranks",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -12,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from largebatch.section import Section, UserError
+from largebatch.distributed.watch import RankWatch
+from largebatch.section import Positive, Section, UserError
 
 Precision = Literal["fp32", "fp64", "bf16", "fp16"]
 
@@ -20,16 +22,28 @@ Precision = Literal["fp32", "fp64", "bf16", "fp16"]
 class BackendConfig(Section):
     """How the model is run."""
 
-    name: Literal["auto", "ddp"] = "auto"
-    """Engine: ddp (one process or many); auto chooses it."""
+    name: Literal["auto", "ddp", "fsdp", "deepspeed", "accelerate"] = "auto"
+    """Engine: ddp (one process or many), fsdp (weights and optimizer state cut over the ranks), deepspeed (ZeRO), accelerate
+    (what accelerate launch was configured for); auto chooses ddp."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device type; auto takes a GPU where there is one."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    timeout_seconds: Positive = 600.0
+    """A rank that is not heard of for so long stops the run; more than the slowest update with its compilation takes."""
     squares_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the tracked squares travel between ranks."""
     squares_every: Annotated[int, Field(ge=1)] = 1
     """Updates between two reductions of the tracked squares; between them they add up on each rank."""
+    shard: Annotated[list[str], Field(min_length=1)] | None = None
+    """fsdp: modules gathered as one, by class or by name with wildcards. None: the elements of lists and sequences."""
+    offload: bool = False
+    """fsdp: keep weights, gradients and optimizer state in the memory of the CPU."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """deepspeed: what is cut over the ranks: 1 optimizer state, 2 gradients too, 3 weights too. None: ds_config's, or 2."""
+    ds_config: Path | dict[str, Any] | None = None
+    """deepspeed: DeepSpeed's own options (offloading, bucket sizes) or a JSON file of them; the run decides batches and
+    precision."""
 
 
 class NonFiniteError(RuntimeError):
@@ -46,11 +60,12 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """Place of this process among the processes of the run, as torchrun names it."""
+    """Place of this process among the processes of the run, as torchrun names it, and how long they wait for each other."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    timeout_seconds: float = 600.0
 
 
 def launched_ranks() -> Ranks:
@@ -72,7 +87,7 @@ def launched_ranks() -> Ranks:
 
 
 class Backend(Protocol):
-    """Prepare, accumulate, backward, step, save and load. The trainer never asks which engine it has.
+    """Prepare, accumulate, backward, step, and the state for a checkpoint. The trainer never asks which engine it has.
 
     A loss handed to `backward` is this rank's share of the mean over the global batch: sum of its samples' losses over B.
     """
@@ -80,13 +95,21 @@ class Backend(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    watch: RankWatch
 
     def describe(self) -> str:
         """Return engine, processes and devices in words."""
         ...
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Move the model to the device and wrap it; return what to call."""
+    def prepare(
+        self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters.
+
+        Args:
+            model: tracked, where squares are wanted.
+            build_optimizer: called once, with `model`, when its parameters are those the optimizer has to hold.
+        """
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -121,12 +144,24 @@ class Backend(Protocol):
         """Wait for every rank."""
         ...
 
-    def save(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
-        """Write model, optimizer and ``extra`` to ``path``; every rank takes part."""
+    def share(self, value: Any) -> Any:
+        """Return rank 0's value on every rank; it must be picklable."""
         ...
 
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Read what `save` wrote into model and optimizer; return ``extra``."""
+    def check_statistics(self, model: nn.Module) -> None:
+        """Refuse a parameter of a tracked model that has a gradient and no statistic; after a backward pass.
+
+        Raises:
+            UserError: naming the parameters.
+        """
+        ...
+
+    def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return model and optimizer by name for a checkpoint, as `distributed.state` spells it; every rank takes part."""
+        ...
+
+    def load_state(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Read what `state` named, whatever engine wrote it and on however many ranks."""
         ...
 
     def close(self) -> None:
@@ -138,10 +173,14 @@ def create_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
     """Return the engine of a config for this process.
 
     Raises:
-        UserError: if the device is not there.
+        UserError: if the device is not there, or a key does not go with the engine.
     """
-    from largebatch.distributed.ddp import DataParallel
+    if config.name == "accelerate":
+        from largebatch.distributed.accelerate import launched
 
+        config = launched(config, precision)
+    name = "ddp" if config.name == "auto" else config.name
+    ranks = replace(ranks, timeout_seconds=config.timeout_seconds)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("backend.device: expected a GPU for 'cuda', found none; use --backend.device cpu")
     use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
@@ -150,5 +189,43 @@ def create_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
             f"torchrun: {ranks.local_rank + 1} processes or more on this node, but {torch.cuda.device_count()} GPUs; "
             f"use --nproc-per-node={torch.cuda.device_count()}"
         )
+    if use_cuda and (ranks.world_size > 1 or name != "ddp") and not torch.distributed.is_nccl_available():
+        raise UserError("backend.device: GPUs speak through NCCL, which this torch was built without; use cpu")
     device = torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
+    if name != "fsdp":
+        _refuse_keys(config, name, "only fsdp has it; remove it", "shard", "offload")
+    if name != "ddp":
+        _refuse_keys(config, name, "its squares travel with the gradients; use ddp", "squares_dtype", "squares_every")
+    if name != "deepspeed":
+        _refuse_keys(config, name, "only deepspeed has it; remove it", "zero_stage", "ds_config")
+    if name == "deepspeed":
+        from largebatch.distributed.deepspeed import DeepSpeed
+        from largebatch.distributed.ds_config import load_ds_config
+
+        _refuse_keys(config, name, "its hooks are not compiled; use ddp or fsdp", "compile")
+        return DeepSpeed(ranks, device, precision, load_ds_config(config.ds_config, config.zero_stage))
+    if name == "fsdp":
+        from largebatch.distributed.fsdp import FullyShard
+
+        if config.offload and device.type == "cpu":
+            raise UserError("backend.offload: it spares a GPU's memory, but the run is on the cpu; remove it")
+        if config.offload and precision == "fp16":
+            raise UserError(
+                "backend.offload: the loss scaling of fp16 does not reach the CPU's memory; use bf16 or fp32"
+            )
+        return FullyShard(ranks, device, precision, config.compile, config.shard, config.offload)
+    from largebatch.distributed.ddp import DataParallel
+
     return DataParallel(ranks, device, precision, config.compile, getattr(torch, config.squares_dtype))
+
+
+def _refuse_keys(config: BackendConfig, engine: str, why: str, *keys: str) -> None:
+    """Refuse keys, other than at their default, that an engine has no use for.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for key in keys:
+        value = getattr(config, key)
+        if value != BackendConfig.model_fields[key].default:
+            raise UserError(f"backend.{key}: got {value}, which engine '{engine}' does not take: {why}")

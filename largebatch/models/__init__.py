@@ -8,6 +8,7 @@ from largebatch.models.norm import (
     batch_norms,
     commit_batch_statistics,
     convert_batch_norm,
+    discard_batch_statistics,
     norm_group_size,
 )
 from largebatch.models.resnet import ResNet, ResNet18Config, ResNet50Config, resnet18, resnet50
@@ -33,6 +34,7 @@ __all__ = [
     "batch_norms",
     "commit_batch_statistics",
     "convert_batch_norm",
+    "discard_batch_statistics",
     "norm_group_size",
     "resnet18",
     "resnet50",

@@ -194,6 +194,13 @@ def commit_batch_statistics(modules: list[_GhostBatchNorm], all_reduce_sum: Call
         module.pending_samples.zero_()
 
 
+def discard_batch_statistics(modules: list[_GhostBatchNorm]) -> None:
+    """Forget the sums since the last commit: of an update that was not taken."""
+    for module in modules:
+        module.pending.zero_()
+        module.pending_samples.zero_()
+
+
 def convert_batch_norm(model: nn.Module, group_size: int) -> nn.Module:
     """Replace every nn.BatchNorm1d and nn.BatchNorm2d of a model, in place, keeping parameters and buffers.
 

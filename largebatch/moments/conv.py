@@ -2,7 +2,7 @@
 
 A sample's weight gradient is a convolution of its input with d. Two ways to form it on a processor: the library's own
 weight-gradient kernel on a few samples folded into its groups, which is best while a sample has many output positions;
-and im2col once for the batch, after which it is the matrix product of `linear.product_moments`.
+and im2col, after which it is the matrix product of `linear.product_moments`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from largebatch.moments.linear import plain, product_moments
+from largebatch.moments.linear import BLOCK_ELEMENTS, plain, product_moments
 from largebatch.moments.scope import Scope, rule
 from largebatch.moments.tap import Operation, statistic_dtype, sums
 
@@ -74,24 +74,43 @@ class Convolution(Operation):
         return total, squares
 
     def _unfolded_moments(self, d: Tensor, x: Tensor, is_pointwise: bool) -> tuple[Tensor, Tensor]:
-        """im2col, then products over positions."""
+        """im2col, then products over positions, for as many input channels at a time as the cache has room for."""
+        d_rows = self._join_rows(d.flatten(2).mT)
+        outputs, channels = self.weight_shape[:2]
+        blocks = math.ceil(math.prod(self.weight_shape) / BLOCK_ELEMENTS)
+        if is_pointwise or d.device.type != "cpu" or torch.compiler.is_compiling():
+            blocks = 1
+        step = math.ceil(channels / blocks)
+        total = squares = torch.empty(0)
+        for lo in range(0, channels, step):
+            columns = self._columns(x[:, lo : lo + step], d.shape[2:], is_pointwise)
+            part, part_squares = product_moments(d_rows, self._join_rows(columns.mT))
+            if step >= channels:
+                return part.reshape(self.weight_shape), part_squares.reshape(self.weight_shape)
+            if lo == 0:
+                total, squares = (part.new_empty(self.weight_shape) for _ in range(2))
+            # Written where it belongs at once: a concatenation would hold everything twice.
+            total[:, lo : lo + step] = part.view(outputs, -1, *self.weight_shape[2:])
+            squares[:, lo : lo + step] = part_squares.view(outputs, -1, *self.weight_shape[2:])
+        return total, squares
+
+    def _join_rows(self, matrices: Tensor) -> Tensor:
+        """Return [rows, positions, features] as [n, t, features]: the rows of a sample are more positions."""
+        if len(matrices) == self.num_samples:
+            return matrices
+        return matrices.reshape(self.num_samples, -1, matrices.shape[2])
+
+    def _columns(self, x: Tensor, size: tuple[int, ...], is_pointwise: bool) -> Tensor:
+        """Return the inputs that meet each weight at each position, [rows, channels * window, positions]."""
         window = self.weight_shape[2:]
-        is_fast = d.device.type == "cpu" and not torch.compiler.is_compiling() and not is_pointwise
         if is_pointwise:
             steps = tuple(slice(None, None, step) for step in self.stride)
-            columns = x[(slice(None), slice(None), *steps)].flatten(2)[:, :, : _positions(d)].mT
-        elif is_fast:
-            columns = _windows(x, d.shape[2:], window, self.stride, self.padding, self.dilation).mT
-        elif d.ndim == 3:
-            ones = (1, *window), (1, *self.dilation), (0, *self.padding), (1, *self.stride)
-            columns = F.unfold(x.unsqueeze(2), *ones).mT
-        else:
-            columns = F.unfold(x, window, self.dilation, self.padding, self.stride).mT
-        d = d.flatten(2).mT
-        if len(d) != self.num_samples:  # the rows of a sample are more positions
-            d, columns = (t.reshape(self.num_samples, -1, t.shape[2]) for t in (d, columns))
-        total, squares = product_moments(d, columns)
-        return total.reshape(self.weight_shape), squares.reshape(self.weight_shape)
+            return x[(slice(None), slice(None), *steps)].flatten(2)[:, :, : math.prod(size)]
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _windows(x, size, window, self.stride, self.padding, self.dilation)
+        if x.ndim == 3:
+            return F.unfold(x.unsqueeze(2), (1, *window), (1, *self.dilation), (0, *self.padding), (1, *self.stride))
+        return F.unfold(x, window, self.dilation, self.padding, self.stride)
 
     def per_sample(self, role: str, ready: tuple[Tensor, ...], lo: int, hi: int) -> Tensor:
         """Return the gradients from the library's weight-gradient kernel."""

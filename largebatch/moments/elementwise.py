@@ -76,11 +76,11 @@ def run(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
             "samples can no longer be told apart; use per='micro_batch'"
         )
     dim = scope.batch_dim + ndim - batched.ndim
-    rows = batched.shape[scope.batch_dim]
+    rows, part = batched.shape[scope.batch_dim], scope.part(batched)
 
     def expanded(value: Any) -> Any:
         operand = scope.operand(value)
-        return value if operand is None else scope.expand(operand, dim, rows, ndim, func.__name__)
+        return value if operand is None else scope.expand(operand, dim, rows, ndim, func.__name__, part)
 
     return func(*map(expanded, args), **{name: expanded(value) for name, value in kwargs.items()})
 

@@ -43,6 +43,7 @@ class Interception(TorchFunctionMode):
             output = func(*args, **kwargs)
             if is_batched:
                 _mark(output)
+                _note_parts(scope, func, args, kwargs, output)
                 if func in _MIXING and not torch.compiler.is_compiling():
                     _warn_of_mixed_rows(scope, func, args, kwargs)
             elif not operands:
@@ -55,10 +56,14 @@ class Interception(TorchFunctionMode):
             return derived.derive(scope, func, args, kwargs, operands)
         rule = RULES.get(func)
         if rule is not None:
-            return rule(scope, *args, **kwargs)
-        if func in elementwise.FUNCTIONS:
-            return elementwise.run(scope, func, args, kwargs)
-        return fallback.run(scope, func, args, kwargs)
+            output = rule(scope, *args, **kwargs)
+        elif func in elementwise.FUNCTIONS:
+            output = elementwise.run(scope, func, args, kwargs)
+        else:
+            return fallback.run(scope, func, args, kwargs)
+        if scope.parts:
+            scope.hand_on_part((*args, *kwargs.values()), output)
+        return output
 
 
 def _inspect(scope: Scope, args: Any, kwargs: Any) -> tuple[list[Operand], bool]:
@@ -80,6 +85,18 @@ def _mark(output: Any) -> None:
     for item in output if isinstance(output, (list, tuple)) else (output,):
         if isinstance(item, Tensor) and not item.requires_grad:
             item._largebatch_batched = True  # type: ignore[attr-defined]
+
+
+_SPLITTING = {Tensor.split, Tensor.chunk, Tensor.tensor_split, torch.split, torch.chunk, torch.tensor_split}
+
+
+def _note_parts(scope: Scope, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+    """Follow runs of samples that the batch is split into."""
+    if func in _SPLITTING:
+        source = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+        scope.note_split(source, kwargs.get("dim", args[2] if len(args) > 2 else 0), output)
+    elif scope.parts:
+        scope.hand_on_part((*args, *kwargs.values()), output)
 
 
 _MIXING = {torch.cat, torch.concat, Tensor.__getitem__}

@@ -39,12 +39,15 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """Return a [m, k] times the transpose of b [n, k]."""
     if _ONEDNN is not None and a.dtype == torch.float32 and a.device.type == "cpu":
+        (rows, columns), (down, across) = b.shape, b.stride()
+        if not ((across == 1 and down >= columns) or (down == 1 and across >= rows)):
+            b = b.contiguous()  # every second element, or windows that overlap: oneDNN refuses such strides in b
         return _ONEDNN(a, b, None, "none", [], "")
     return torch.mm(a, b.t())
 
 
-# Rows of the running sums are taken in blocks that stay in the processor's cache with the product being added.
-BLOCK_ELEMENTS = 5 << 18
+# The running sums are taken in blocks that stay in the processor's cache with the product being added.
+BLOCK_ELEMENTS = 5 << 17
 
 
 def product_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

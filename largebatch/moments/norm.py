@@ -15,7 +15,7 @@ from torch import Tensor
 
 from largebatch.moments.linear import plain
 from largebatch.moments.scope import Scope, rule
-from largebatch.moments.tap import Operation, statistic_dtype
+from largebatch.moments.tap import Operation, Part, pad_samples, statistic_dtype
 
 
 class Affine(Operation):
@@ -27,16 +27,25 @@ class Affine(Operation):
         options: what `NORMALIZE` takes after the saved tensors.
         shape: of weight and bias.
         batch_dim: dimension of the samples.
+        part: the samples in the call, where it has not all of them.
     """
 
     def __init__(
-        self, num_samples: int, roles: tuple[str, ...], kind: str, options: tuple[Any, ...], shape: Any, batch_dim: int
+        self,
+        num_samples: int,
+        roles: tuple[str, ...],
+        kind: str,
+        options: tuple[Any, ...],
+        shape: Any,
+        batch_dim: int,
+        part: Part | None,
     ):
         super().__init__(num_samples, roles)
         self.kind = kind
         self.options = options
         self.shape = tuple(shape)
         self.batch_dim = batch_dim
+        self.part = part
 
     def prepare(self, grad: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the per-sample gradients [n, *shape] of every role: they are small."""
@@ -52,15 +61,16 @@ class Affine(Operation):
             else:
                 hat = NORMALIZE[self.kind](*saved, *self.options)
                 parts.append(self._reduce(hat.to(grad.dtype) * grad, wide))
-        return tuple(parts)
+        return tuple(pad_samples(part, self.part, self.num_samples) for part in parts)
 
     def _reduce(self, product: Tensor, wide: torch.dtype) -> Tensor:
         """Sum [.., rows, .., features] over everything but samples and features."""
+        num_samples = self.num_samples if self.part is None else self.part[1] - self.part[0]
         if self.kind in ("layer", "rms"):
             rows = product.movedim(self.batch_dim, 0) if self.batch_dim else product
-            return rows.reshape(self.num_samples, -1, *self.shape).sum(1, dtype=wide)
+            return rows.reshape(num_samples, -1, *self.shape).sum(1, dtype=wide)
         rows = product.flatten(2).sum(2, dtype=wide) if product.ndim > 2 else product.to(wide)
-        return rows if len(rows) == self.num_samples else rows.view(self.num_samples, -1, *self.shape).sum(1)
+        return rows if len(rows) == num_samples else rows.view(num_samples, -1, *self.shape).sum(1)
 
     def per_sample(self, role: str, ready: tuple[Tensor, ...], lo: int, hi: int) -> Tensor:
         """Return rows lo to hi."""
@@ -96,8 +106,9 @@ def _finish(
     operands = {role: operand for role, operand in found.items() if operand is not None}
     shape = next(iter(operands.values())).tensor.shape
     batch_dim = scope.batch_dim if kind in ("layer", "rms") else 0
-    num_samples = scope.samples_in(saved[0].shape[batch_dim], f"{kind} norm")
-    operation = Affine(num_samples, tuple(operands), kind, options, shape, batch_dim)
+    part = scope.part(saved[0])
+    num_samples = scope.samples_in(saved[0].shape[batch_dim], f"{kind} norm", part)
+    operation = Affine(num_samples, tuple(operands), kind, options, shape, batch_dim, part)
     return scope.tap(operation, output, saved if "weight" in operands else (), tuple(operands.values()))
 
 

@@ -10,14 +10,14 @@ k rows for each sample, sample by sample, which is what `x.view(batch * tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from largebatch.moments.tap import Base, Collect, Expand, Expanded, Operand, Operation, Spread, Tap
+from largebatch.moments.tap import Base, Collect, Expand, Expanded, Operand, Operation, Part, Spread, Tap
 from largebatch.section import UserError
 
 Rule = Callable[..., Any]
@@ -81,6 +81,8 @@ class Scope:
         segments: for each re-entrant checkpoint, the ids of its parameters.
         is_used: whether a tap was put anywhere yet.
         has_warned: whether the user was told of rows that are not grouped by sample.
+        parts: the pieces of the last split of the batch and what came of them, each with its run of samples; compared by
+            identity, as the inputs.
     """
 
     def __init__(self, num_samples: int | None, batch_dim: int):
@@ -93,6 +95,7 @@ class Scope:
         self.segments: dict[int, set[int]] = {}
         self.is_used = False
         self.has_warned = False
+        self.parts: list[tuple[Tensor, Part]] = []
 
     def enter(self, module: nn.Module) -> None:
         """Take in the parameters of a module that is about to run, its children's too: it may use them itself."""
@@ -128,8 +131,46 @@ class Scope:
         """Whether the outermost module was called with this very tensor."""
         return any(value is tensor for tensor in self.inputs)
 
-    def samples_in(self, rows: int, function: str) -> int:
-        """Return the number of samples, given the rows along the batch dimension of an argument of `function`."""
+    def part(self, value: Tensor) -> Part | None:
+        """Return the run of samples in a tensor that `note_split` or `hand_on_part` saw, None for any other tensor."""
+        for tensor, part in self.parts:
+            if tensor is value:
+                return part
+        return None
+
+    def note_split(self, source: Tensor, dim: int, pieces: tuple[Tensor, ...]) -> None:
+        """Note which samples each piece of the batch holds, as in a batch norm over groups of samples."""
+        if dim % source.ndim != self.batch_dim or source.shape[dim] != self.num_samples:
+            return
+        self.parts = []  # the last split's are enough, and let go of the tensors before
+        first = 0
+        for piece in pieces:
+            self.parts.append((piece, (first, first + piece.shape[dim])))
+            first += piece.shape[dim]
+
+    def hand_on_part(self, arguments: Iterable[Any], output: Any) -> None:
+        """Note the run of samples in what was computed from it row by row."""
+        if not isinstance(output, Tensor) or output.ndim <= self.batch_dim:
+            return
+        found: Part | None = None
+        for value in arguments:  # as plain as can be: torch.compile traces it
+            part = self.part(value) if isinstance(value, Tensor) else None
+            if part is not None and found is not None and part != found:
+                return
+            found = found if part is None else part
+        if found is not None and output.shape[self.batch_dim] == found[1] - found[0]:
+            self.parts.append((output, found))
+
+    def samples_in(self, rows: int, function: str, part: Part | None = None) -> int:
+        """Return the number of samples in the pass, given the rows along the batch dimension of an argument of `function`.
+
+        Args:
+            rows: as many for each sample, unless there is a `part`.
+            function: its name, for messages.
+            part: the run of samples that the argument holds, where its rule can do with one.
+        """
+        if part is not None and self.num_samples is not None:
+            return self.num_samples
         if self.num_samples is None:
             self.num_samples = rows
         if rows % self.num_samples or rows == 0:
@@ -217,9 +258,11 @@ class Scope:
                 roles.append(role)
         return tuple(roles), pairs
 
-    def expand(self, operand: Operand, dim: int, rows: int, ndim: int, function: str) -> Tensor:
+    def expand(
+        self, operand: Operand, dim: int, rows: int, ndim: int, function: str, part: Part | None = None
+    ) -> Tensor:
         """Return `operand` as [.., rows at `dim`, ..] of `ndim` dimensions, with a tap that tells the samples apart."""
-        operation = Expanded(self.samples_in(rows, function))
+        operation = Expanded(self.samples_in(rows, function, part), part)
         token = self.token((operand,))
         if token is not None:
             operation.operands = (operand,)

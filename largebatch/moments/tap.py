@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from largebatch.section import UserError
@@ -23,6 +24,18 @@ CHUNK_ELEMENTS = 1 << 22
 def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type squares are summed in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# The samples of a tensor that holds a run of them only: (first, end).
+Part = tuple[int, int]
+
+
+def pad_samples(grads: Tensor, part: Part | None, num_samples: int) -> Tensor:
+    """Return the per-sample gradients [end - first, ..] of a part as [n, ..], zero for the other samples."""
+    if part is None:
+        return grads
+    first, end = part
+    return F.pad(grads, [*[0, 0] * (grads.ndim - 1), first, num_samples - end])
 
 
 class Operation:
@@ -237,7 +250,7 @@ class Expand(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Sum the samples' gradients, and their squares."""
-        grad = grad.movedim(ctx.dim, 0)
+        grad = pad_samples(grad.movedim(ctx.dim, 0), ctx.operation.part, ctx.operation.num_samples)
         if len(grad) != ctx.operation.num_samples:  # several rows a sample
             grad = grad.reshape(ctx.operation.num_samples, -1, *grad.shape[1:]).sum(1)
         grad = grad.unsqueeze(ctx.dim + 1)
@@ -246,7 +259,11 @@ class Expand(torch.autograd.Function):
 
 
 class Expanded(Operation):
-    """The operation of `Expand`: its output's gradient is the per-sample gradient."""
+    """The operation of `Expand`: its output's gradient is the per-sample gradient, of all samples or of a part."""
+
+    def __init__(self, num_samples: int, part: Part | None = None):
+        super().__init__(num_samples)
+        self.part = part
 
     def per_sample(self, role: str, ready: tuple[Tensor, ...], lo: int, hi: int) -> Tensor:
         """Return rows lo to hi of the gradient."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -223,11 +223,16 @@ def grad_sample_sq(model: nn.Module, batch_size: int, world_size: int = 1) -> di
     return {name: shadow.grad * scale for name, shadow in shadows(model).items() if shadow.grad is not None}
 
 
-def check_statistics(model: nn.Module) -> None:
+def _is_zero(gradient: Tensor) -> bool:
+    return not bool(gradient.any())
+
+
+def check_statistics(model: nn.Module, is_zero: Callable[[Tensor], bool] = _is_zero) -> None:
     """Raise if a parameter has a gradient and no statistic.
 
     Args:
         model: tracked, after a backward pass.
+        is_zero: whether no element of a gradient differs from 0, over all ranks where each holds a part.
 
     Raises:
         UserError: naming every such parameter and the way out.
@@ -235,10 +240,10 @@ def check_statistics(model: nn.Module) -> None:
     tracked = {name: shadow for name, _, shadow in _pairs(model)}
     missing = []
     for name, parameter in model.named_parameters():
-        if is_shadow(parameter) or parameter.grad is None or not bool(parameter.grad.any()):
+        if is_shadow(parameter) or parameter.grad is None or is_zero(parameter.grad):
             continue
         shadow = tracked.get(name)
-        if shadow is None or shadow.grad is None or not bool(shadow.grad.any()):
+        if shadow is None or shadow.grad is None or is_zero(shadow.grad):
             missing.append(name)
     if missing:
         listed = "', '".join(missing[:8]) + ("', ..." if len(missing) > 8 else "'")

@@ -1,0 +1,346 @@
+"""DeepSpeed, ZeRO 0 to 3: optimizer state (1), gradients (2) and weights (3) cut into one partition a rank.
+
+Shadows are parameters like any other, so ZeRO partitions and reduces the squares as it does the gradients. Weights stay
+float32 and lower precision is autocast's, as on every engine: squares of bfloat16 gradients are added in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
+from largebatch.distributed.engine import Engine
+from largebatch.distributed.partitions import PARAMETER, Partitions
+from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_into, read_tensors, tensor_metadata
+from largebatch.moments import is_shadow, shadows
+from largebatch.optim import LAMB, LARS, is_shadow_group
+from largebatch.section import UserError
+
+
+class SteppedByGroup(torch.optim.Optimizer):
+    """Stands between DeepSpeed and an optimizer: DeepSpeed steps one partition of one group at a time.
+
+    An optimizer pairs a group with the group of shadows before it. Here a partition of shadows waits, with its squares,
+    for its weights' partition, which is laid out alike; then the optimizer steps on both. Several partitions of one
+    group (ZeRO-3's sub-groups) are one update: each starts from the group's counts as they were before the first.
+
+    Args:
+        optimizer: the optimizer; its groups and state are shared.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        # Not Optimizer.__init__, which would take the parameters over: DeepSpeed only asks for these three.
+        self.inner = optimizer
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+        self.all_groups = optimizer.param_groups
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget partitions of an update that was dropped, and start the next."""
+        self.waiting: deque[tuple[dict[str, Any], Tensor, Tensor | None]] = deque()
+        self.before: dict[int, dict[str, Any]] = {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Do nothing: DeepSpeed clears gradients itself."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step the one partition that DeepSpeed has put into the groups."""
+        ((group, partition),) = [(g, p) for g in self.param_groups for p in g["params"]]
+        if is_shadow_group(group):
+            self.waiting.append((group, partition, partition.grad))
+            return
+        before = self.before.setdefault(id(group), {k: v for k, v in group.items() if k != "params"})
+        stepped = before | {"params": [partition]}
+        groups = [stepped]
+        shadow = held = None
+        if self.waiting:
+            shadow_group, shadow, squares = self.waiting.popleft()
+            groups.insert(0, shadow_group | {"params": [shadow]})
+            held, shadow.grad = shadow.grad, squares
+        self.inner.param_groups = groups
+        try:
+            self.inner.step()
+        finally:
+            self.inner.param_groups = self.all_groups
+            if shadow is not None:
+                shadow.grad = held  # a buffer for good where DeepSpeed offloads, nothing elsewhere
+        group.update({k: v for k, v in stepped.items() if k != "params"})
+
+
+class DeepSpeed(Engine):
+    """The `Backend` for DeepSpeed.
+
+    Args:
+        ranks: this process among all.
+        device: its device.
+        precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` over float32 weights.
+        config: DeepSpeed's configuration (`load_ds_config`).
+
+    Raises:
+        UserError: if DeepSpeed, or on a processor ninja or a C++ compiler, is not there; for float64.
+    """
+
+    needs_group_alone: ClassVar[bool] = True
+
+    def __init__(self, ranks: Ranks, device: torch.device, precision: Precision, config: dict[str, Any]) -> None:
+        if precision == "fp64":
+            raise UserError("precision: DeepSpeed has no float64; use fp32, or --backend.name ddp")
+        self.deepspeed = _import_deepspeed(device)
+        super().__init__(ranks, device, precision)
+        self.config = config
+        self.stage = int(config["zero_optimization"]["stage"])
+        self.name = f"DeepSpeed ZeRO-{self.stage}"
+        self.local_rank = ranks.local_rank
+        self.good_updates = 0
+
+    def prepare(
+        self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Move the model to the device, partition it; return what to call, and its optimizer."""
+        model.to(self.device, self.dtype)
+        optimizer = build_optimizer(model)
+        groups = [dict(group) for group in optimizer.param_groups]
+        if self.stage > 0 and isinstance(optimizer, (LARS, LAMB)):
+            raise UserError(
+                f"optimizer.name: {type(optimizer).__name__.lower()} needs whole layers, which ZeRO-{self.stage} cuts up; "
+                "use --backend.zero_stage 0, or --backend.name ddp or fsdp"
+            )
+        self.client = SteppedByGroup(optimizer) if self.stage > 0 else None
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed takes its device from there
+        self.deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        self.wrapper, *_ = self.deepspeed.initialize(
+            model=model, optimizer=self.client or optimizer, config=self.config, dist_init_required=False
+        )
+        self.partitions = Partitions(self.wrapper, optimizer, groups)
+        named = [(name, parameter) for name, parameter in model.named_parameters() if not is_shadow(parameter)]
+        self.names = {parameter: name for name, parameter in named if parameter in self.partitions.shapes}
+        self.frozen = {name: parameter for name, parameter in named if parameter not in self.partitions.shapes}
+        self.shadow_of = shadows(model)
+        return self.wrapper, optimizer
+
+    def accumulate(self, sync: bool) -> AbstractContextManager[Any]:
+        """Return the context of one micro-batch; DeepSpeed learns here whether it is the update's last."""
+        self.wrapper.set_gradient_accumulation_boundary(sync)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of this rank's share of the batch's mean loss."""
+        self.losses_finite &= loss.detach().isfinite()
+        self.wrapper.backward(self.scaler.scale(loss * self.world_size), scale_wrt_gas=False)
+
+    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> float:
+        """Clip, update and zero the gradients; return the gradient's global norm before clipping.
+
+        Raises:
+            NonFiniteError: if that norm is not finite, on every rank alike; nothing was updated.
+        """
+        parts = list(zip(self.partitions.gradients(), self.partitions.of_shadows, strict=True))
+        grads = [tensor for part, of_shadows in parts if not of_shadows for tensor in part]
+        squares = [tensor for part, of_shadows in parts if of_shadows for tensor in part]
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        _scale(grads, squares, 1.0 / scale)
+        norm = float(self.gradient_norm(grads))
+        finite = norm - norm == 0.0
+        if finite and max_grad_norm is not None:
+            _scale(grads, squares, min(1.0, max_grad_norm / (norm + 1e-6)))
+        applied = self._apply(finite)
+        if not applied:
+            self.check_losses(self.client or optimizer)
+            if self.precision != "fp16":
+                raise NonFiniteError([])  # the gradient is finite and its squares are not
+        if self.scaler.is_enabled():
+            self._adapt_scale(scale, applied)
+        self.losses_finite.fill_(True)
+        return norm
+
+    def gradient_norm(self, grads: list[Tensor]) -> Tensor:
+        """Return the Euclidean norm over all gradients of the model, from the parts on each rank."""
+        squared = torch.stack(torch._foreach_norm(grads)).square().sum().to(self.device)
+        return (squared if self.stage == 0 else self.sum(squared)).sqrt()
+
+    def _apply(self, finite: bool) -> bool:
+        """Update, or drop the gradients; return whether the update was made.
+
+        ZeRO drops a gradient of which any element, or square, is not finite, by itself.
+        """
+        if self.client is not None:
+            self.client.begin()
+        elif not finite:
+            self.wrapper.zero_grad()
+            return False
+        self.wrapper.step()
+        return bool(self.wrapper.was_step_applied())
+
+    def _adapt_scale(self, scale: float, applied: bool) -> None:
+        """Lower fp16's loss scale after an overflow, raise it after many updates, as GradScaler does for gradients it sees."""
+        self.good_updates = self.good_updates + 1 if applied else 0
+        if not applied:
+            scale *= self.scaler.get_backoff_factor()
+        elif self.good_updates == self.scaler.get_growth_interval():
+            scale, self.good_updates = scale * self.scaler.get_growth_factor(), 0
+        self.scaler.update(scale)
+
+    def check_statistics(self, model: nn.Module) -> None:
+        """Raise if a parameter has a gradient and no statistic; between backward and step.
+
+        Raises:
+            UserError: naming every such parameter.
+        """
+        found = self.partitions.has_gradient()
+        missing = [
+            name
+            for parameter, name in self.names.items()
+            if found[parameter] and not (name in self.shadow_of and found[self.shadow_of[name]])
+        ]
+        if missing:
+            listed = "', '".join(missing[:8]) + ("', ..." if len(missing) > 8 else "'")
+            raise UserError(
+                f"no second-moment statistic for '{listed}, which got a gradient under {self.name}: an option of "
+                "DeepSpeed may have replaced the operation; leave it out of backend.ds_config, or see whether one process "
+                "with --backend.name ddp says the same"
+            )
+
+    def full_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield each trained parameter's name and its whole tensors, on the processor; every rank takes part.
+
+        They are {"parameter": float32 master weight, "exp_avg_sq": ..., and what else the optimizer keeps}.
+        """
+        slots = self.partitions.slots()
+        for parameter, name in self.names.items():
+            yield name, self.partitions.full(parameter, slots)
+
+    def load_full_state(self, state: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+        """Write back what `full_state` yielded, on whatever stage and number of ranks."""
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        for name, full in state:
+            self.partitions.load(parameters[name], full)
+        self.partitions.refresh()
+
+    def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return model and optimizer by name for a checkpoint; each rank keeps the whole tensors of some parameters."""
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        state = {MODEL + name: value.detach() for name, value in model.state_dict().items() if name not in names}
+        aliases = self._aliases(model)
+        for number, (name, full) in enumerate(self.full_state()):
+            if number % self.world_size != self.rank:
+                continue
+            weight = full.pop(PARAMETER)
+            state.update({MODEL + alias: weight for alias in aliases[name]})
+            state.update({f"{OPTIMIZER}{name}.{slot}": tensor for slot, tensor in full.items()})
+        for name, parameter in self.frozen.items():
+            with self._whole(parameter):
+                state.update({MODEL + alias: parameter.detach().cpu().clone() for alias in aliases[name]})
+        return state
+
+    def load_state(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Read what `state` named, whatever engine wrote it and on however many ranks, one parameter at a time.
+
+        Raises:
+            UserError: if the checkpoint is of another model; nothing was changed then.
+        """
+        check_names(path, _Described(model))
+        saved = tensor_metadata(path)
+        buffers = {MODEL + name: buffer for name, buffer in model.named_buffers() if MODEL + name in saved}
+        read_into(path, {name: buffer.detach() for name, buffer in buffers.items()})
+
+        def read() -> Iterator[tuple[str, dict[str, Tensor]]]:
+            for name in self.names.values():
+                prefix = f"{OPTIMIZER}{name}."
+                slots = {
+                    n: n.removeprefix(prefix) for n in saved if n.startswith(prefix) and "." not in n[len(prefix) :]
+                }
+                keys = slots | {MODEL + name: PARAMETER}
+                yield name, {keys[key]: tensor for key, tensor in read_tensors(path, keys).items()}
+
+        self.load_full_state(read())
+        for name, parameter in self.frozen.items():
+            with self._whole(parameter, modifier_rank=0), torch.no_grad():
+                parameter.copy_(read_tensors(path, [MODEL + name])[MODEL + name])
+
+    def _aliases(self, model: nn.Module) -> dict[str, list[str]]:
+        """Return for each parameter's name all names that the model's state_dict has for it."""
+        first = {parameter: name for name, parameter in model.named_parameters()}
+        aliases: dict[str, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            aliases.setdefault(first[parameter], []).append(name)
+        return aliases
+
+    def _whole(self, parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+        """Return a context in which a parameter that ZeRO-3 cuts up is whole."""
+        if self.stage < 3:
+            return nullcontext()
+        return self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
+
+    def close(self) -> None:
+        """Leave the process group, and take DeepSpeed's hooks and groups down."""
+        if self.wrapper is not None:
+            self.wrapper.destroy()
+        self.client = None
+        self.__dict__.pop("partitions", None)
+        # DeepSpeed keeps its copy of the world for good, which a later engine of this process would take for its own.
+        self.deepspeed.utils.groups._release_process_group_references()
+        super().close()
+
+
+class _Described(nn.Module):
+    """A model's names and shapes, with those of whole parameters where ZeRO-3 has cut them up."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.whole = {
+            name: torch.empty(getattr(p, "ds_shape", p.shape), device="meta")
+            for name, p in model.named_parameters(remove_duplicate=False)
+        }
+        self.given = model.state_dict()
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Return tensors of which only the shapes mean something."""
+        return {name: self.whole.get(name, value) for name, value in self.given.items()}
+
+
+def _scale(grads: list[Tensor], squares: list[Tensor], factor: float) -> None:
+    """Multiply gradients by a factor, and squares by its square."""
+    if factor == 1.0:
+        return
+    torch._foreach_mul_(grads, factor)
+    for _ in range(2 if squares else 0):  # one after the other: the square of fp16's loss scale leaves float32's digits
+        torch._foreach_mul_(squares, factor)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed, once what it needs is there.
+
+    Raises:
+        UserError: naming what is missing and the command that brings it.
+    """
+    if find_spec("deepspeed") is None:
+        raise UserError("backend.name: DeepSpeed is not installed; pip install 'largebatch[deepspeed]'")
+    if device.type == "cpu":
+        # On a processor DeepSpeed compiles its communication at first use.
+        if shutil.which("ninja") is None:
+            # An environment that is used without being activated has it beside Python.
+            os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        if shutil.which("ninja") is None:
+            raise UserError("backend.name: DeepSpeed on a CPU needs ninja on PATH; pip install ninja")
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "c++", "g++")):
+            raise UserError("backend.name: DeepSpeed on a CPU needs a C++ compiler on PATH (c++ or g++)")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    # It warns of every optimizer but its own, and uses names that torch is about to drop.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
+    return deepspeed

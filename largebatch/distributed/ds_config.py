@@ -1,0 +1,101 @@
+"""DeepSpeed's configuration of a run: the user's file, and over it what the run itself decides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from largebatch.section import UserError
+
+# What a run decides, by DeepSpeed's key and by ours.
+_DECIDED = {
+    "train_batch_size": "batch.size",
+    "train_micro_batch_size_per_gpu": "batch.micro_size",
+    "gradient_accumulation_steps": "batch.micro_size",
+    "managed_gradient_accumulation": "batch.micro_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer.name",
+    "scheduler": "schedule.name",
+    "fp16": "precision",
+    "bf16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+}
+# What an update with tracked squares cannot be built on, and why.
+_REFUSED = {
+    "zero_optimization.memory_efficient_linear": "true hides linear layers from the tracking of squares",
+    "zero_optimization.compute_grad_norm": "a gradient that is not finite is dropped by its norm",
+    "zero_optimization.zenflow": "it updates a part of the weights asynchronously",
+    "tensor_parallel": "weights must be whole on every rank",
+    "pipeline": "the model must be whole on every rank",
+    "compression_training": "it replaces modules",
+    "curriculum_learning": "the batch is the run's own",
+    "data_efficiency": "the batch is the run's own",
+}
+_HARMLESS = {
+    "zero_optimization.memory_efficient_linear": False,
+    "zero_optimization.compute_grad_norm": True,
+}
+
+
+def load_ds_config(given: Path | dict[str, Any] | None, zero_stage: int | None) -> dict[str, Any]:
+    """Return the configuration to hand to DeepSpeed: the user's options with the run's own decisions added.
+
+    Args:
+        given: DeepSpeed's options, or a JSON file of them. Values ``"auto"``, which other trainers fill in, count as absent.
+        zero_stage: 0 to 3; None takes the options', or 2.
+
+    Raises:
+        UserError: if the file cannot be read, or sets what the run decides, with the config key to use instead.
+    """
+    where = f"backend.ds_config '{given}'" if isinstance(given, Path) else "backend.ds_config"
+    options: Any = given or {}
+    if isinstance(given, Path):
+        try:
+            options = json.loads(given.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"backend.ds_config: cannot read '{given}' as JSON ({error})") from error
+    return _merge(options, zero_stage, where)
+
+
+def _merge(given: Any, zero_stage: int | None, where: str) -> dict[str, Any]:
+    if not isinstance(given, dict) or not isinstance(given.get("zero_optimization", {}), dict):
+        raise UserError(f"{where}: expected a JSON object of DeepSpeed's options, got {str(given)[:60]}")
+    config = _without_auto(given)
+    for key, ours in _DECIDED.items():
+        value = config.pop(key, None)
+        if value is not None and not (isinstance(value, dict) and value.get("enabled", bool(value)) is False):
+            raise UserError(f"{where}: '{key}' is decided by the run; remove it and set {ours}")
+    zero: dict[str, Any] = config.setdefault("zero_optimization", {})
+    for key, reason in _REFUSED.items():
+        section, _, name = key.rpartition(".")
+        holder = zero if section else config
+        if name in holder and holder[name] != _HARMLESS.get(key):
+            raise UserError(f"{where}: '{key}' cannot be used here: {reason}; remove it")
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme":
+            raise UserError(f"{where}: 'zero_optimization.{name}.device' must be cpu or none, got nvme")
+    stage = zero.get("stage", zero_stage if zero_stage is not None else 2)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{where}: 'zero_optimization.stage' must be 0, 1, 2 or 3, got {stage!r}")
+    if zero_stage is not None and zero_stage != stage:
+        raise UserError(
+            f"{where}: 'zero_optimization.stage' is {stage}, but backend.zero_stage is {zero_stage}; remove one of them"
+        )
+    zero |= {"stage": stage, "memory_efficient_linear": False}
+    return config | {
+        # Micro-batches come in any size and number: the engine is told of each boundary (`DeepSpeedEngine.accumulate`).
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed's default is 1, and its norm would count the squares.
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _without_auto(options: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in options.items() if value != "auto"}
+    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -1,0 +1,215 @@
+"""What every engine on torch shares: precision, loss scaling, the update with its guards, and the process group."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
+from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
+from largebatch.distributed.watch import RankWatch, open_group
+from largebatch.moments import check_statistics
+from largebatch.optim import is_shadow_group
+
+SCALER = "engine.scaler."  # what fp16's loss scaling has come to, in a checkpoint
+
+
+class Engine:
+    """The part of a `Backend` that does not depend on how the model is wrapped.
+
+    An engine gives `prepare` and `accumulate`; one that averages gradients over ranks by itself, with every rank holding
+    all of them, needs no more. One that shards gradients gives `local` and `gradient_norm` too, one that updates by itself
+    `update`. `step` is written once, in terms of these.
+
+    Args:
+        ranks: this process among all.
+        device: its device.
+        precision: ``fp32``, ``fp64``, or autocast to ``bf16`` or ``fp16`` (the latter with loss scaling).
+
+    Attributes:
+        wrapper: what `prepare` put around the model; dropped by `close`.
+        dtype: of the parameters that are updated.
+        half: type that autocast computes in; None without autocast.
+        scaler: fp16's loss scaling; disabled in every other precision.
+        watch: tells which rank is missing when the ranks lose each other.
+        losses_finite: bool, whether this rank's losses since the last update were finite.
+    """
+
+    name = "engine"
+    needs_group_alone: ClassVar[bool] = False  # whether one process, too, must be a group
+
+    def __init__(self, ranks: Ranks, device: torch.device, precision: Precision = "fp32") -> None:
+        self.rank, self.world_size, self.device = ranks.rank, ranks.world_size, device
+        self.precision = precision
+        self.dtype = torch.float64 if precision == "fp64" else torch.float32
+        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.wrapper: Any = None
+        self.losses_finite = torch.ones((), dtype=torch.bool, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # A process group that the caller opened (a test, a notebook) stays the caller's to close.
+        self.owns_group = (self.world_size > 1 or self.needs_group_alone) and not dist.is_initialized()
+        store = open_group(self.rank, self.world_size, device, ranks.timeout_seconds) if self.owns_group else None
+        self.watch = RankWatch(store, self.rank, self.world_size)
+
+    def describe(self) -> str:
+        """Return engine, processes and devices in words."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return f"{self.name}, {self.world_size} x {device}, {self.precision}"
+
+    def prepare(
+        self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters."""
+        raise NotImplementedError
+
+    def accumulate(self, sync: bool) -> AbstractContextManager[Any]:
+        """Return the context of one micro-batch's forward and backward pass; gradients are reduced where ``sync``."""
+        raise NotImplementedError
+
+    def set_squares_due(self, due: bool) -> None:
+        """Say whether tracked squares are reduced in the coming update; an engine that always does has no use for it."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass."""
+        return nullcontext() if self.half is None else torch.autocast(self.device.type, self.half)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of this rank's share of the batch's mean loss."""
+        self.losses_finite &= loss.detach().isfinite()
+        # The engine divides the sum over ranks by their number; the share is already divided by the global count.
+        self.scaler.scale(loss * self.world_size if self.world_size > 1 else loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> float:
+        """Clip, update and zero the gradients; return the gradient's global norm before clipping.
+
+        Raises:
+            NonFiniteError: if that norm is not finite, on every rank alike; nothing was updated.
+        """
+        grads, squares = self._gradients(optimizer)
+        norm = float(self.gradient_norm(grads))  # the same on every rank, so all of them take the same branch
+        finite = norm - norm == 0.0
+        if not finite:
+            self.check_losses(optimizer)
+        elif max_grad_norm is not None:
+            factor = min(1.0, max_grad_norm / (norm + 1e-6))
+            torch._foreach_mul_(grads, factor)
+            if squares:
+                torch._foreach_mul_(squares, factor**2)
+        self.update(optimizer)
+        optimizer.zero_grad()
+        self.losses_finite.fill_(True)
+        return norm
+
+    def _gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the gradients and the squares that this rank holds, freed of the loss scale."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(optimizer)
+        found: dict[bool, list[Tensor]] = {False: [], True: []}
+        for group in optimizer.param_groups:
+            found[is_shadow_group(group)] += [self.local(p.grad) for p in group["params"] if p.grad is not None]
+        grads, squares = found[False], found[True]
+        if squares and self.scaler.is_enabled():
+            # unscale_ has divided everything once; squares carry the square of the scale.
+            torch._foreach_div_(squares, self.scaler.get_scale())
+        return grads, squares
+
+    def local(self, gradient: Tensor) -> Tensor:
+        """Return the part of a gradient that lies on this rank, sharing its memory."""
+        return gradient
+
+    def gradient_norm(self, grads: list[Tensor]) -> Tensor:
+        """Return the Euclidean norm over all gradients of the model, the same on every rank.
+
+        Args:
+            grads: what `local` returned; the gradients themselves where every rank holds all of them.
+        """
+        # torch.nn.utils.get_total_norm without its sorting by device and type, which costs as much as the norm.
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+
+    def check_losses(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a gradient that is not finite, unless it is an overflow that fp16's loss scaling takes care of.
+
+        Raises:
+            NonFiniteError: naming the ranks whose losses were not finite; the gradients are gone.
+        """
+        good = self._all_losses_finite()
+        if self.precision == "fp16" and all(good):
+            return
+        optimizer.zero_grad()
+        self.losses_finite.fill_(True)
+        raise NonFiniteError([rank for rank, is_finite in enumerate(good) if not is_finite])
+
+    def _all_losses_finite(self) -> list[bool]:
+        """Return for each rank whether its losses since the last update were finite."""
+        flags = torch.zeros(self.world_size, device=self.device)
+        flags[self.rank] = self.losses_finite.float()
+        return (self.sum(flags) > 0).tolist()
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer do its step; under fp16 not where gradients overflowed, on every rank alike."""
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.step()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the elementwise sum over ranks."""
+        if self.world_size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Return rank 0's value on every rank; it must be picklable."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def check_statistics(self, model: nn.Module) -> None:
+        """Refuse a parameter of a tracked model that has a gradient and no statistic; after a backward pass."""
+        check_statistics(model)
+
+    def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return model and optimizer by name for a checkpoint, as `distributed.state` spells it; every rank takes part."""
+        state = named_state(model, optimizer)
+        if self.scaler.is_enabled():
+            scaler = self.scaler.state_dict()
+            state[SCALER + "scale"] = torch.tensor(scaler["scale"], dtype=torch.float64)
+            state[SCALER + "growth_tracker"] = torch.tensor(scaler["_growth_tracker"])
+        return state
+
+    def load_state(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Read what `state` named, whatever engine wrote it and on however many ranks."""
+        load_named_state(path, model, optimizer)
+        names = [name for name in tensor_metadata(path) if name.startswith(SCALER)]
+        if self.scaler.is_enabled() and names:
+            saved = read_tensors(path, names)
+            scale, tracker = float(saved[SCALER + "scale"]), int(saved[SCALER + "growth_tracker"])
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": tracker})
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group.
+
+        The wrapper goes first: a gloo process that still holds it at exit aborts in about half of the runs.
+        """
+        self.wrapper = None
+        gc.collect()
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()

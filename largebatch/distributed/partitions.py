@@ -1,0 +1,181 @@
+"""Where DeepSpeed keeps each parameter: pieces of flat float32 partitions, one per group (ZeRO-3: per sub-group) and rank.
+
+Offsets are DeepSpeed's own (0.19); they are read in this file alone.
+
+    ZeRO 0      the parameter itself, whole on every rank
+    ZeRO 1, 2   a group's parameters in a row, cut into one equal partition a rank: a parameter may span several
+    ZeRO 3      each parameter cut into one equal part a rank (the last padded); a sub-group's parts in a row
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from largebatch.optim import is_shadow_group
+
+PARAMETER = "parameter"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one parameter on this rank.
+
+    Args:
+        parameter: the model's parameter.
+        partition: index of the partition it lies in.
+        start: where it begins in the partition.
+        offset: where it begins in the flattened parameter.
+        numel: its length, >= 1.
+    """
+
+    parameter: nn.Parameter
+    partition: int
+    start: int
+    offset: int
+    numel: int
+
+    def cut(self, partition: Tensor) -> Tensor:
+        """Return the piece of a flat tensor that is laid out like its partition."""
+        return partition[self.start : self.start + self.numel]
+
+
+class Partitions:
+    """The partitions of this rank, their gradients and the optimizer's state on them.
+
+    Args:
+        engine: a DeepSpeed engine.
+        optimizer: the client optimizer, whose state is keyed by partition.
+        groups: its parameter groups as they were before DeepSpeed replaced their parameters.
+    """
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+        self.engine, self.optimizer = engine, optimizer
+        self.stage = int(engine.zero_optimization_stage())
+        self.zero: Any = engine.optimizer if self.stage > 0 else None
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.flat: list[Tensor] = []
+        self.of_shadows: list[bool] = []
+        self.pieces: list[Piece] = []
+        self.shapes = {p: torch.Size(getattr(p, "ds_shape", p.shape)) for group in groups for p in group["params"]}
+        {0: self._whole, 1: self._group_wise, 2: self._group_wise, 3: self._parameter_wise}[self.stage](groups)
+        self.pieces_of: dict[nn.Parameter, list[Piece]] = {parameter: [] for parameter in self.shapes}
+        for piece in self.pieces:
+            self.pieces_of[piece.parameter].append(piece)
+
+    def _whole(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            for parameter in group["params"]:
+                self.pieces.append(Piece(parameter, len(self.flat), 0, 0, parameter.numel()))
+                self.flat.append(parameter)
+                self.of_shadows.append(is_shadow_group(group))
+
+    def _group_wise(self, groups: list[dict[str, Any]]) -> None:
+        zero = self.zero
+        for index, group in enumerate(groups):
+            size = int(zero.partition_size[index])
+            begin = self.rank * size
+            for parameter, first in zip(
+                zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True
+            ):
+                low, high = max(first, begin), min(first + parameter.numel(), begin + size)
+                if low < high:
+                    self.pieces.append(Piece(parameter, index, low - begin, low - first, high - low))
+            self.flat.append(zero.single_partition_of_fp32_groups[index])
+            self.of_shadows.append(is_shadow_group(group))
+
+    def _parameter_wise(self, groups: list[dict[str, Any]]) -> None:
+        zero = self.zero
+        for index, parameters in enumerate(zero.fp16_groups):
+            start = 0
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                offset = self.rank * size
+                numel = min(size, parameter.ds_numel - offset)
+                if numel > 0:
+                    self.pieces.append(Piece(parameter, index, start, offset, numel))
+                start += size
+            self.flat.append(zero.fp32_partitioned_groups_flat[index])
+            self.of_shadows.append(is_shadow_group(groups[zero.sub_group_to_group_id[index]]))
+
+    def gradients(self) -> list[list[Tensor]]:
+        """Return for each partition its reduced gradient, in consecutive tensors; between backward and step only."""
+        offloaded = getattr(self.zero, "cpu_offload", False) or getattr(self.zero, "offload_optimizer", False)
+        if self.stage == 0 or offloaded:
+            return [[] if flat.grad is None else [flat.grad] for flat in self.flat]
+        held = self.zero.averaged_gradients
+        return [list(held.get(index) or []) for index in range(len(self.flat))]
+
+    def has_gradient(self) -> dict[nn.Parameter, bool]:
+        """Return for each parameter whether its gradient has an element other than zero, on whatever rank."""
+        number = {parameter: index for index, parameter in enumerate(self.shapes)}
+        found = torch.zeros(len(number), device=self.engine.device)
+        joined = [torch.cat([t.reshape(-1) for t in part]) if part else None for part in self.gradients()]
+        for piece in self.pieces:
+            gradient = joined[piece.partition]
+            if gradient is not None and bool(piece.cut(gradient).any()):
+                found[number[piece.parameter]] = 1.0
+        dist.all_reduce(found)
+        return {parameter: bool(flag > 0) for parameter, flag in zip(self.shapes, found.tolist(), strict=True)}
+
+    def slots(self) -> list[str]:
+        """Return the names of the optimizer's state tensors, alike on all ranks."""
+        names = {name for state in self.optimizer.state.values() for name, v in state.items() if isinstance(v, Tensor)}
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, sorted(names))
+        return sorted({name for ranks in gathered for name in ranks})
+
+    def full(self, parameter: nn.Parameter, slots: list[str]) -> dict[str, Tensor]:
+        """Return a parameter's whole tensors, on the processor; every rank takes part.
+
+        Args:
+            parameter: the model's parameter.
+            slots: names of the optimizer's state, as `slots` returned them.
+
+        Returns:
+            The float32 master weight under `PARAMETER`, and the slots, such as "exp_avg_sq", under their names.
+        """
+        pieces = self.pieces_of[parameter]
+        found = {PARAMETER: self._gather(parameter, [self.flat[piece.partition] for piece in pieces])}
+        for slot in slots:
+            state = [self.optimizer.state[self.flat[piece.partition]] for piece in pieces]
+            found[slot] = self._gather(parameter, [values[slot] for values in state])
+        return found
+
+    def _gather(self, parameter: nn.Parameter, held: list[Tensor]) -> Tensor:
+        if self.stage == 0:
+            return held[0].detach().to("cpu", copy=True)
+        shape = self.shapes[parameter]
+        full = torch.zeros(shape.numel(), device=self.engine.device)
+        for piece, tensor in zip(self.pieces_of[parameter], held, strict=True):
+            full[piece.offset : piece.offset + piece.numel] = piece.cut(tensor.detach())
+        dist.all_reduce(full)  # each element lies on one rank, so the sum is exact
+        return full.cpu().view(shape)
+
+    @torch.no_grad()
+    def load(self, parameter: nn.Parameter, full: dict[str, Tensor]) -> None:
+        """Write back what `full` returned, on whatever stage and number of ranks; `refresh` when all are written."""
+        for piece in self.pieces_of[parameter]:
+            flat = self.flat[piece.partition]
+            for slot, tensor in full.items():
+                if slot != PARAMETER and slot not in self.optimizer.state[flat]:
+                    self.optimizer.state[flat][slot] = torch.zeros_like(flat)
+                target = flat if slot == PARAMETER else self.optimizer.state[flat][slot]
+                if self.stage == 0:
+                    target.copy_(tensor)
+                else:
+                    piece.cut(target).copy_(tensor.reshape(-1)[piece.offset : piece.offset + piece.numel])
+        if self.stage in (1, 2):
+            parameter.data.copy_(full[PARAMETER])
+
+    def refresh(self) -> None:
+        """Bring the weights that the model computes with in line with the partitions."""
+        if self.stage == 3:
+            for index in range(len(self.flat)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(index)
+            if self.zero.persistent_parameters:
+                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)

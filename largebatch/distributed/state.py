@@ -1,0 +1,177 @@
+"""The state of a run by name, and its way to the disk and back through torch.distributed.checkpoint.
+
+Every tensor has one name whatever engine holds it: ``model.NAME`` as in the model's own state_dict, and
+``optimizer.NAME.SLOT`` for the slots of parameter NAME. Tensors are whole, or DTensors of which each rank writes its
+shard; reading reshards them to whatever the reading run has. So a checkpoint knows nothing of ranks or engines.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from largebatch.moments import is_shadow
+from largebatch.section import UserError
+
+MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random."
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if not is_shadow(p)}
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the model's and the optimizer's tensors by name; they are the live ones, not copies."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"model: '{name}' of its state_dict is no tensor, which a checkpoint cannot hold")
+        state[MODEL + name] = value.detach()
+    for name, parameter in _trained(model).items():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                state[f"{OPTIMIZER}{name}.{slot}"] = value.detach()
+    return state
+
+
+def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return what the parameter groups hold besides parameters: rates, counts of updates."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def load_group_state(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Write back what `group_state` returned; JSON's lists become tuples again."""
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+
+
+def random_state(rank: int) -> dict[str, Tensor]:
+    """Return the states of this rank's random number generators (torch, its GPU, numpy, Python), by name."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    _, words, next_gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.array(keys, dtype=np.int64)),
+        "numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor(float("nan") if next_gauss is None else next_gauss, dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {f"{RANDOM}{rank}.{name}": value for name, value in state.items()}
+
+
+def load_random_state(path: Path, rank: int) -> None:
+    """Put this rank's generators back; a rank that the checkpoint does not know keeps its own."""
+    prefix = f"{RANDOM}{rank}."
+    names = [name for name in tensor_metadata(path) if name.startswith(prefix)]
+    saved = {name.removeprefix(prefix): value for name, value in read_tensors(path, names).items()}
+    if not saved:
+        return
+    torch.set_rng_state(saved["torch"])
+    position, has_gauss, gauss = saved["numpy_rest"].tolist()
+    np.random.set_state(("MT19937", saved["numpy"].numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
+    gauss = float(saved["python_gauss"])
+    random.setstate((3, tuple(saved["python"].tolist()), None if gauss != gauss else gauss))
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Write tensors into a folder that is there; every rank of the group takes part, each with its share.
+
+    Args:
+        path: the folder, on a file system that all ranks see.
+        state: by name; a name that all ranks have is written by one of them.
+        group: whose ranks write; None for this process alone.
+    """
+    writer = dcp.FileSystemWriter(path, overwrite=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process alone is meant
+        dcp.save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+def tensor_metadata(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Return shape and dtype of every tensor in a checkpoint, by name."""
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def read_into(path: Path, state: dict[str, Tensor]) -> None:
+    """Fill tensors (whole ones or DTensors) from a checkpoint, in place; each rank reads what it holds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return whole tensors of a checkpoint, on the processor."""
+    metadata = tensor_metadata(path)
+    state = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
+    if state:
+        read_into(path, state)
+    return state
+
+
+def check_names(path: Path, model: nn.Module) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    saved = {n.removeprefix(MODEL): tuple(m.size) for n, m in tensor_metadata(path).items() if n.startswith(MODEL)}
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in [*saved, *own]:
+        if saved.get(name) != own.get(name):
+            here, there = (f"{name} {shapes[name]}" if name in shapes else f"no {name}" for shapes in (own, saved))
+            raise UserError(f"{path}: another model: the checkpoint has {there}, the config's model has {here}")
+
+
+def load_named_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read what `named_state` named into a model and its optimizer, whatever wrote it and on however many ranks.
+
+    Raises:
+        UserError: if the checkpoint is of another model; nothing was changed then.
+    """
+    check_names(path, model)
+    metadata = tensor_metadata(path)
+    state = {MODEL + name: value.detach() for name, value in model.state_dict().items()}
+    slots: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for name, parameter in _trained(model).items():
+        prefix = f"{OPTIMIZER}{name}."
+        for key in [key for key in metadata if key.startswith(prefix) and "." not in key[len(prefix) :]]:
+            size, dtype = metadata[key].size, metadata[key].properties.dtype
+            # Of the parameter's shape, a slot is laid out (and sharded) like it.
+            whole = torch.Size(size) == parameter.shape
+            value = torch.zeros_like(parameter, dtype=dtype) if whole else torch.zeros(size, dtype=dtype)
+            state[key] = value.detach()
+            slots.setdefault(parameter, {})[key[len(prefix) :]] = state[key]
+    read_into(path, state)
+    for parameter, values in slots.items():
+        optimizer.state[parameter].update(values)
+
+
+def export_weights(checkpoint: Path, path: Path) -> None:
+    """Write the model of a checkpoint as one safetensors file, with the names of its state_dict, whatever engine trained it.
+
+    Args:
+        checkpoint: the checkpoint.
+        path: the file; written beside its place and renamed.
+    """
+    from safetensors.torch import save_file
+
+    names = [name for name in tensor_metadata(checkpoint) if name.startswith(MODEL)]
+    weights = {name.removeprefix(MODEL): value for name, value in read_tensors(checkpoint, names).items()}
+    beside = path.with_name(path.name + ".part")
+    save_file(weights, beside, {"format": "pt"})
+    beside.replace(path)

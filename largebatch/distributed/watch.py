@@ -1,0 +1,136 @@
+"""Who is missing, when the ranks can no longer speak to each other.
+
+A collective that fails says little: that a connection closed, or that time ran out. So every rank that fails writes its
+own account into the store the process group was opened through, waits a little for those of the others, and tells which
+ranks gave none (dead, or hanging) and which failed by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# How long a rank that has failed waits for the others' accounts. Launchers kill what is left of a job 30 s after a failure.
+GRACE_SECONDS = 5.0
+
+# Ranks start at their own pace (imports from a slow disk), so that their first meeting may take this long at least.
+START_SECONDS = 300.0
+
+# What gloo and the stores say in plain RuntimeErrors when a peer is gone or silent.
+_SIGNS = (
+    "gloo",
+    "Connection closed",
+    "Connection reset",
+    "Connection refused",
+    "Timed out",
+    "timeout",
+    "Broken pipe",
+    "NCCL",
+)
+
+
+class LostRankError(RuntimeError):
+    """The ranks can no longer reach each other; the message names those that are missing or failed first."""
+
+
+def short_cause(text: str) -> str:
+    """Return a backend's message without the place in its source and the advice that follows its first sentence."""
+    return re.sub(r"^\[[^\]]*:\d+\] ", "", text).split(". ")[0]
+
+
+def is_communication(error: BaseException) -> bool:
+    """Return whether an exception says that other ranks could not be reached, rather than that this one is at fault."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+class RankWatch:
+    """Each rank's account of itself, in the store that all ranks reach.
+
+    Args:
+        store: of the process group; None where it is not known, and nothing can be told.
+        rank: this process.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, store: dist.Store | None, rank: int, world_size: int) -> None:
+        self.store = None if store is None else dist.PrefixStore("largebatch/watch", store)
+        self.rank, self.world_size = rank, world_size
+        if self.store is not None:
+            self.store.set(f"place/{rank}", f"{platform.node()}, process {os.getpid()}")
+
+    def report(self, cause: str, is_own: bool) -> None:
+        """Leave this rank's account: what failed, and whether it was this rank's own doing."""
+        if self.store is not None:
+            # Where the rank that keeps the store is gone, the others find out alike.
+            with suppress(RuntimeError):
+                self.store.set(f"account/{self.rank}", f"{'own' if is_own else 'peer'} {cause}")
+
+    def explain(self, cause: str, grace_seconds: float = GRACE_SECONDS) -> str:
+        """Return who is missing or failed by itself, after waiting for the accounts of the others.
+
+        Args:
+            cause: what this rank's collective said.
+            grace_seconds: how long to wait.
+        """
+        cause = short_cause(cause)
+        if self.store is None:
+            return f"another rank is dead, hangs or cannot be reached ({cause})"
+        self.report(cause, is_own=False)
+        waiting = [rank for rank in range(self.world_size) if rank != self.rank]
+        deadline = time.monotonic() + grace_seconds
+        try:
+            while waiting and time.monotonic() < deadline:
+                waiting = [rank for rank in waiting if not self.store.check([f"account/{rank}"])]
+                time.sleep(0.05)
+            accounts = {r: self.store.get(f"account/{r}").decode() for r in range(self.world_size) if r not in waiting}
+            missing = [f"rank {rank} ({self.store.get(f'place/{rank}').decode()})" for rank in waiting]
+        except RuntimeError:
+            return f"rank 0, which keeps the ranks' meeting place, is gone or cannot be reached ({cause})"
+        own = [f"rank {rank}: {text[4:]}" for rank, text in accounts.items() if text.startswith("own ")]
+        if own:
+            return "; ".join(own)
+        if missing:
+            return f"no word from {', '.join(missing)}: dead, hanging or cut off ({cause})"
+        return f"the link between the ranks broke ({cause})"
+
+
+def open_group(rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> dist.Store:
+    """Open the default process group as torchrun's environment says; return its store.
+
+    Args:
+        rank: this process.
+        world_size: number of ranks; 1 needs no environment.
+        device: of this process; GPUs speak through NCCL, others through gloo.
+        timeout_seconds: after which a collective fails that a rank does not take part in.
+    """
+    timeout, start = timedelta(seconds=timeout_seconds), timedelta(seconds=max(timeout_seconds, START_SECONDS))
+    store: Any = dist.HashStore()
+    if world_size > 1:
+        try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start))
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise LostRankError(
+                f"the {world_size} ranks did not meet at {where} within {start.total_seconds():.0f} s ({error}); see that "
+                "every node was started, and that this address can be reached from all of them"
+            ) from error
+    store.set_timeout(start)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if device.index is not None else None,
+    )
+    return store

@@ -1,0 +1,133 @@
+"""Which checkpoint a run continues from, and whether it may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from largebatch.checkpoint import STATE, CheckpointFolder, find_problems, read_state, samples_of
+from largebatch.config import Run
+from largebatch.section import UserError
+
+# What may differ from the run that wrote a checkpoint: who computes a sample and where, what is shown and kept; never
+# which samples enter an update and what they do to the weights.
+FREE = ("backend", "loader", "log", "checkpoint", "evaluate", "batch.micro_size", "data.path")
+BOUND = ("backend.squares_every", "backend.squares_dtype")
+
+ALLOWED_CHANGES = (
+    "may differ: the number of ranks, batch.micro_size, backend (but squares_every and squares_dtype), loader, log, "
+    "checkpoint, evaluate, data.path"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to continue from, its state.json, and what its user should know."""
+
+    path: Path
+    state: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def run_folder_of(resume: str) -> Path:
+    """Return the run folder that ``--resume PATH`` speaks of: PATH, or that of the checkpoint PATH."""
+    path = Path(resume)
+    return path.resolve().parent.parent if samples_of(path) is not None else path
+
+
+def find_checkpoint(resume: str, folder: Path) -> tuple[Found | None, tuple[str, ...]]:
+    """Return where a run continues, or None where it begins, and what its user should know.
+
+    Args:
+        resume: ``auto`` for the newest whole checkpoint of the run folder, if it has one; a run folder, whose newest is
+            meant; or a checkpoint.
+        folder: the run folder.
+
+    Raises:
+        UserError: if the named one is missing or damaged, or a run has checkpoints and all are damaged.
+    """
+    path = folder if resume == "auto" else Path(resume)
+    if samples_of(path) is not None:
+        if not path.is_dir():
+            raise UserError(f"--resume: {path} does not exist")
+        problems = find_problems(path)
+        if problems:
+            raise UserError(f"--resume: {path} is damaged: {'; '.join(problems)}")
+        return Found(path, read_state(path)), ()
+    checkpoints = CheckpointFolder(path / "checkpoints")
+    newest, damaged = checkpoints.newest_whole()
+    if newest is not None:
+        return Found(newest, read_state(newest)), tuple(f"{line}; the one before it is used" for line in damaged)
+    if damaged:
+        raise UserError(f"--resume: no checkpoint of {path} is whole: {damaged[0]}")
+    if resume != "auto":
+        raise UserError(f"--resume: {path} has no checkpoint (expected {path}/checkpoints/samples-*/{STATE})")
+    return None, ()
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _is_free(key: str) -> bool:
+    return key not in BOUND and any(key == free or key.startswith(free + ".") for free in FREE)
+
+
+def check_config(run: Run, config: Mapping[str, Any], where: Path) -> None:
+    """Refuse to continue a run of another model, optimizer, plan or data set.
+
+    Args:
+        run: the config to continue with.
+        config: the config it was begun with, as a mapping.
+        where: whose that is.
+
+    Raises:
+        UserError: naming each key that differs, and what may.
+    """
+    saved, own = dict(_leaves(config)), dict(_leaves(run.model_dump(mode="json")))
+    # A key that only one of them has is of another version, or of another kind of section, whose name differs too.
+    differing = [key for key in own if key in saved and saved[key] != own[key] and not _is_free(key)]
+    if differing:
+        listed = ", ".join(f"{key} {saved[key]} there, {own[key]} here" for key in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(f"--resume: {where} is of another run: {listed}{more}; {ALLOWED_CHANGES}")
+
+
+def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tuple[Found | None, tuple[str, ...]]:
+    """Return `find_checkpoint` for a run that may continue from it, in a folder that may take it.
+
+    Raises:
+        UserError: if it may not.
+    """
+    found, notes = find_checkpoint(resume, folder)
+    own = CheckpointFolder(folder / "checkpoints")
+    if found is None:
+        # Begun, but dead before its first checkpoint: it begins again, if it is this run.
+        if (folder / "config.yaml").exists():
+            check_config(run, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), folder)
+        return None, notes
+    check_config(run, found.state["config"], found.path)
+    if found.state["num_train"] != num_train:
+        raise UserError(
+            f"--resume: {found.path} is of another data set: {found.state['num_train']:,} training samples there, "
+            f"{num_train:,} here"
+        )
+    is_own = found.path.resolve().parent == own.path.resolve()
+    if not is_own and (folder / "config.yaml").exists():
+        raise UserError(f"--out: {folder} already holds a run; name another folder for one that begins at {found.path}")
+    newer = [path for path in own.saved() if path.name > found.path.name] if is_own and resume != "auto" else []
+    newer = [path for path in newer if not find_problems(path)]
+    if newer:
+        raise UserError(
+            f"--resume: {folder} has newer checkpoints, up to {newer[-1].name}; name a new folder with --out to branch off "
+            f"at {found.path.name}, or remove them"
+        )
+    return found, notes

@@ -1,0 +1,57 @@
+"""What asks a run to save and stop: pre-emption by Slurm or Kubernetes, Ctrl-C, a time limit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any, Literal
+
+Reason = Literal["interrupted", "signal", "time_limit"]
+# In the order in which they count where several ask at once.
+REASONS: tuple[Reason, ...] = ("interrupted", "signal", "time_limit")
+
+# A launcher passes Ctrl-C on, so that its processes get it twice at once; a person presses it again later.
+IMPATIENCE_SECONDS = 2.0
+
+
+class StopRequest:
+    """Catches the signals while it is entered; the first one only takes note, so that the update can be finished.
+
+    Slurm and Kubernetes send SIGTERM before they take the machine away, Slurm SIGUSR1 too where asked to. A second Ctrl-C,
+    two seconds after the first or later, stops at once.
+
+    Args:
+        time_limit_minutes: ask for a stop after so long; None for no limit.
+    """
+
+    def __init__(self, time_limit_minutes: float | None = None) -> None:
+        self.deadline = None if time_limit_minutes is None else time.monotonic() + 60.0 * time_limit_minutes
+        self.noted: Reason | None = None
+        self.noted_at = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.noted == "interrupted" and now - self.noted_at > IMPATIENCE_SECONDS:
+            raise KeyboardInterrupt
+        if self.noted is None:
+            self.noted, self.noted_at = "interrupted" if number == signal.SIGINT else "signal", now
+
+    def reason(self) -> Reason | None:
+        """Return why this process should stop; None while it should not."""
+        if self.noted is not None:
+            return self.noted
+        return "time_limit" if self.deadline is not None and time.monotonic() >= self.deadline else None
