@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from oracle import assert_agrees
 from torch import nn
 
+from largebatch.moments import conv
+
 N = 4
 
 
@@ -143,6 +145,25 @@ def test_convolution_channels_last():
 def test_convolution_in_float32(size):
     # Sums of up to 1600 products of 2^-24 relative error each, some of which cancel.
     assert_agrees(nn.Conv2d(4, 8, 3, padding=1), normal(N, 4, size, size, dtype=torch.float32), tolerance=1e-4)
+
+
+def test_convolution_in_blocks_of_input_channels(monkeypatch):
+    """A weight of more elements than the cache has room for, and channels that do not divide evenly."""
+    monkeypatch.setattr(conv, "BLOCK_ELEMENTS", 100)
+    assert_agrees(nn.Conv2d(5, 4, 3, 2, 1, 1).double(), normal(N, 5, 7, 6))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (nn.Conv1d(4, 8, 1, stride=2), lambda: normal(N, 4, 9, dtype=torch.float32)),
+        (nn.Linear(4, 3), lambda: normal(N, 5, 8, dtype=torch.float32)[..., ::2]),
+        (nn.Linear(4, 3), lambda: normal(N, 8, dtype=torch.float32).unfold(1, 4, 1)),
+    ],
+    ids=["every second position", "every second feature", "sliding windows"],
+)
+def test_float32_operands_of_any_strides(model, inputs):
+    assert_agrees(model, inputs(), tolerance=1e-4)
 
 
 def test_several_rows_a_sample():
