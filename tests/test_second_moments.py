@@ -157,6 +157,44 @@ def test_an_average_is_never_negative():
     assert (optimizer.state[p]["exp_avg_sq"] == 0).all() and torch.isfinite(p).all()
 
 
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "adagrad"])
+def test_below_the_reference_no_update_explodes(name):
+    """Few samples far below the reference: estimates are often negative, the update stays in the size of a plain one."""
+    torch.manual_seed(0)
+    make = {
+        "adam": lambda g: optim.Adam(g, 0.01, reference_batch_size=8),
+        "rmsprop": lambda g: optim.RMSProp(g, 0.01, reference_batch_size=8),
+        "adagrad": lambda g: optim.Adagrad(g, 0.01, reference_batch_size=8),
+    }[name]
+    p, shadow = nn.Parameter(torch.zeros(2000).double()), nn.Parameter(torch.zeros(2000).double())
+    optimizer = make([{"params": [shadow], "role": "shadow"}, {"params": [p]}])
+    # lr / sqrt(kappa * c): c = 0.001 * (1 - 0.9^2/0.999) / 0.1^2 for Adam, 0.01 for RMSProp, kappa for Adagrad's sum.
+    kappa = 2 / 8
+    largest = 0.01 / math.sqrt(kappa * {"adam": 0.01892, "rmsprop": 0.01, "adagrad": kappa}[name])
+    for _ in range(30):
+        before = p.detach().clone()
+        samples = torch.randn(2, 2000).double()
+        p.grad, shadow.grad = samples.mean(0), (samples / 2).square().sum(0)
+        optimizer.set_batch(2)
+        optimizer.step()
+        assert (p - before).abs().max() <= largest
+
+
+def test_below_the_reference_the_average_stays_unbiased():
+    """The floor under the average is of the newest gradients alone, so that in the long run it plays no part."""
+    torch.manual_seed(0)
+    p, shadow = nn.Parameter(torch.zeros(500).double()), nn.Parameter(torch.zeros(500).double())
+    groups = [{"params": [shadow], "role": "shadow"}, {"params": [p]}]
+    optimizer = optim.Adam(groups, 0.0, betas=(0.9, 0.999), reference_batch_size=8)
+    for _ in range(4000):
+        samples = 0.1 + torch.randn(4, 500).double()
+        p.grad, shadow.grad = samples.mean(0), (samples / 4).square().sum(0)
+        optimizer.set_batch(4)
+        optimizer.step()
+    estimate = optimizer.state[p]["exp_avg_sq"].mean() / (1 - 0.999**4000)
+    assert estimate.item() == pytest.approx(0.1**2 + 1 / 8, rel=0.02)
+
+
 def test_a_skipped_update_leaves_no_trace():
     """As loss scaling skips one: gradients and squares are cleared without a step."""
 

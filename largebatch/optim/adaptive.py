@@ -207,7 +207,10 @@ class Adam(AdaptiveOptimizer):
         decayed = _with_decay(grads, params, 0.0 if self.decoupled_weight_decay else weight_decay)
         torch._foreach_lerp_(state["exp_avg"], decayed, weight1)
         torch._foreach_mul_(state["exp_avg_sq"], 1.0 - weight2)
-        moment.add_to(state["exp_avg_sq"], grads, decayed, weight2)
+        # Cauchy-Schwarz, in the limit of many updates: (sum v_i g_i)^2 <= sum(v_i^2/w_i) * sum(w_i g_i^2) for weights v, w.
+        beta1, beta2 = group["betas"]
+        bound = (1.0 - beta2) * max(1.0 - beta1, 1.0 - beta1**2 / beta2 if beta2 else 0.0) / (1.0 - beta1) ** 2
+        moment.add_to(state["exp_avg_sq"], grads, decayed, weight2, state["exp_avg"], bound)
         roots = torch._foreach_sqrt(state["exp_avg_sq"])
         torch._foreach_div_(roots, divisor2**0.5)
         torch._foreach_add_(roots, group["eps"])

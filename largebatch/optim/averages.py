@@ -64,14 +64,28 @@ class Moment:
     kappa: float = 1.0
     updates: int = 1
 
-    def add_to(self, average: list[Tensor], grads: list[Tensor], decayed: list[Tensor], weight: float) -> None:
+    def add_to(
+        self,
+        average: list[Tensor],
+        grads: list[Tensor],
+        decayed: list[Tensor],
+        weight: float,
+        direction: list[Tensor] | None = None,
+        bound: float | None = None,
+    ) -> None:
         """Add weight * s_ref to a running average.
+
+        Below the reference batch size s_ref is a difference, so single estimates may be negative and their average may
+        come near zero, by which the update would be divided. Averages of squares obey s >= c * u^2, and with E[s_ref] >=
+        kappa * E[ghat^2] so does this one: it is kept at kappa * c * u^2 or more, and the update at lr / sqrt(kappa * c).
 
         Args:
             average: the running average, changed in place.
             grads: mean gradients.
             decayed: mean gradients with L2 weight decay in them, which moves the mean and not the variance.
             weight: of the newest value.
+            direction: u, what the root of the average divides; None: ``decayed``.
+            bound: c, such that an average of squares with these weights is at least c * u^2; None: ``weight``.
         """
         if self.updates == 0:
             return
@@ -81,5 +95,7 @@ class Moment:
         torch._foreach_addcmul_(average, grads, grads, -weight * self.share)
         torch._foreach_add_(average, self.squares, alpha=weight * self.share * self.scale)
         if not 0.0 <= self.share <= 1.0:
-            # Fewer samples than at the reference: a single estimate may be negative, its average must not be.
-            torch._foreach_clamp_min_(average, 0.0)
+            direction, bound = direction or decayed, weight if bound is None else bound
+            lowest = torch._foreach_mul(direction, direction)
+            torch._foreach_mul_(lowest, bound * min(1.0, self.kappa))
+            torch._foreach_maximum_(average, lowest)
