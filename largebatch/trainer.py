@@ -276,7 +276,7 @@ class Trainer:
                 self._loss_sum = losses
                 discard_batch_statistics(self.batch_norms)
                 if not self._skips(error, batch_size):
-                    clock = time.perf_counter()
+                    progress, clock = self.progress, time.perf_counter()
                     continue
                 grad_norm = math.nan
             progress.samples_seen += batch_size

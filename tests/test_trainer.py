@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 
+from largebatch.checkpoint import CheckpointFolder, read_state
 from largebatch.config_file import check_config
 from largebatch.distributed import Ranks
+from largebatch.distributed.state import read_tensors, tensor_metadata
+from largebatch.resume import find_checkpoint
 from largebatch.run import build_model, build_plan, train
 from largebatch.tracking import read_metrics
 
@@ -213,11 +216,12 @@ def test_a_non_finite_gradient_stops_and_keeps_the_last_good_state(tmp_path):
     summary = result.summary
     assert summary.status == "diverged"
     assert f"update {summary.updates + 1}" in summary.message and "rank 0" in summary.message
-    state = torch.load(tmp_path / "run" / "checkpoints" / "last_good.pt", weights_only=True)
-    assert state["extra"]["step"] == summary.updates
-    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    (path,) = CheckpointFolder(tmp_path / "run" / "checkpoints").saved()
+    assert str(path) in summary.message and read_state(path)["progress"]["step"] == summary.updates
+    tensors = read_tensors(path, tensor_metadata(path))
+    assert all(value.isfinite().all() for name, value in tensors.items() if name.startswith(("model.", "optimizer.")))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
-    assert not (tmp_path / "run" / "checkpoints" / "final.pt").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def poisoned(task):
@@ -287,18 +291,17 @@ def test_a_checkpoint_restores_model_and_optimizer(tmp_path):
 
     run = digits(**{"optimizer.name": "adamw", "optimizer.lr": 1e-3})
 
-    def trainer():
+    def trainer(found=None):
         source = run.data.load(run.seed)
         plan, _ = build_plan(run, len(source.train))
         backend = create_backend(run.backend, run.precision, Ranks())
-        return Trainer(run, source, build_model(run, source.task), plan, backend, Observers(), None)
+        return Trainer(run, source, build_model(run, source.task), plan, backend, Observers(), tmp_path, found)
 
-    trained, fresh = trainer(), trainer()
+    trained = trainer()
     trained.train()
-    path = tmp_path / "checkpoints" / "state.pt"
-    trained.backend.save(path, trained.bare_model, trained.optimizer, trained.position())
-    extra = fresh.backend.load(path, fresh.bare_model, fresh.optimizer)
-    assert extra == {"step": trained.step, "samples_seen": trained.samples_seen, "seed": 0}
+    found, _ = find_checkpoint("auto", tmp_path)
+    fresh = trainer(found)
+    assert fresh.progress.step == trained.progress.step and fresh.progress.samples_seen == trained.progress.samples_seen
     for (name, a), b in zip(
         trained.bare_model.state_dict().items(), fresh.bare_model.state_dict().values(), strict=True
     ):
@@ -313,7 +316,7 @@ def test_an_interrupted_run_leaves_its_summary(tmp_path, monkeypatch):
     evaluate = Trainer.evaluate
 
     def interrupted(self):
-        if self.step > 5:
+        if self.progress.step > 5:
             raise KeyboardInterrupt
         return evaluate(self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -45,8 +46,19 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _leave_signals_to_the_rank(_: int) -> None:
+    """Ignore, in a worker, what asks the run to stop: Slurm and Ctrl-C reach all processes, and the update needs its data.
+
+    A worker whose rank is gone notices that by itself.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _data_loader(samples: Samples, batch_sampler: Any, config: LoaderConfig, device: torch.device) -> DataLoader[Any]:
-    workers: dict[str, Any] = {"prefetch_factor": config.prefetch} if config.num_workers else {}
+    workers: dict[str, Any] = {}
+    if config.num_workers:
+        workers = {"prefetch_factor": config.prefetch, "worker_init_fn": _leave_signals_to_the_rank}
     return DataLoader(
         samples,  # type: ignore[arg-type]  # a Samples is fetched by __getitems__, with the keys its batch sampler yields
         batch_sampler=batch_sampler,
