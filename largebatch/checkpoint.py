@@ -16,19 +16,22 @@ whether it did.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from largebatch.section import Count, Positive, Section, UserError
 
 PREFIX, PART = "samples-", ".part"
-STATE, MANIFEST, LATEST, BEST = "state.json", "manifest.json", "latest", "best"
+STATE, MANIFEST, LATEST, BEST, LOCK = "state.json", "manifest.json", "latest", "best", ".lock"
 FORMAT = 1
 
 Entry = dict[str, Any]
@@ -112,6 +115,38 @@ def read_state(path: Path) -> dict[str, Any]:
             f"it was written by largebatch {state.get('versions', {}).get('largebatch', 'of another version')}"
         )
     return dict(state)
+
+
+@contextmanager
+def locked(folder: Path, wait_seconds: float = 30.0) -> Iterator[None]:
+    """Hold a run folder for this process: what an earlier launcher left running must not write beside a resumed run.
+
+    Args:
+        folder: the run folder, which exists.
+        wait_seconds: how long to wait for a process that is on its way out.
+
+    Raises:
+        UserError: if another process holds it; where the file system has no locks, nothing is held.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise UserError(
+                        f"--out: {folder} is being written by {file.read().strip()}; stop it first"
+                    ) from error
+                time.sleep(0.2)
+            except OSError:
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 class CheckpointFolder:

@@ -170,6 +170,9 @@ class ProgressBar:
             return
         self.progress.update(self.task, completed=row["samples"], shown=f"{_state(row)}{self.val}")
 
+    def sync(self) -> None:
+        """Do nothing: what is shown is shown."""
+
     def rewind(self, samples: int) -> None:
         """Move the bar back."""
         self.progress.update(self.task, completed=samples)
@@ -206,6 +209,9 @@ class ProgressLines:
             f"{done:4.0%}  epoch {row['epoch']:<7.4g} {state}{scores}  {duration(left)} left", highlight=False
         )
         self.last = now
+
+    def sync(self) -> None:
+        """Do nothing: what is shown is shown."""
 
     def rewind(self, samples: int) -> None:
         """Measure the time left from there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from largebatch.checkpoint import CheckpointFolder, replace_text
+from largebatch.checkpoint import CheckpointFolder, locked, replace_text
 from largebatch.config import AdaptiveBase, Run
 from largebatch.data import Source
 from largebatch.data.sampler import effective_micro_batches
@@ -267,48 +268,69 @@ def train(
     np.random.seed(own_seed)  # and Python's: a user's model or data may draw from them
     random.seed(own_seed)
     observers, is_lost = Observers(), False
-    try:
-        found, notes = _agree_on_checkpoint(run, folder, resume, len(source.train), backend)
-        if console is not None:
-            _say_start(console, run, source, model, plan, backend.describe(), ranks.world_size, group_size)
-            for warning in (*warnings, *plan_warnings, *notes):
-                console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
-        trainer = Trainer(run, source, model, plan, backend, observers, folder, found)
-        done = trainer.progress.samples_seen
-        if folder_here is not None:
-            _make_folder(folder_here, run)
-            observers.observers += create_trackers(run, folder_here)
-            observers.rewind(done)
-        if console is not None:
-            for line in _resumption(found, trainer, run):
-                console.print(line, highlight=False)
-            observers.observers.append(create_progress(console, plan.total_samples, done))
-        summary = trainer.train()
-        del trainer
-    except UserError as error:
-        error.everywhere = False  # a broken sample, say, which one rank alone has met
-        backend.watch.report(str(error), is_own=True)
-        raise
-    except Exception as error:
-        if ranks.world_size == 1 or not is_communication(error):
-            backend.watch.report(f"{type(error).__name__}: {cause_of(error)}", is_own=True)
+    with ExitStack() as held:
+        try:
+            is_new = folder_here is not None and not folder_here.exists()
+            if folder_here is not None and not is_new:
+                held.enter_context(locked(folder_here))
+            found, notes = _agree_on_checkpoint(run, folder, resume, len(source.train), backend)
+            if console is not None:
+                _say_start(console, run, source, model, plan, backend.describe(), ranks.world_size, group_size)
+                for warning in (*warnings, *plan_warnings, *notes):
+                    console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+            trainer = Trainer(run, source, model, plan, backend, observers, folder, found)
+            done = trainer.progress.samples_seen
+            if folder_here is not None:
+                if is_new:
+                    _make_folder(folder_here)
+                    held.enter_context(locked(folder_here))
+                _write_config(folder_here, run)
+                observers.observers += create_trackers(run, folder_here)
+                observers.rewind(done)
+            if console is not None:
+                for line in _resumption(found, trainer, run):
+                    console.print(line, highlight=False)
+                observers.observers.append(create_progress(console, plan.total_samples, done))
+            summary = trainer.train()
+            del trainer
+        except UserError as error:
+            error.everywhere = False  # a broken sample, say, which one rank alone has met
+            backend.watch.report(str(error), is_own=True)
             raise
-        is_lost = True
-        raise LostRankError(f"{backend.watch.explain(cause_of(error))}; {_what_is_kept(folder)}") from error
-    finally:
-        observers.close()
-        if not is_lost:  # a group that has lost a rank cannot be left in good order
-            backend.close()
-    if folder_here is not None:
-        replace_text(folder_here / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
-        if summary.status == "finished":
-            last = CheckpointFolder(folder_here / "checkpoints").place(summary.samples)
-            export_weights(last, folder_here / "model.safetensors")
-        title = f"{folder_here.name}:  batch {run.batch.reference_size:,} → {run.batch.size:,}, {run.optimizer.name}"
-        plot_run(folder_here, title, plan.samples_per_epoch)
+        except Exception as error:
+            if ranks.world_size == 1 or not is_communication(error):
+                backend.watch.report(f"{type(error).__name__}: {cause_of(error)}", is_own=True)
+                raise
+            is_lost = True
+            raise LostRankError(f"{backend.watch.explain(cause_of(error))}; {_what_is_kept(folder)}") from error
+        finally:
+            observers.close()
+            if not is_lost:  # a group that has lost a rank cannot be left in good order
+                backend.close()
+        if folder_here is not None:
+            _write_results(folder_here, run, summary, plan)
     if console is not None:
         console.print(summary_table(summary.as_dict(), str(folder_here) if folder_here else None))
     return Result(summary, folder_here)
+
+
+def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> None:
+    """Write summary.json, the weights of a finished run, and curve.png.
+
+    Raises:
+        UserError: if they cannot be written.
+    """
+    try:
+        replace_text(folder / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
+        if summary.status == "finished":
+            last = CheckpointFolder(folder / "checkpoints").place(summary.samples)
+            export_weights(last, folder / "model.safetensors")
+        title = f"{folder.name}:  batch {run.batch.reference_size:,} → {run.batch.size:,}, {run.optimizer.name}"
+        plot_run(folder, title, plan.samples_per_epoch)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the run is {summary.status}, but its results cannot be written ({error.strerror})"
+        ) from error
 
 
 def _what_is_kept(folder: Path | None) -> str:
@@ -362,9 +384,15 @@ def _resumption(found: Found | None, trainer: Trainer, run: Run) -> list[str]:
     return lines
 
 
-def _make_folder(folder: Path, run: Run) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
+
+
+def _write_config(folder: Path, run: Run) -> None:
+    try:
         (folder / "summary.json").unlink(missing_ok=True)  # of the part of the run that ended
         replace_text(folder / "config.yaml", run.to_yaml())
     except OSError as error:

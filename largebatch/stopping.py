@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -30,6 +31,8 @@ class StopRequest:
         self.deadline = None if time_limit_minutes is None else time.monotonic() + 60.0 * time_limit_minutes
         self.noted: Reason | None = None
         self.noted_at = 0.0
+        # A rank whose torchrun is gone is no longer watched or restarted, and its job may already be running again elsewhere.
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -54,4 +57,6 @@ class StopRequest:
         """Return why this process should stop; None while it should not."""
         if self.noted is not None:
             return self.noted
+        if self.launcher is not None and os.getppid() != self.launcher:
+            return "signal"
         return "time_limit" if self.deadline is not None and time.monotonic() >= self.deadline else None

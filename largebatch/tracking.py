@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,11 @@ class JsonLines:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); make room, then continue with --resume auto"
             ) from error
+
+    def sync(self) -> None:
+        """See that the rows so far outlast a power cut."""
+        with suppress(OSError):  # a pipe, say
+            os.fsync(self.file.fileno())
 
     def rewind(self, samples: int) -> None:
         """Remove the rows after so many samples, and a last line that was cut short."""
@@ -106,6 +113,9 @@ class WandB:
         """Send a row."""
         self.run.log(_scalars(row))
 
+    def sync(self) -> None:
+        """Do nothing: it writes by itself."""
+
     def rewind(self, samples: int) -> None:
         """Keep the rows: they are out; those that follow have smaller samples, which is the axis."""
 
@@ -128,6 +138,10 @@ class TensorBoard:
             if name not in ("step", "samples"):
                 self.writer.add_scalar(name, value, row["samples"])
 
+    def sync(self) -> None:
+        """Write what is buffered."""
+        self.writer.flush()
+
     def rewind(self, samples: int) -> None:
         """Hide what was written after so many samples, as TensorBoard does from a new file on."""
         self.writer.close()
@@ -148,6 +162,11 @@ class Observers:
         """Pass a row on."""
         for observer in self.observers:
             observer.log(row)
+
+    def sync(self) -> None:
+        """Let every observer see that its rows are on the disk."""
+        for observer in self.observers:
+            observer.sync()
 
     def rewind(self, samples: int) -> None:
         """Let every observer forget the rows after so many samples."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,7 @@ from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.plan import Plan
 from largebatch.resume import Found, find_checkpoint
 from largebatch.scaling import temperature
+from largebatch.section import UserError
 from largebatch.stopping import REASONS, Reason, StopRequest
 
 Row = dict[str, Any]
@@ -48,6 +50,10 @@ class Observer(Protocol):
 
     def log(self, row: Row) -> None:
         """Take a row: an update's (it has a loss), an evaluation's (a val_loss), or what happened (an event)."""
+        ...
+
+    def sync(self) -> None:
+        """See that the rows so far are on the disk."""
         ...
 
     def rewind(self, samples: int) -> None:
@@ -402,6 +408,7 @@ class Trainer:
             "versions": {name: version(name) for name in ("largebatch", "torch")},
             "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
+        self.observer.sync()  # a checkpoint must not outlive the rows before it
         writer.save(progress.samples_seen, tensors, state, self._best_due)
         self._saved_time, self._saved_samples = time.monotonic(), progress.samples_seen
         self._save_due, self._best_due = False, False
@@ -509,7 +516,11 @@ class Trainer:
             return False
         self.writer.wait()
         self.backend.barrier()
-        found = self.backend.share(find_checkpoint("auto", self.folder)[0] if self.backend.rank == 0 else None)
+        found = None
+        if self.backend.rank == 0:
+            with suppress(UserError):  # all of them are damaged
+                found, _ = find_checkpoint("auto", self.folder)
+        found = self.backend.share(found)
         if found is None:
             return False
         seconds = self.progress.seconds

@@ -167,7 +167,7 @@ def test_out_that_holds_a_run(config, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert "already holds a run; name another folder" in refused(capsys, "train", config, "--out", out)
+    assert "already holds a run; continue it with --resume auto" in refused(capsys, "train", config, "--out", out)
     assert (out / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 

@@ -39,11 +39,12 @@ def test_the_readmes_first_run(tmp_path):
         "Reference to this run (rule: linear)" in printed and "Plan: 30 epochs" in printed and "Run finished" in printed
     )
     assert "left" in printed  # time left
-    assert sorted(p.name for p in out.iterdir()) == [
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
         "checkpoints",
         "config.yaml",
         "curve.png",
         "metrics.jsonl",
+        "model.safetensors",
         "summary.json",
     ]
     summary = json.loads((out / "summary.json").read_text())

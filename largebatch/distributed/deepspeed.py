@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.engine import Engine
@@ -28,6 +30,9 @@ from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_int
 from largebatch.moments import is_shadow, shadows
 from largebatch.optim import LAMB, LARS, is_shadow_group
 from largebatch.section import UserError
+
+# Compiling takes a minute or two; a lock of this age is nobody's.
+STALE_SECONDS = 900.0
 
 
 class SteppedByGroup(torch.optim.Optimizer):
@@ -320,6 +325,17 @@ def _scale(grads: list[Tensor], squares: list[Tensor], factor: float) -> None:
         torch._foreach_mul_(squares, factor)
 
 
+def _refuse_stale_lock() -> None:
+    """Refuse to wait, as torch would without end, for a build of DeepSpeed's whose process is dead.
+
+    Raises:
+        UserError: naming the lock to remove.
+    """
+    lock = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > STALE_SECONDS:
+        raise UserError(f"backend.name: a process died while it compiled DeepSpeed's operator; remove {lock}")
+
+
 def _import_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed, once what it needs is there.
 
@@ -337,6 +353,7 @@ def _import_deepspeed(device: torch.device) -> Any:
             raise UserError("backend.name: DeepSpeed on a CPU needs ninja on PATH; pip install ninja")
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "c++", "g++")):
             raise UserError("backend.name: DeepSpeed on a CPU needs a C++ compiler on PATH (c++ or g++)")
+        _refuse_stale_lock()
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
