@@ -122,7 +122,11 @@ def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tu
         )
     is_own = found.path.resolve().parent == own.path.resolve()
     if not is_own and (folder / "config.yaml").exists():
-        raise UserError(f"--out: {folder} already holds a run; name another folder for one that begins at {found.path}")
+        # It branched off before, and was restarted with the same command.
+        check_config(run, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), folder)
+        begun, more = find_checkpoint("auto", folder)
+        if begun is not None:
+            return begun, (*more, f"{folder} was begun at {found.path} or elsewhere before: it goes on where it stands")
     newer = [path for path in own.saved() if path.name > found.path.name] if is_own and resume != "auto" else []
     newer = [path for path in newer if not find_problems(path)]
     if newer:

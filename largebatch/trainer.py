@@ -474,7 +474,7 @@ class Trainer:
         # All ranks compute the next time alike, from the mean of their clocks.
         pace = seconds / backend.world_size / max(1, progress.step - self._agreed_at)
         stopping = any(reasons)
-        waits = 1 if stopping else min(max(1, int(AGREE_SECONDS / max(pace, 1e-9))), 1000)
+        waits = 1 if stopping or backend.world_size == 1 else min(max(1, int(AGREE_SECONDS / max(pace, 1e-9))), 1000)
         self._agreed_at, self._agreed_time, self._agree_next = progress.step, now, progress.step + waits
         self._save_due = self._save_due or save_due > 0
         return REASONS[[wish > 0 for wish in reasons].index(True)] if stopping else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -85,23 +86,41 @@ class RankWatch:
         cause = short_cause(cause)
         if self.store is None:
             return f"another rank is dead, hangs or cannot be reached ({cause})"
+        answers: list[str] = []
+        # A store whose rank hangs, or is cut off, blocks who asks it: past the store's own timeout, in code that no
+        # exception reaches.
+        asking = threading.Thread(target=lambda: answers.append(self._ask(cause, grace_seconds)), daemon=True)
+        asking.start()
+        asking.join(grace_seconds + 2.0)
+        if answers:
+            return answers[0]
+        return f"no word from rank 0, which keeps the ranks' meeting place: dead, hanging or cut off ({cause})"
+
+    def _ask(self, cause: str, grace_seconds: float) -> str:
+        assert self.store is not None
         self.report(cause, is_own=False)
-        waiting = [rank for rank in range(self.world_size) if rank != self.rank]
-        deadline = time.monotonic() + grace_seconds
         try:
-            while waiting and time.monotonic() < deadline:
-                waiting = [rank for rank in waiting if not self.store.check([f"account/{rank}"])]
-                time.sleep(0.05)
+            waiting = self._wait_for_accounts(grace_seconds)
             accounts = {r: self.store.get(f"account/{r}").decode() for r in range(self.world_size) if r not in waiting}
             missing = [f"rank {rank} ({self.store.get(f'place/{rank}').decode()})" for rank in waiting]
         except RuntimeError:
-            return f"rank 0, which keeps the ranks' meeting place, is gone or cannot be reached ({cause})"
+            return f"rank 0, which keeps the ranks' meeting place, is gone or cannot be reached: its own log says why ({cause})"
         own = [f"rank {rank}: {text[4:]}" for rank, text in accounts.items() if text.startswith("own ")]
         if own:
             return "; ".join(own)
         if missing:
             return f"no word from {', '.join(missing)}: dead, hanging or cut off ({cause})"
         return f"the link between the ranks broke ({cause})"
+
+    def _wait_for_accounts(self, grace_seconds: float) -> list[int]:
+        """Return the other ranks that leave no account in this time."""
+        assert self.store is not None
+        waiting = [rank for rank in range(self.world_size) if rank != self.rank]
+        deadline = time.monotonic() + grace_seconds
+        while waiting and time.monotonic() < deadline:
+            waiting = [rank for rank in waiting if not self.store.check([f"account/{rank}"])]
+            time.sleep(0.05)
+        return waiting
 
 
 def open_group(rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> dist.Store:
