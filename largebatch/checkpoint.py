@@ -126,9 +126,13 @@ def locked(folder: Path, wait_seconds: float = 30.0) -> Iterator[None]:
         wait_seconds: how long to wait for a process that is on its way out.
 
     Raises:
-        UserError: if another process holds it; where the file system has no locks, nothing is held.
+        UserError: if another process holds it, or it cannot be written; where the file system has no locks, nothing is held.
     """
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    try:
+        opened = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
+    with opened as file:
         deadline = time.monotonic() + wait_seconds
         while True:
             try:
