@@ -263,6 +263,7 @@ class Drill:
         whom = "torchrun" if torchrun else chooser.choice(["one rank", "all ranks"])
         delay = chooser.uniform(0.0, 0.4 * self.reference(case)[1]) + (4.0 if torchrun else 0.0)
         in_save, late = chooser.random() < 0.35, chooser.uniform(0.0, 0.03)
+        said_before = log.stat().st_size if log.exists() else 0
         pids = start(self.arguments(case, folder), log, torchrun)
         due = time.monotonic() + delay
         codes: dict[int, int] = {}
@@ -283,7 +284,9 @@ class Drill:
         staying = kill(alive, whom, chooser)
         killed_at = time.monotonic()
         left = reap([pid for pid in alive if pid not in staying], LEAVE_SECONDS)
-        if staying and chooser.random() < 0.2:  # a rank whose peer is gone leaves by itself
+        # A rank whose peer is gone leaves by itself; before they have met it waits, for minutes, for one that starts late.
+        have_met = b"DistributedDataParallel, " in log.read_bytes()[said_before:] if log.exists() else False
+        if staying and have_met and chooser.random() < 0.2:
             left |= reap(staying, LEAVE_SECONDS)
             self.tally.left_alone += 1
             self.tally.slowest_leave = max(self.tally.slowest_leave, time.monotonic() - killed_at)
