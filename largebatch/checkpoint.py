@@ -24,6 +24,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from largebatch.section import Count, Positive, Section, UserError
 PREFIX, PART = "samples-", ".part"
 STATE, MANIFEST, LATEST, BEST, LOCK = "state.json", "manifest.json", "latest", "best", ".lock"
 FORMAT = 1
+READERS = 8  # files of a checkpoint that are read at a time to check it
 
 Entry = dict[str, Any]
 
@@ -86,16 +88,19 @@ def find_problems(path: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__})"]
     problems = [] if STATE in files else [f"{MANIFEST} does not have {STATE}"]
-    for name, expected in files.items():
+
+    def problem(name: str) -> str | None:
+        expected = files[name]
         try:
-            found = describe_file(path / name)
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name}: {size:,} bytes, the manifest has {expected['bytes']:,}"
+            return None if describe_file(path / name) == expected else f"{name}: the checksum is not the manifest's"
         except OSError as error:
-            problems.append(f"{name}: {error.strerror}")
-            continue
-        if found["bytes"] != expected["bytes"]:
-            problems.append(f"{name}: {found['bytes']:,} bytes, the manifest has {expected['bytes']:,}")
-        elif found != expected:
-            problems.append(f"{name}: the checksum is not the manifest's")
+            return f"{name}: {error.strerror}"
+
+    with ThreadPoolExecutor(READERS) as readers:  # hashing leaves Python to the other threads
+        problems += filter(None, readers.map(problem, files))
     return problems
 
 
@@ -203,6 +208,7 @@ class CheckpointFolder:
         place = part.with_name(part.name.removesuffix(PART))
         if place.exists():  # a damaged one that the run has come past again
             _remove(place)
+        _sync_folder(part)
         part.rename(place)
         _sync_folder(self.path)
         return place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from largebatch.section import UserError
 
 # What may differ from the run that wrote a checkpoint: who computes a sample and where, what is shown and kept; never
 # which samples enter an update and what they do to the weights.
-FREE = ("backend", "loader", "log", "checkpoint", "evaluate", "batch.micro_size", "data.path")
+FREE = ("backend", "loader", "log", "checkpoint", "evaluate", "batch.micro_size", "data.path", "optimizer.non_finite")
 BOUND = ("backend.squares_every", "backend.squares_dtype")
+# What a run that branches off into a folder of its own may change besides.
+BRANCH = ("optimizer", "scaling", "schedule", "warmup", "batch.size", "batch.max_size")
+SAME_IN_A_BRANCH = ("optimizer.name",)
 
 ALLOWED_CHANGES = (
     "may differ: the number of ranks, batch.micro_size, backend (but squares_every and squares_dtype), loader, log, "
-    "checkpoint, evaluate, data.path"
+    "checkpoint, evaluate, data.path, optimizer.non_finite; a run that branches off (--resume CHECKPOINT --out NEW) may also "
+    "change optimizer (but its name), scaling, schedule, warmup, batch.size and batch.max_size"
 )
 
 
@@ -77,28 +81,33 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _is_free(key: str) -> bool:
-    return key not in BOUND and any(key == free or key.startswith(free + ".") for free in FREE)
+def _is_under(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def check_config(run: Run, config: Mapping[str, Any], where: Path) -> None:
-    """Refuse to continue a run of another model, optimizer, plan or data set.
+def check_config(run: Run, config: Mapping[str, Any], where: Path, is_branch: bool = False) -> list[str]:
+    """Refuse to continue a run of another model, optimizer, plan or data set; return the keys in which a branch differs.
 
     Args:
         run: the config to continue with.
         config: the config it was begun with, as a mapping.
         where: whose that is.
+        is_branch: whether the run branches off from it.
 
     Raises:
         UserError: naming each key that differs, and what may.
     """
     saved, own = dict(_leaves(config)), dict(_leaves(run.model_dump(mode="json")))
     # A key that only one of them has is of another version, or of another kind of section, whose name differs too.
-    differing = [key for key in own if key in saved and saved[key] != own[key] and not _is_free(key)]
+    differing = [key for key in own if key in saved and saved[key] != own[key]]
+    differing = [key for key in differing if key in BOUND or not _is_under(key, FREE)]
+    changed = [key for key in differing if is_branch and _is_under(key, BRANCH) and key not in SAME_IN_A_BRANCH]
+    differing = [key for key in differing if key not in changed]
     if differing:
         listed = ", ".join(f"{key} {saved[key]} there, {own[key]} here" for key in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise UserError(f"--resume: {where} is of another run: {listed}{more}; {ALLOWED_CHANGES}")
+    return [f"{key} {saved[key]} there, {own[key]} here" for key in changed]
 
 
 def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tuple[Found | None, tuple[str, ...]]:
@@ -114,14 +123,18 @@ def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tu
         if (folder / "config.yaml").exists():
             check_config(run, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), folder)
         return None, notes
-    check_config(run, found.state["config"], found.path)
+    is_own = found.path.resolve().parent == own.path.resolve()
+    changed = check_config(run, found.state["config"], found.path, is_branch=not is_own)
+    if changed:
+        notes = (*notes, f"branches off at {found.path} with {', '.join(changed)}")
     if found.state["num_train"] != num_train:
         raise UserError(
             f"--resume: {found.path} is of another data set: {found.state['num_train']:,} training samples there, "
             f"{num_train:,} here"
         )
-    is_own = found.path.resolve().parent == own.path.resolve()
-    if not is_own and (folder / "config.yaml").exists():
+    if not is_own and ((folder / "config.yaml").exists() or own.saved()):
+        if not (folder / "config.yaml").exists():
+            raise UserError(f"--out: {folder} already has checkpoints; name another folder")
         # It branched off before, and was restarted with the same command.
         check_config(run, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), folder)
         begun, more = find_checkpoint("auto", folder)

@@ -198,6 +198,10 @@ class Result:
     folder: Path | None
 
 
+class SharedError(UserError):
+    """A mistake that rank 0 found and every rank was told of: one line a node says it."""
+
+
 def default_folder(name: str) -> Path:
     """Return runs/NAME-DATE-TIME."""
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -215,7 +219,8 @@ def check_folder(folder: Path, resume: bool = False) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name a folder")
-    if not resume and any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml")):
+    holds_run = any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml"))
+    if not resume and (holds_run or CheckpointFolder(folder / "checkpoints").saved()):
         raise UserError(
             f"--out: {folder} already holds a run; continue it with --resume auto, name another folder, or remove it"
         )
@@ -293,6 +298,8 @@ def train(
                 observers.observers.append(create_progress(console, plan.total_samples, done))
             summary = trainer.train()
             del trainer
+        except SharedError:
+            raise
         except UserError as error:
             error.everywhere = False  # a broken sample, say, which one rank alone has met
             backend.watch.report(str(error), is_own=True)
@@ -321,10 +328,11 @@ def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> None
         UserError: if they cannot be written.
     """
     try:
-        replace_text(folder / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
         if summary.status == "finished":
             last = CheckpointFolder(folder / "checkpoints").place(summary.samples)
             export_weights(last, folder / "model.safetensors")
+        # After the weights: who reads "finished" finds them.
+        replace_text(folder / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
         title = f"{folder.name}:  batch {run.batch.reference_size:,} → {run.batch.size:,}, {run.optimizer.name}"
         plot_run(folder, title, plan.samples_per_epoch)
     except OSError as error:
@@ -361,7 +369,7 @@ def _agree_on_checkpoint(
             error = raised
     found, notes, error = backend.share((found, notes, error))
     if error is not None:
-        raise error
+        raise SharedError(str(error))
     if found is not None and not found.path.is_dir():
         raise UserError(f"--resume: {found.path} is not there; the run folder must be on a file system all ranks share")
     return found, notes
@@ -376,6 +384,8 @@ def _resumption(found: Found | None, trainer: Trainer, run: Run) -> list[str]:
         f"resumed from {found.path}: update {progress.step:,}, {progress.samples_seen:,} samples, "
         f"written {saved['date']} by {saved['engine']}"
     ]
+    if run.tracked() == "micro_batch" and saved["world_size"] != trainer.backend.world_size:
+        lines.append("second moments come from other micro-batches than before: the same in the mean, not to rounding")
     if trainer.micro_size != run.batch.micro_size:
         lines.append(
             f"{saved['world_size']} ranks were there, now {trainer.backend.world_size}: micro-batches stay at "

@@ -37,7 +37,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # others cannot have handlers
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
         return self
 

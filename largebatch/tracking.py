@@ -41,10 +41,13 @@ class JsonLines:
         # JSON has no word for NaN and infinity, which an fp16 gradient's norm may be.
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         line = (json.dumps(known) + "\n").encode()
+        size = os.fstat(self.file.fileno()).st_size
         try:
             while line:
                 line = line[self.file.write(line) :]
         except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self.file.fileno(), size)  # no half row
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); make room, then continue with --resume auto"
             ) from error
@@ -65,8 +68,14 @@ class JsonLines:
                 is_kept = False
             kept += [line] * is_kept
         beside = self.path.with_name(self.path.name + ".part")
-        beside.write_bytes(b"".join(kept))
-        beside.replace(self.path)
+        try:
+            with beside.open("wb") as file:
+                file.write(b"".join(kept))
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room, then try again") from error
         self._open()
 
     def close(self) -> None:
@@ -203,6 +212,7 @@ def create_trackers(run: Run, folder: Path) -> list[Any]:
 
 
 def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
-    """Return the rows of updates and the rows of evaluations in a metrics.jsonl."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Return the rows of updates and the rows of evaluations in a metrics.jsonl, which may still be written to."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]

@@ -19,7 +19,7 @@ from largebatch.config import Run
 from largebatch.data import Source
 from largebatch.data.loader import MicroBatch, TrainLoader, evaluation_batches
 from largebatch.data.sampler import PlanSampler, effective_micro_batches
-from largebatch.distributed import Backend, CheckpointWriter, NonFiniteError
+from largebatch.distributed import Backend, CheckpointWriter, NonFiniteError, is_communication
 from largebatch.distributed.state import (
     group_state,
     load_group_state,
@@ -220,6 +220,7 @@ class Trainer:
             config.asynchronous,
             config.keep_last,
             None if config.keep_every_epochs is None else config.keep_every_epochs * epoch,
+            self.run.backend.timeout_seconds,
         )
 
     def _start_loader(self) -> None:
@@ -251,21 +252,29 @@ class Trainer:
                 if self.backend.world_size > 1:  # the other ranks are no longer in step
                     raise
                 self._stopped_by, self._saved_samples = "interrupted", -1
+            except Exception as error:
+                if self.writer is not None and not is_communication(error):
+                    self.writer.wait()  # a checkpoint that was begun is still worth having
+                raise
             if self._stopped_by is not None:
                 status = "interrupted" if self._stopped_by == "interrupted" else "preempted"
-                self.message = self._stop_message()
+            failure, is_saved = None, False
             if self.writer is not None:
                 if status == "finished":
                     self.save()
                 self.writer.close()
                 failure, saved = self.backend.share((self.writer.failure(), self.writer.saved))
+                is_saved = self._saved_samples == self.progress.samples_seen
                 if failure is not None:
                     is_saved = saved is not None and samples_of(saved) == self.progress.samples_seen
-                    status = "unsaved" if status == "finished" and not is_saved else status
-                    if is_saved:  # an earlier one failed, or a name could not be moved
-                        self._tell(failure)
-                    else:
-                        self.message = f"{self.message or 'the last state is lost'}: {failure}"
+            if self._stopped_by is not None:
+                self.message = self._stop_message(is_saved)
+            if failure is not None:
+                status = "unsaved" if status == "finished" and not is_saved else status
+                if is_saved:  # an earlier one failed, or a name could not be moved
+                    self._tell(failure)
+                else:
+                    self.message = f"{self.message or 'the last state is lost'}: {failure}"
         return self._summary(status)
 
     def _train(self) -> None:
@@ -427,7 +436,9 @@ class Trainer:
         self.progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
         if rollbacks is not None:
             self.progress.rollbacks = rollbacks
-        self._saved_samples = self.progress.samples_seen
+        is_own = self.writer is not None and path.resolve().parent == self.writer.folder.path.resolve()
+        self._saved_samples = self.progress.samples_seen if is_own else -1
+        self._save_due = not is_own  # a branch has a checkpoint of its own from its beginning
         self._agreed_at, self._agreed_time = self.progress.step, time.monotonic()
         self._agree_next = self._agreed_at + 1
         if self.run.batch.micro_size is None and backend.world_size < state["world_size"]:
@@ -490,6 +501,8 @@ class Trainer:
         cause = f"the loss was not finite {whose}" if error.ranks else "every loss was finite"
         what = f"update {progress.step + 1} (after {progress.samples_seen} samples): the gradient is NaN or infinite, {cause}"
         advice = "lower optimizer.lr, lengthen the warm-up, or set optimizer.max_grad_norm"
+        if self.folder is not None:
+            advice += "; --resume that checkpoint with --out NEW goes on from there with such changes"
         if choice == "skip" and progress.skipped_in_a_row < MOST_SKIPS:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
@@ -504,7 +517,9 @@ class Trainer:
         if choice == "skip":
             what += f", {MOST_SKIPS} updates in a row were skipped"
         if choice == "roll_back":
-            what += f", after {progress.rollbacks} returns to a checkpoint"
+            what += (
+                f", after {progress.rollbacks} returns to a checkpoint" if progress.rollbacks else ", no checkpoint yet"
+            )
         if self.folder is not None:
             self.save()
             what += f"; the state before it is in {CheckpointFolder(self.folder / 'checkpoints').place(progress.samples_seen)}"
@@ -572,16 +587,18 @@ class Trainer:
         progress.val_loss, progress.val_accuracy = scores["val_loss"], scores.get("val_accuracy")
         if progress.val_accuracy is not None:
             progress.best_val_accuracy = max(progress.best_val_accuracy or 0.0, progress.val_accuracy)
-        is_best = progress.best_val_loss is None or scores["val_loss"] < progress.best_val_loss
+        is_best = math.isfinite(scores["val_loss"]) and (
+            progress.best_val_loss is None or scores["val_loss"] < progress.best_val_loss
+        )
         if is_best:
             progress.best_val_loss = scores["val_loss"]
         self.observer.log({**self._clock_row(), **scores})
         return is_best
 
-    def _stop_message(self) -> str:
+    def _stop_message(self, is_saved: bool) -> str:
         why = {"interrupted": "interrupted", "signal": "stopped by a signal", "time_limit": "time limit reached"}
         message = f"{why[self._stopped_by or 'interrupted']} after update {self.progress.step}"
-        if self._saved_samples == self.progress.samples_seen and self.folder is not None:
+        if is_saved:
             message += f"; everything is in {self.folder}: continue with --resume auto --out {self.folder}"
         return message
 

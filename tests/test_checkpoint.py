@@ -36,6 +36,7 @@ from largebatch.distributed.state import read_tensors, tensor_metadata
 from largebatch.run import train
 from largebatch.section import UserError
 from largebatch.stopping import StopRequest
+from largebatch.tracking import read_metrics
 
 TESTS = Path(__file__).parent
 # A checkpoint every few updates, by samples and not by the clock.
@@ -64,10 +65,14 @@ def tensors(path):
     return read_tensors(path, tensor_metadata(path))
 
 
-def assert_same_bits(folder, expected):
+def assert_same_bits_of_tensors(folder, expected):
     ours, theirs = (tensors(saved(path)[-1]) for path in (folder, expected))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name].numpy().tobytes() != theirs[name].numpy().tobytes()] == []
+
+
+def assert_same_bits(folder, expected):
+    assert_same_bits_of_tensors(folder, expected)
     assert rows(folder) == rows(expected)
 
 
@@ -501,6 +506,56 @@ def test_what_may_differ_may_differ(begun, trained, tmp_path):
     assert_close(begun, trained)
 
 
+def test_a_branch_goes_on_with_another_rate_in_a_folder_of_its_own(begun, trained, tmp_path, capsys):
+    """From a checkpoint in the middle; started again with the same command, it continues instead of branching again."""
+    flags, new = {"optimizer.lr": 0.01}, tmp_path / "new"
+    middle, before = saved(begun)[1], contents(begun)
+    assert command(tmp_path, flags, "--resume", middle, "--out", new) == 0
+    assert "branches off at" in capsys.readouterr().out
+    first = samples_of(middle)
+    assert saved(new)[0] == CheckpointFolder(new / "checkpoints").place(first + 200)  # one at its beginning, by its end
+    lr = {row["samples"]: row["lr"] for row in map(json.loads, (new / "metrics.jsonl").open()) if "lr" in row}
+    usual = {row["samples"]: row["lr"] for row in map(json.loads, (trained / "metrics.jsonl").open()) if "lr" in row}
+    assert lr and min(lr) > first and all(lr[s] == pytest.approx(usual[s] / 2) for s in lr)
+    assert contents(begun) == before
+    assert command(tmp_path, flags, "--resume", middle, "--out", new) == 0
+    assert "was begun at" in capsys.readouterr().out
+    # Another optimizer is no branch.
+    assert command(tmp_path, ADAMW, "--resume", middle, "--out", tmp_path / "other") == 2
+    assert "optimizer.name sgd there" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_a_branch_off_a_finished_run_has_a_checkpoint_of_its_own(trained, tmp_path):
+    assert command(tmp_path, {}, "--resume", trained, "--out", tmp_path / "new") == 0
+    assert_same_bits_of_tensors(tmp_path / "new", trained)
+    assert (tmp_path / "new" / "model.safetensors").exists()
+
+
+def test_checkpoints_without_their_config_are_not_overwritten(trained, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained / "checkpoints", copy / "checkpoints")
+    before = contents(copy)
+    assert "already holds a run" in refused(tmp_path, capsys, "--out", copy)
+    assert "already has checkpoints" in refused(tmp_path, capsys, "--resume", trained, "--out", copy)
+    assert {k: v for k, v in contents(copy).items() if not k.endswith(".lock")} == before
+
+
+def test_a_row_that_is_cut_short_is_not_read(trained, tmp_path):
+    copy = tmp_path / "metrics.jsonl"
+    copy.write_text((trained / "metrics.jsonl").read_text() + '{"step": 9, "loss')
+    assert read_metrics(copy) == read_metrics(trained / "metrics.jsonl")
+
+
+def test_a_run_folder_is_held_by_one_process(tmp_path):
+    from largebatch.checkpoint import locked
+
+    with locked(tmp_path), pytest.raises(UserError, match=f"is being written by process {os.getpid()} on "):
+        with locked(tmp_path, wait_seconds=0.3):
+            pass
+    with locked(tmp_path, wait_seconds=0.3):
+        pass
+
+
 def refused(tmp_path, capsys, *words):
     assert command(tmp_path, {}, *words) == 2
     error = capsys.readouterr().err.strip()
@@ -683,7 +738,7 @@ LIMITS = {
     "stop": ([4], "stop", "update 4", 3, 0, 0),
     "skips in a row": (range(4, 99), "skip", "20 updates in a row were skipped", 23, 20, 0),
     "returns": (range(12, 999), "roll_back", "after 10 returns to a checkpoint", None, 0, 10),
-    "nothing to return to": ([2], "roll_back", "after 0 returns", 1, 0, 0),
+    "nothing to return to": ([2], "roll_back", "no checkpoint yet", 1, 0, 0),
 }
 
 

@@ -30,7 +30,8 @@ class BackendConfig(Section):
     compile: bool = False
     """Compile the model with torch.compile."""
     timeout_seconds: Positive = 600.0
-    """A rank that is not heard of for so long stops the run; more than the slowest update with its compilation takes."""
+    """A rank that is not heard of for so long stops the run; more than the slowest update with its compilation takes, and
+    than reading a checkpoint through when the run is resumed."""
     squares_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the tracked squares travel between ranks."""
     squares_every: Annotated[int, Field(ge=1)] = 1

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import cpp_extension
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
@@ -134,12 +135,26 @@ class DeepSpeed(Engine):
         self.names = {parameter: name for name, parameter in named if parameter in self.partitions.shapes}
         self.frozen = {name: parameter for name, parameter in named if parameter not in self.partitions.shapes}
         self.shadow_of = shadows(model)
+        self.by_size: dict[int, list[nn.Parameter]] = {}
+        for _, parameter in named if self.stage == 3 else ():
+            self.by_size.setdefault(parameter.ds_numel, []).append(parameter)  # type: ignore[attr-defined]
         return self.wrapper, optimizer
 
     def accumulate(self, sync: bool) -> AbstractContextManager[Any]:
         """Return the context of one micro-batch; DeepSpeed learns here whether it is the update's last."""
         self.wrapper.set_gradient_accumulation_boundary(sync)
-        return nullcontext()
+        return nullcontext() if self.stage < 3 else saved_tensors_hooks(self._save, _restore)
+
+    def _save(self, tensor: Tensor) -> Tensor | tuple[nn.Parameter, torch.Size, tuple[int, ...]]:
+        """Keep, of a weight that autograd saves for the backward pass, only which one it is.
+
+        The tensor saved is a view of the gathered weight (`F.linear` transposes it) and would keep all of it in memory until
+        then, which DeepSpeed's own linear function avoids, unseen by the tracking.
+        """
+        for parameter in self.by_size.get(tensor.numel(), ()):
+            if parameter.data_ptr() == tensor.data_ptr() and parameter.dtype == tensor.dtype:
+                return parameter, tensor.shape, tensor.stride()
+        return tensor
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's share of the batch's mean loss."""
@@ -314,6 +329,17 @@ class _Described(nn.Module):
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return tensors of which only the shapes mean something."""
         return {name: self.whole.get(name, value) for name, value in self.given.items()}
+
+
+def _restore(saved: Tensor | tuple[nn.Parameter, torch.Size, tuple[int, ...]]) -> Tensor:
+    """Return what `_save` was given; ZeRO-3 has gathered a module's weights before its backward pass."""
+    if isinstance(saved, Tensor):
+        return saved
+    parameter, size, stride = saved
+    whole = parameter.data
+    if whole.numel() == 0:
+        raise RuntimeError(f"ZeRO-3 has not gathered a weight of {size.numel()} elements for the backward pass")
+    return whole.as_strided(size, stride, whole.storage_offset())
 
 
 def _scale(grads: list[Tensor], squares: list[Tensor], factor: float) -> None:

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class CheckpointWriter:
         asynchronous: copy the state and write it beside the training; False writes before `save` returns.
         keep_last: newest checkpoints that are kept.
         keep_every: samples; the first checkpoint after each multiple is kept for good.
+        timeout_seconds: a rank that is not heard of for so long in a save makes it fail.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class CheckpointWriter:
         asynchronous: bool = True,
         keep_last: int = 1,
         keep_every: float | None = None,
+        timeout_seconds: float = 600.0,
     ) -> None:
         self.folder, self.rank = folder, rank
         self.keep_last, self.keep_every = keep_last, keep_every
         # The writing thread's collectives must not meet the training's.
-        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
+        timeout = timedelta(seconds=timeout_seconds)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         pinned = torch.cuda.is_available()
         self.stager = DefaultStager(StagingOptions(pinned, False, False, False)) if asynchronous else None
         self.thread: threading.Thread | None = None
@@ -153,7 +157,11 @@ class CheckpointWriter:
             except OSError as error:
                 failure = error
         part, _ = self._share((part, failure))[0]
-        if not part.is_dir():
+        try:
+            is_seen = part.is_dir()
+        except OSError:
+            is_seen = False
+        if not is_seen:
             what = f"rank {self.rank} does not see it; the run folder must be on a file system all ranks share"
             failure = FileNotFoundError(2, what, str(part))
         self._share((part, failure))

@@ -50,9 +50,9 @@ def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def load_group_state(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Write back what `group_state` returned; JSON's lists become tuples again."""
+    """Write back the counts that `group_state` returned; hyper-parameters are the config's and the schedule's."""
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+        group.update({key: value for key, value in saved.items() if key not in optimizer.defaults and key != "role"})
 
 
 def random_state(rank: int) -> dict[str, Tensor]:

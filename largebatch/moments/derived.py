@@ -115,6 +115,8 @@ def _shadows(scope: Scope, func: Any, args: Any, kwargs: Any, operands: list[Ope
     """Return the operation applied to the operands' shadows, None if it is not a rearrangement."""
     if any(operand.shadow is None for operand in operands):
         return None
+    for operand in operands:
+        operand.bases[0].gather()
     if len(operands) > 1 and len({id(count) for operand in operands for count in operand.counts}) < len(operands):
         return None  # cat([w, w])
     if func in _CASTING:

@@ -180,7 +180,8 @@ def _by_mark(scope: Scope) -> Callable[[Tensor], int | None]:
 def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
     """Run a module as one operation on its parameters and arguments."""
     tracked = notes(module)
-    named = dict(module.named_parameters())
+    # By name, which makes them whole under ZeRO-3.
+    named = {name: module.get_parameter(name) for name, _ in module.named_parameters()}
     operands = {name: p for name, p in named.items() if scope.operand(p) is not None}
 
     def call(params: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
 from largebatch.moments import derived, elementwise, fallback
@@ -211,7 +211,7 @@ def _note_segment(scope: Scope, module: nn.Module) -> None:
     if frame is not None:
         used = scope.segments.setdefault(id(frame.f_locals["ctx"]), set())
         for owner in notes(module).owners:
-            used.update(id(owner._parameters[name]) for name in notes(owner).names)
+            used.update(id(owner._parameters.get(name)) for name in notes(owner).names)
 
 
 def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> Scope:
@@ -229,7 +229,12 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
 
 def _forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
     """Run forward with every parameter of the subtree replaced by an alias whose backward squares."""
+    if state.is_aliasing:
+        return original(*args, **kwargs)
     is_outermost = state.aliases is None
+    if is_outermost and _is_cut_up(tracked):
+        with Aliasing(tracked):
+            return original(*args, **kwargs)
     if is_outermost:
         state.aliases = {}
     aliases = state.aliases
@@ -261,3 +266,58 @@ def _forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: A
                 values[name] = value
         if is_outermost:
             state.aliases = None
+
+
+def _is_cut_up(tracked: Tracked) -> bool:
+    """Whether parameters of the subtree are whole only while they are used, as under ZeRO-3."""
+    for owner in tracked.owners:
+        for name in notes(owner).names:
+            parameter = owner._parameters.get(name)
+            if parameter is not None and parameter.numel() == 0:
+                return True
+    return False
+
+
+class Aliasing(TorchFunctionMode):
+    """Replace parameters by aliases whose backward squares, each when an operation first uses it."""
+
+    def __init__(self, tracked: Tracked):
+        super().__init__()
+        self.homes: dict[int, tuple[nn.Module, str]] = {}
+        self.aliases: dict[int, Tensor] = {}
+        for owner in tracked.owners:
+            for name, shadow_name in notes(owner).names.items():
+                parameter = owner._parameters.get(name)
+                if parameter is not None and parameter.requires_grad:
+                    self.homes[id(parameter)] = owner, shadow_name
+
+    def __enter__(self) -> Any:
+        """Take over from the aliases that modules would put into their places."""
+        state.is_aliasing = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave them to it again."""
+        state.is_aliasing = False
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` on aliases."""
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):
+            output = func(*args, **kwargs)
+            if not (isinstance(output, Tensor) and output.grad_fn is not None):
+                return output  # .data, which the engine sets, .shape, .grad; but not .T
+        args, kwargs = tree_map(self._alias, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _alias(self, value: Any) -> Any:
+        if id(value) not in self.homes:
+            return value
+        if id(value) not in self.aliases:
+            owner, shadow_name = self.homes[id(value)]
+            # Read with [], by which ZeRO-3 makes it whole.
+            self.aliases[id(value)] = Square.apply(value, owner._parameters[shadow_name])
+        return self.aliases[id(value)]

@@ -98,17 +98,21 @@ class Scope:
         self.parts: list[tuple[Tensor, Part]] = []
 
     def enter(self, module: nn.Module) -> None:
-        """Take in the parameters of a module that is about to run, its children's too: it may use them itself."""
+        """Take in the parameters of a module that is about to run, its children's too: it may use them itself.
+
+        They are looked at with `get`: ZeRO-3 makes whole what is read with [], which is for `Base.gather` to do, at their use.
+        """
         for owner in notes(module).owners:
             tracked = notes(owner)
             self.distinct.update([id(owner._buffers[name]) for name in tracked.distinct])
             for name, shadow_name in tracked.names.items():
-                parameter = owner._parameters[name]
+                parameter = owner._parameters.get(name)
                 if parameter is None or not parameter.requires_grad or id(parameter) in self.operands:
                     continue
-                shadow = owner._parameters[shadow_name]
+                shadow = owner._parameters.get(shadow_name)
                 assert shadow is not None
-                base = Base(f"{tracked.path}.{name}".lstrip("."), parameter, shadow, name in tracked.shared)
+                label = f"{tracked.path}.{name}".lstrip(".")
+                base = Base(label, parameter, shadow, name in tracked.shared, (owner, shadow_name))
                 counts = (base.count,)
                 self.operands[id(parameter)] = Operand(parameter, shadow, (base,), counts, counts)
 
@@ -198,7 +202,7 @@ class Scope:
         for owner in notes(module).owners:
             tracked = notes(owner)
             for name in tracked.names:
-                found = self.operands.get(id(owner._parameters[name]))
+                found = self.operands.get(id(owner._parameters.get(name)))
                 if found is not None and found.bases[0].count.uses > 1:
                     tracked.shared.add(name)
 
@@ -222,6 +226,7 @@ class Scope:
         for operand in operands:
             operand.use()
             for base in operand.bases:
+                base.gather()
                 if base.token is None and base not in fresh:
                     fresh.append(base)
                 elif base.token is not None and all(base.token is not token for token in tokens):
@@ -283,11 +288,13 @@ class State:
     Attributes:
         scope: the forward pass that is running under per="sample".
         aliases: the same under per="micro_batch": id of a parameter -> (the parameter, its alias).
+        is_aliasing: whether `Aliasing` is at work there instead.
         is_replaying: whether the fallback is running a module again, in which nothing is to be intercepted.
     """
 
     scope: Scope | None = None
     aliases: dict[int, tuple[Tensor, Tensor]] | None = None
+    is_aliasing = False
     is_replaying = False
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from largebatch.section import UserError
 
@@ -109,6 +109,7 @@ class Base:
         name: for messages.
         parameter: the tensor the module computes with (under FSDP2 the gathered one).
         shadow: the parameter whose gradient is to be the sum of squares.
+        home: the module that owns the shadow, and its name there.
         is_shared: whether it is known to be used more than once in a forward pass; read by torch.compile alone.
         spread: under torch.compile, the output of `Spread` that stands in for a shared parameter.
         count: its uses.
@@ -116,15 +117,22 @@ class Base:
         pending: what the taps left for that node.
     """
 
-    def __init__(self, name: str, parameter: Tensor, shadow: Tensor, is_shared: bool):
+    def __init__(self, name: str, parameter: Tensor, shadow: Tensor, is_shared: bool, home: tuple[nn.Module, str]):
         self.name = name
         self.is_shared = is_shared
         self.spread: Tensor | None = None
         self.parameter = parameter
         self.shadow = shadow
+        self.home = home
         self.count = Count()
         self.token: Tensor | None = None
         self.pending: list[tuple[Operation, str, tuple[Tensor, ...], Tensor]] = []
+
+    def gather(self) -> None:
+        """Make the shadow whole where the parameter is: under ZeRO-3 the weight of a child, which its parent has read."""
+        if self.shadow.shape != self.parameter.shape:
+            owner, name = self.home
+            self.shadow = owner._parameters[name]  # type: ignore[assignment]
 
 
 class Operand:

@@ -1,0 +1,131 @@
+"""Lightning with a callback of this library, the same under every replicating strategy; needs ``pip install lightning``.
+
+    python examples/lightning_module.py
+    torchrun --nproc-per-node 2 examples/lightning_module.py
+
+34 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
+
+Lightning divides losses by ``accumulate_grad_batches``, also in an epoch's last update, which may have fewer of them: the
+callback makes that the mean over the samples there are. ``drop_last`` keeps the micro-batches full, so that all samples
+of an update have one weight. Lightning's own clipping would take squares for gradients, so the callback clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import largebatch
+
+BATCH_SIZE, MICRO_SIZE, EPOCHS, MAX_NORM = 128, 32, 2, 0.5
+LAUNCHED = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))  # as torchrun says
+
+
+# >>> largebatch
+class LargeBatch(lightning.Callback):
+    """Tracks the module, tells the optimizer what its gradients are means of, clips them together with their squares."""
+
+    def __init__(self, micro_size: int, max_norm: float) -> None:
+        self.micro_size, self.max_norm, self.micro_batches = micro_size, max_norm, 0
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Track before the strategy wraps the module and asks for the optimizer."""
+        if trainer.gradient_clip_val:
+            raise ValueError("gradient_clip_val: expected None, it would clip squares as gradients; use max_norm")
+        largebatch.track(pl_module)
+
+    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Count the micro-batches of the update."""
+        self.micro_batches += 1
+
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Make gradients a mean and clip it by its norm: squares take the factor's square, and no part in the norm."""
+        gradients, squares = [], []
+        for group in optimizer.param_groups:
+            found = squares if largebatch.optim.is_shadow_group(group) else gradients
+            found += [p.grad for p in group["params"] if p.grad is not None]
+        mean = trainer.accumulate_grad_batches / self.micro_batches
+        norm = mean * float(torch.nn.utils.get_total_norm(gradients))
+        factor = mean * min(1.0, self.max_norm / (norm + 1e-6))
+        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(squares, factor**2)
+        batch_size = self.micro_batches * self.micro_size * trainer.world_size
+        optimizer.set_batch(batch_size, world_size=trainer.world_size)
+        self.micro_batches = 0
+        # <<<
+
+
+class Classifier(lightning.LightningModule):
+    """Two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """Return the mean loss of a micro-batch."""
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer for the whole batch."""
+        # >>> largebatch
+        reference = largebatch.Reference(batch_size=16, lr=1e-3, betas=(0.9, 0.999))
+        return largebatch.optim.AdamW(
+            largebatch.param_groups(self, weight_decay=0.01),
+            **reference.at(BATCH_SIZE),
+            reference_batch_size=reference.batch_size,
+        )
+        # <<<
+
+
+def main(dtype: torch.dtype, out: str | None) -> None:
+    """Train on the digits, and save the weights."""
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(0)
+    digits = load_digits()
+    order = torch.randperm(len(digits.target))  # shuffled once
+    inputs, targets = torch.tensor(digits.data, dtype=dtype)[order] / 16, torch.tensor(digits.target)[order]
+    rank, world_size, on_this_node = (int(os.environ.get(n, d)) for n, d in LAUNCHED)
+    data = TensorDataset(inputs[:1600], targets[:1600])
+    # Lightning's own sampler would shuffle, on several processes only.
+    sampler = DistributedSampler(data, world_size, rank, shuffle=False, drop_last=True)
+    loader = DataLoader(data, MICRO_SIZE, sampler=sampler, drop_last=True)
+    model = Classifier()
+    trainer = lightning.Trainer(
+        accelerator="auto",
+        devices=on_this_node,
+        strategy="ddp" if world_size > 1 else "auto",
+        max_epochs=EPOCHS,
+        accumulate_grad_batches=BATCH_SIZE // (MICRO_SIZE * world_size),
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        # >>> largebatch
+        callbacks=[LargeBatch(MICRO_SIZE, MAX_NORM)],
+        # <<<
+    )
+    trainer.fit(model, loader)
+    if trainer.is_global_zero:
+        accuracy = (model.net(inputs[1600:].to(model.device)).argmax(1).cpu() == targets[1600:]).double().mean()
+        print(f"accuracy {accuracy:.4f}")
+        if out:
+            weights = {name.removeprefix("net."): value for name, value in model.state_dict().items()}
+            torch.save({"model": weights, "optimizer": trainer.optimizers[0].state_dict()}, out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dtype", default="float32", help="float32 or float64")
+    parser.add_argument("--out", help="file for the weights")
+    arguments = parser.parse_args()
+    main(getattr(torch, arguments.dtype), arguments.out)

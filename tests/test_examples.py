@@ -1,0 +1,138 @@
+"""The scripts in examples/: one process, two, and a plain loop over whole batches arrive at the same weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+
+import largebatch
+
+FOLDER = Path(__file__).parents[1] / "examples"
+PACKAGE = {"ddp": None, "accelerate_loop": "accelerate", "hf_trainer": "transformers", "lightning_module": "lightning"}
+BATCH_SIZE, EPOCHS, MAX_NORM = 128, 2, 0.5
+TOLERANCE = 1e-12  # float64; measured 1.2e-16
+
+
+def oracle(batches: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Return the weights after these batches, each in one pass in one process, and the norms before clipping."""
+    generator_state, default = torch.get_rng_state(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        digits = load_digits()
+        order = torch.randperm(len(digits.target))
+        inputs, targets = torch.tensor(digits.data)[order] / 16, torch.tensor(digits.target)[order]
+        model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    finally:
+        torch.set_default_dtype(default)
+        torch.set_rng_state(generator_state)
+    largebatch.track(model)
+    values = largebatch.Reference(batch_size=16, lr=1e-3, betas=(0.9, 0.999)).at(BATCH_SIZE)
+    optimizer = largebatch.optim.AdamW(largebatch.param_groups(model, 0.01), **values, reference_batch_size=16)
+    norms = []
+    for batch in batches:
+        # The clipped mean gradient is the gradient of a smaller loss: nothing here knows of squares.
+        gradients = torch.autograd.grad(
+            F.cross_entropy(model(inputs[batch]), targets[batch]), [p for _, p in weights_of(model)]
+        )
+        norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+        loss = F.cross_entropy(model(inputs[batch]), targets[batch]) * min(1.0, MAX_NORM / (norms[-1] + 1e-6))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.set_batch(len(batch))
+        optimizer.step()
+    return model.state_dict(), norms
+
+
+def weights_of(model):
+    return [(name, p) for name, p in model.named_parameters() if not name.endswith("_grad_sq")]
+
+
+def batches_of(name: str) -> list[torch.Tensor]:
+    """Return the samples of every update: an epoch's last 64 are a batch of their own, or begin the next epoch's first."""
+    epochs = torch.arange(1600).repeat(EPOCHS)
+    if name == "accelerate_loop":
+        return list(epochs.split(BATCH_SIZE))
+    return [batch for epoch in epochs.split(1600) for batch in epoch.split(BATCH_SIZE)]
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert list(one) == list(other) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    return max(float((one[key] - other[key]).abs().max()) for key in one)
+
+
+def run(name: str, processes: int, path: Path) -> dict:
+    """Run a script on its own, or by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(FOLDER / f"{name}.py"), "--dtype", "float64", "--out", str(path)]
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "SLURM_"))}
+    variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(command, env=variables, cwd=path.parent, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert float(re.search(r"accuracy ([\d.]+)", done.stdout)[1]) > 0.8
+    return torch.load(path)
+
+
+def require(package: str | None) -> None:
+    """Skip where the script's package is missing, or cannot be imported for another package's sake."""
+    if package is None:
+        return
+    for needed in (package, "accelerate") if package == "transformers" else (package,):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"not installed: {needed}")
+    if package in ("transformers", "lightning") and importlib.util.find_spec("torchvision") is not None:
+        try:
+            import torchvision  # noqa: F401
+        except Exception as error:  # an operator of another torch: RuntimeError, OSError, AttributeError
+            pytest.skip(f"{package} imports torchvision, which does not fit this torch: {error}")
+
+
+@pytest.mark.parametrize("name", PACKAGE)
+def test_the_librarys_part_is_small_and_counted(name):
+    """At most 40 lines beyond the user's own, and as many as the docstring says."""
+    text = (FOLDER / f"{name}.py").read_text()
+    blocks = re.findall(r"^ *# >>> largebatch\n(.*?)^ *# <<<$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip() and line.strip()[0] != "#"]
+    count = len(lines) + len(re.findall(r"^import largebatch$", text, re.MULTILINE))
+    assert text.count("# >>> largebatch\n") == len(blocks)
+    assert count <= 40
+    assert f"\n{count} lines are this library's" in text
+    others = re.sub("|".join(map(re.escape, blocks)), "", text)
+    assert "largebatch" not in re.sub(r'(?s)^""".*?"""|import largebatch|# >>> largebatch', "", others)
+
+
+def test_the_ddp_script_on_one_process_is_the_plain_loop(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    spec = importlib.util.spec_from_file_location("ddp_example", FOLDER / "ddp.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    default = torch.get_default_dtype()
+    try:
+        module.main(torch.float64, str(tmp_path / "out.pt"))
+    finally:
+        torch.set_default_dtype(default)
+    found = torch.load(tmp_path / "out.pt")
+    expected, norms = oracle(batches_of("ddp"))
+    assert min(norms) < MAX_NORM < max(norms)  # some updates are clipped, some are not
+    assert distance(found["model"], expected) < TOLERANCE
+    assert [g.get("role") for g in found["optimizer"]["param_groups"]] == ["shadow", None, "shadow", None]
+    assert len(found["optimizer"]["state"]) == len(expected)  # none for shadows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKAGE)
+def test_one_process_two_and_the_plain_loop_agree(name, tmp_path):
+    require(PACKAGE[name])
+    one, two = run(name, 1, tmp_path / "one.pt"), run(name, 2, tmp_path / "two.pt")
+    expected, _ = oracle(batches_of(name))
+    assert distance(one["model"], two["model"]) < TOLERANCE
+    assert distance(one["model"], expected) < TOLERANCE
