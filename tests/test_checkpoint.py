@@ -549,9 +549,12 @@ def test_a_row_that_is_cut_short_is_not_read(trained, tmp_path):
 def test_a_run_folder_is_held_by_one_process(tmp_path):
     from largebatch.checkpoint import locked
 
-    with locked(tmp_path), pytest.raises(UserError, match=f"is being written by process {os.getpid()} on "):
-        with locked(tmp_path, wait_seconds=0.3):
-            pass
+    with (
+        locked(tmp_path),
+        pytest.raises(UserError, match=f"is being written by process {os.getpid()} on "),
+        locked(tmp_path, wait_seconds=0.3),
+    ):
+        pass
     with locked(tmp_path, wait_seconds=0.3):
         pass
 

@@ -1,9 +1,11 @@
 """DeepSpeed, ZeRO 0 to 3: the trajectory of one process, its state in whole tensors, and what is refused."""
 
+import functools
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from jobs import Job, assert_same_run, checkpoints, no_job_left, wait_until, write_config, write_torchrun  # noqa: F401
 from test_engines import CASES, OTHERS, config, distances, gathered, trajectory, whole
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from largebatch import track
 from largebatch.distributed import BackendConfig, NonFiniteError, Ranks, create_backend
@@ -262,6 +267,84 @@ def test_a_nan_on_one_rank_is_no_update(stage, rank_pool):
         assert norm == pytest.approx(norms[1], rel=1e-5)
 
 
+class _Watched(nn.Module):
+    """Layers that see how many parameters are whole while each runs, and whose storage they have read.
+
+    The attention uses the weight of a child that never runs; the last layer is the first one's, transposed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+        self.live, self.weights = [], []
+        for layer in (*self.layers, self.attention):
+            layer.watched = functools.partial(_look, self)
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return F.linear(x, self.first.weight.t())
+
+
+def _look(model, layer):
+    model.live.append(sum(p.ds_status.name == "AVAILABLE" for p in model.parameters()))
+    if isinstance(layer, nn.Linear):  # the attention's weight is cut into three views, which the graph holds
+        model.weights += [StorageWeakRef(p.untyped_storage()) for p in layer.parameters()]
+
+
+def _live_parameters(rank, world_size, per, keys):
+    """Return how many parameters are whole at each layer, how many outlive the forward pass, and the last state."""
+    if keys["name"] == "deepspeed":
+        _fresh_counters()
+    torch.manual_seed(0)
+    model = track(_Watched(), per=per)
+    backend = create_backend(BackendConfig(device="cpu", **keys), "fp32", Ranks(rank, rank, world_size))
+    called, optimizer = backend.prepare(model, lambda m: AdamW(param_groups(m), lr=0.01, reference_batch_size=2))
+    if keys["name"] == "deepspeed":
+        for layer in (*model.layers, model.attention):
+            # After DeepSpeed's own hooks, before forward.
+            layer.register_forward_pre_hook(lambda layer, _: layer.watched(layer))
+    inputs = torch.randn(12, 3, 6, generator=torch.Generator().manual_seed(1))[rank::world_size]
+    found = []
+    for _ in range(3):
+        model.live, model.weights = [], []
+        with backend.accumulate(sync=True):
+            output = called(inputs)
+            kept = sum(not weight.expired() for weight in model.weights)
+            backend.backward(output.square().sum() / 12)
+        optimizer.set_batch(12, 12, world_size)
+        found.append((model.live, kept))
+        backend.check_statistics(model)
+        backend.step(optimizer, 1.0)
+    state = {name: whole(value).clone() for name, value in backend.state(model, optimizer).items()}
+    backend.close()
+    return found, state
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("per", ["sample", "micro_batch"])
+def test_zero_3_gathers_what_a_layer_uses(per, rank_pool):
+    """Weights and shadows of the layer that runs, of 20 in all; and none of them lives on in the graph."""
+    zero_options = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1,
+                    "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}  # fmt: skip
+    keys = {"name": "deepspeed", "ds_config": {"zero_optimization": zero_options}}
+    results = rank_pool(2, _live_parameters, per, keys)
+    expected = rank_pool(2, _live_parameters, per, {"name": "ddp"})
+    print(per, results[0][0])
+    state = {name: value for _, part in results for name, value in part.items()}
+    assert state.keys() == expected[0][1].keys()
+    for name, value in expected[0][1].items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-7)
+    for live, kept in results[0][0]:
+        # Weight, bias, their shadows; once it is known, the first layer's weight too, which the model itself uses.
+        assert all(count <= 4 + 2 for count in live)
+        assert len(live) == 4 and kept == 0
+
+
 def _hidden_linear(rank, world_size, stage):
     from largebatch.distributed.deepspeed import DeepSpeed
 
@@ -411,3 +494,46 @@ def test_the_command_runs_under_torchrun(stage, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["val_accuracy"] > 0.8
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
+def test_a_stopped_run_goes_on_under_other_engines(signal_number, tmp_path):
+    """DDP on two ranks, ZeRO-2 on one, FSDP on two, ZeRO-3 on two, DDP on one: the rows and weights of one DDP run."""
+    config = write_config(tmp_path)
+    torchrun = write_torchrun(tmp_path)
+    zero_2, zero_3 = ("deepspeed", "--backend.zero_stage", 2), ("deepspeed", "--backend.zero_stage", 3)
+    stages = [(2, ("ddp",)), (1, zero_2), (2, ("fsdp",)), (2, zero_3), (1, ("ddp",))]
+
+    def start(folder, world_size, engine, name, seconds):
+        log = folder.with_name(f"{folder.name}-{name}.log")
+        words = [torchrun, "--standalone", "--nproc-per-node", world_size, "-m", "largebatch", "train", config, "--out", folder,
+                 "--resume", "auto", "--backend.name", *engine]  # fmt: skip
+        return Job(words, log, LARGEBATCH_TEST_SECONDS=seconds)
+
+    whole_run = start(tmp_path / "whole", 2, ("ddp",), "whole", 0)
+    assert whole_run.wait() == 0, whole_run.printed()[-3000:]
+    folder = tmp_path / "run"
+    for number, (world_size, engine) in enumerate(stages):
+        is_last = number == len(stages) - 1
+        job = start(folder, world_size, engine, number, 0 if is_last else 0.1)
+        if is_last:
+            assert job.wait() == 0, job.printed()[-3000:]
+        else:
+            before = samples_saved(folder)
+            wait_until(lambda b=before, j=job: samples_saved(folder) > b or j.process.poll() is not None, 120)
+            assert job.process.poll() is None, job.printed()[-3000:]
+            if signal_number == signal.SIGKILL:
+                job.kill()
+            else:
+                for pid in job.ranks():
+                    os.kill(pid, signal_number)
+                job.wait()
+        assert number == 0 or "resumed from" in job.printed(), job.printed()[-3000:]
+    assert_same_run(folder, tmp_path / "whole", 1e-5)
+
+
+def samples_saved(folder):
+    return max((int(name.split("-")[1]) for name in checkpoints(folder)), default=0)
