@@ -263,7 +263,12 @@ class DeepSpeed(Engine):
         for name, parameter in self.frozen.items():
             with self._whole(parameter):
                 state.update({MODEL + alias: parameter.detach().cpu().clone() for alias in aliases[name]})
-        return state
+        return state | self.scaler_state()
+
+    def scaler_state(self) -> dict[str, Tensor]:
+        """Return what fp16's loss scaling has come to, by name; the updates since its last change are counted here."""
+        state = super().scaler_state()
+        return state | {name: torch.tensor(self.good_updates) for name in state if name.endswith("growth_tracker")}
 
     def load_state(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Read what `state` named, whatever engine wrote it and on however many ranks, one parameter at a time.
@@ -286,6 +291,8 @@ class DeepSpeed(Engine):
                 yield name, {keys[key]: tensor for key, tensor in read_tensors(path, keys).items()}
 
         self.load_full_state(read())
+        self.load_scaler_state(path)
+        self.good_updates = self.scaler.state_dict().get("_growth_tracker", 0)
         for name, parameter in self.frozen.items():
             with self._whole(parameter, modifier_rank=0), torch.no_grad():
                 parameter.copy_(read_tensors(path, [MODEL + name])[MODEL + name])

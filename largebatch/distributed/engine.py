@@ -183,16 +183,25 @@ class Engine:
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return model and optimizer by name for a checkpoint, as `distributed.state` spells it; every rank takes part."""
-        state = named_state(model, optimizer)
-        if self.scaler.is_enabled():
-            scaler = self.scaler.state_dict()
-            state[SCALER + "scale"] = torch.tensor(scaler["scale"], dtype=torch.float64)
-            state[SCALER + "growth_tracker"] = torch.tensor(scaler["_growth_tracker"])
-        return state
+        return named_state(model, optimizer) | self.scaler_state()
 
     def load_state(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Read what `state` named, whatever engine wrote it and on however many ranks."""
         load_named_state(path, model, optimizer)
+        self.load_scaler_state(path)
+
+    def scaler_state(self) -> dict[str, Tensor]:
+        """Return what fp16's loss scaling has come to, by name; nothing in other precisions."""
+        if not self.scaler.is_enabled():
+            return {}
+        scaler = self.scaler.state_dict()
+        return {
+            SCALER + "scale": torch.tensor(scaler["scale"], dtype=torch.float64),
+            SCALER + "growth_tracker": torch.tensor(scaler["_growth_tracker"]),
+        }
+
+    def load_scaler_state(self, path: Path) -> None:
+        """Read what `scaler_state` named, where the checkpoint has it and this run needs it."""
         names = [name for name in tensor_metadata(path) if name.startswith(SCALER)]
         if self.scaler.is_enabled() and names:
             saved = read_tensors(path, names)
