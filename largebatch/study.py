@@ -158,10 +158,13 @@ def _start_worker(threads: int) -> None:
         threading.Thread(target=follow, daemon=True).start()
 
 
+UNFINISHED = ("interrupted", "preempted", "unsaved")
+
+
 def _train_quietly(run: Run, folder: Path) -> dict[str, Any]:
-    """Train one run of a study in a worker process; return its summary."""
-    summary = train(run, folder, None, Ranks()).summary
-    if summary.status == "interrupted":
+    """Train one run of a study in a worker process, or the rest of one that was cut short; return its summary."""
+    summary = train(run, folder, None, Ranks(), resume="auto").summary
+    if summary.status in UNFINISHED:
         raise KeyboardInterrupt
     return summary.as_dict()
 
@@ -173,17 +176,11 @@ def _finished(run: Run, folder: Path) -> bool:
         UserError: if it holds another one.
     """
     summary = folder / "summary.json"
-    if not summary.exists() or json.loads(summary.read_text(encoding="utf-8"))["status"] == "interrupted":
+    if not summary.exists() or json.loads(summary.read_text(encoding="utf-8"))["status"] in UNFINISHED:
         return False
     if (folder / "config.yaml").read_text(encoding="utf-8") != run.to_yaml():
         raise UserError(f"{folder}: holds a run of another config; name another --out, or remove it")
     return True
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a run that was cut short has left; only files a run writes."""
-    for name in ("metrics.jsonl", "config.yaml", "summary.json"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | None = None) -> int:
@@ -205,7 +202,6 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
         for seed, run in zip(study.seeds, by_seed, strict=True):
             folder = out / slug(str(cell)) / f"seed-{seed}"
             if not _finished(run, folder):
-                _clear(folder)
                 todo.append((cell, seed, run, folder))
     total = sum(map(len, runs.values()))
     console.print(f"{path.stem}: {total} runs, {total - len(todo)} of them finished before; {jobs} at a time in {out}")

@@ -115,6 +115,8 @@ class Job:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                # A shell's background job ignores Ctrl-C, and so would what it starts.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
 
     def printed(self) -> str:
