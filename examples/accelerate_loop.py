@@ -3,7 +3,7 @@
     python examples/accelerate_loop.py
     torchrun --nproc-per-node 2 examples/accelerate_loop.py        (or accelerate launch)
 
-20 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
+11 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
 
 Two settings of the script make the gradient the mean over the batch. ``drop_last=True``: at the end of the data Accelerate
 would hand out samples twice to even out the ranks. ``sync_with_dataloader=False``: there it would end the update after
@@ -25,19 +25,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import largebatch
 
 BATCH_SIZE, MICRO_SIZE, EPOCHS, MAX_NORM = 128, 32, 2, 0.5
-
-
-# >>> largebatch
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    """Clip by the global norm: squares take the factor's square, and have no part in the norm."""
-    gradients, squares = [], []
-    for group in optimizer.param_groups:
-        found = squares if largebatch.optim.is_shadow_group(group) else gradients
-        found += [p.grad for p in group["params"] if p.grad is not None]
-    factor = float((max_norm / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
-    torch._foreach_mul_(gradients, factor)
-    torch._foreach_mul_(squares, factor**2)
-    # <<<
 
 
 def main(dtype: torch.dtype, out: str | None) -> None:
@@ -71,7 +58,8 @@ def main(dtype: torch.dtype, out: str | None) -> None:
                 accelerator.backward(F.cross_entropy(wrapped(batch_inputs), batch_targets))
                 # >>> largebatch
                 if accelerator.sync_gradients:
-                    clip_gradients(optimizer, MAX_NORM)  # accelerator.clip_grad_norm_ would count squares as gradients
+                    # accelerator.clip_grad_norm_ would count squares as gradients
+                    largebatch.optim.clip_grad_norm_(optimizer, MAX_NORM)
                     optimizer.set_batch(BATCH_SIZE, world_size=world_size)  # which the prepared one does not have
                 # <<<
                 prepared.step()

@@ -3,7 +3,7 @@
     python examples/ddp.py
     torchrun --nproc-per-node 2 examples/ddp.py
 
-19 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
+10 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
 
 Every rank takes its share of the batch, adds up gradients over micro-batches of the summed loss, and divides by what makes
 DDP's average over ranks the mean over the batch. So all samples have one weight, in a last batch of another size too, and
@@ -24,19 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 import largebatch
 
 BATCH_SIZE, MICRO_SIZE, EPOCHS, MAX_NORM = 128, 32, 2, 0.5
-
-
-# >>> largebatch
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    """Clip by the global norm: squares take the factor's square, and have no part in the norm."""
-    gradients, squares = [], []
-    for group in optimizer.param_groups:
-        found = squares if largebatch.optim.is_shadow_group(group) else gradients
-        found += [p.grad for p in group["params"] if p.grad is not None]
-    factor = float((max_norm / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
-    torch._foreach_mul_(gradients, factor)
-    torch._foreach_mul_(squares, factor**2)
-    # <<<
 
 
 def main(dtype: torch.dtype, out: str | None) -> None:
@@ -71,7 +58,7 @@ def main(dtype: torch.dtype, out: str | None) -> None:
                     loss = F.cross_entropy(wrapped(inputs[chosen]), targets[chosen], reduction="sum")
                     (loss * world_size / len(batch)).backward()
             # >>> largebatch
-            clip_gradients(optimizer, MAX_NORM)
+            largebatch.optim.clip_grad_norm_(optimizer, MAX_NORM)
             optimizer.set_batch(len(batch), world_size=world_size)
             # <<<
             optimizer.step()

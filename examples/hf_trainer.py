@@ -3,7 +3,7 @@
     python examples/hf_trainer.py
     torchrun --nproc-per-node 2 examples/hf_trainer.py
 
-37 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
+31 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
 
 The Trainer averages the loss over micro-batches and ranks, also in an epoch's last update, which may have fewer of them.
 With ``dataloader_drop_last`` all micro-batches are full, so that all samples of an update have one weight; without it the
@@ -74,14 +74,8 @@ class LargeBatch(TrainerCallback):
         self.micro_batches += 1
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Clip by the global norm: squares take the factor's square, and have no part in the norm."""
-        gradients, squares = [], []
-        for group in self.optimizer.param_groups:
-            found = squares if largebatch.optim.is_shadow_group(group) else gradients
-            found += [p.grad for p in group["params"] if p.grad is not None]
-        factor = float((self.max_norm / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
-        torch._foreach_mul_(gradients, factor)
-        torch._foreach_mul_(squares, factor**2)
+        """Clip, and say what the gradients are means of."""
+        largebatch.optim.clip_grad_norm_(self.optimizer, self.max_norm)
         batch_size = (self.micro_batches + 1) * args.train_batch_size * args.world_size
         self.optimizer.set_batch(batch_size, world_size=args.world_size)
         self.micro_batches = 0

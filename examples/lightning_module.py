@@ -3,7 +3,7 @@
     python examples/lightning_module.py
     torchrun --nproc-per-node 2 examples/lightning_module.py
 
-34 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
+27 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
 
 Lightning divides losses by ``accumulate_grad_batches``, also in an epoch's last update, which may have fewer of them: the
 callback makes that the mean over the samples there are. ``drop_last`` keeps the micro-batches full, so that all samples
@@ -47,16 +47,9 @@ class LargeBatch(lightning.Callback):
         self.micro_batches += 1
 
     def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Make gradients a mean and clip it by its norm: squares take the factor's square, and no part in the norm."""
-        gradients, squares = [], []
-        for group in optimizer.param_groups:
-            found = squares if largebatch.optim.is_shadow_group(group) else gradients
-            found += [p.grad for p in group["params"] if p.grad is not None]
+        """Make gradients the mean over the batch, clip them, and say what they are means of."""
         mean = trainer.accumulate_grad_batches / self.micro_batches
-        norm = mean * float(torch.nn.utils.get_total_norm(gradients))
-        factor = mean * min(1.0, self.max_norm / (norm + 1e-6))
-        torch._foreach_mul_(gradients, factor)
-        torch._foreach_mul_(squares, factor**2)
+        largebatch.optim.clip_grad_norm_(optimizer, self.max_norm, factor=mean)
         batch_size = self.micro_batches * self.micro_size * trainer.world_size
         optimizer.set_batch(batch_size, world_size=trainer.world_size)
         self.micro_batches = 0

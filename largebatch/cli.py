@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from largebatch.section import UserError
+from largebatch.section import LostRankError, UserError
 
 EXIT_CODES = {"finished": 0, "damaged": 1, "diverged": 3, "unsaved": 4, "preempted": 75, "interrupted": 130, "lost": 5}
 
@@ -66,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return EXIT_CODES["interrupted"]
-    except RuntimeError as error:
-        if type(error).__name__ != "LostRankError":  # by name: torch takes seconds to import
-            raise
+    except LostRankError as error:
         print(f"largebatch: error: rank {os.environ.get('RANK', '0')} stops: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODES["lost"])  # threads that wait for the lost rank would keep the process
 

@@ -30,11 +30,10 @@ ALLOWED_CHANGES = (
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint to continue from, its state.json, and what its user should know."""
+    """A checkpoint to continue from, and its state.json."""
 
     path: Path
     state: dict[str, Any]
-    notes: tuple[str, ...] = ()
 
 
 def run_folder_of(resume: str) -> Path:

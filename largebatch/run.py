@@ -18,7 +18,7 @@ from largebatch.checkpoint import CheckpointFolder, locked, replace_text
 from largebatch.config import AdaptiveBase, Run
 from largebatch.data import Source
 from largebatch.data.sampler import effective_micro_batches
-from largebatch.distributed import Backend, LostRankError, Ranks, create_backend, is_communication, launched_ranks
+from largebatch.distributed import Backend, Ranks, create_backend, is_communication, launched_ranks
 from largebatch.distributed.saving import cause_of
 from largebatch.distributed.state import export_weights
 from largebatch.models import norm_group_size
@@ -27,7 +27,7 @@ from largebatch.plot import plot_run
 from largebatch.report import create_progress, reference_table, stage_table, summary_table
 from largebatch.resume import Found, choose_checkpoint
 from largebatch.schedules import Warmup
-from largebatch.section import UserError
+from largebatch.section import LostRankError, UserError
 from largebatch.task import Task
 from largebatch.tracking import Observers, check_trackers, create_trackers
 from largebatch.trainer import Summary, Trainer

@@ -27,6 +27,10 @@ class UserError(ValueError):
     everywhere = True
 
 
+class LostRankError(RuntimeError):
+    """The ranks can no longer reach each other; the message names those that are missing or failed first."""
+
+
 class Section(BaseModel):
     """One section of a config. Unknown keys are refused; attribute docstrings become the command-line help."""
 

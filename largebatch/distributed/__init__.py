@@ -10,13 +10,12 @@ from largebatch.distributed.backend import (
     launched_ranks,
 )
 from largebatch.distributed.saving import CheckpointWriter
-from largebatch.distributed.watch import LostRankError, is_communication
+from largebatch.distributed.watch import is_communication
 
 __all__ = [
     "Backend",
     "BackendConfig",
     "CheckpointWriter",
-    "LostRankError",
     "NonFiniteError",
     "Precision",
     "Ranks",

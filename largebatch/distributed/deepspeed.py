@@ -28,8 +28,8 @@ from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.partitions import PARAMETER, Partitions
 from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_into, read_tensors, tensor_metadata
-from largebatch.moments import is_shadow, shadows
-from largebatch.optim import LAMB, LARS, is_shadow_group
+from largebatch.moments import check_statistics, is_shadow
+from largebatch.optim import LAMB, LARS, is_shadow_group, scale_gradients
 from largebatch.section import UserError
 
 # Compiling takes a minute or two; a lock of this age is nobody's.
@@ -134,7 +134,6 @@ class DeepSpeed(Engine):
         named = [(name, parameter) for name, parameter in model.named_parameters() if not is_shadow(parameter)]
         self.names = {parameter: name for name, parameter in named if parameter in self.partitions.shapes}
         self.frozen = {name: parameter for name, parameter in named if parameter not in self.partitions.shapes}
-        self.shadow_of = shadows(model)
         self.by_size: dict[int, list[nn.Parameter]] = {}
         for _, parameter in named if self.stage == 3 else ():
             self.by_size.setdefault(parameter.ds_numel, []).append(parameter)  # type: ignore[attr-defined]
@@ -171,11 +170,11 @@ class DeepSpeed(Engine):
         grads = [tensor for part, of_shadows in parts if not of_shadows for tensor in part]
         squares = [tensor for part, of_shadows in parts if of_shadows for tensor in part]
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
-        _scale(grads, squares, 1.0 / scale)
+        scale_gradients(grads, squares, 1.0 / scale)
         norm = float(self.gradient_norm(grads))
         finite = norm - norm == 0.0
         if finite and max_grad_norm is not None:
-            _scale(grads, squares, min(1.0, max_grad_norm / (norm + 1e-6)))
+            scale_gradients(grads, squares, min(1.0, max_grad_norm / (norm + 1e-6)))
         applied = self._apply(finite)
         if not applied:
             self.check_losses(self.client or optimizer)
@@ -214,24 +213,12 @@ class DeepSpeed(Engine):
         self.scaler.update(scale)
 
     def check_statistics(self, model: nn.Module) -> None:
-        """Raise if a parameter has a gradient and no statistic; between backward and step.
+        """Refuse a parameter of a tracked model that has a gradient and no statistic; between backward and step.
 
-        Raises:
-            UserError: naming every such parameter.
+        Where one process says nothing, an option of DeepSpeed has replaced the operation.
         """
         found = self.partitions.has_gradient()
-        missing = [
-            name
-            for parameter, name in self.names.items()
-            if found[parameter] and not (name in self.shadow_of and found[self.shadow_of[name]])
-        ]
-        if missing:
-            listed = "', '".join(missing[:8]) + ("', ..." if len(missing) > 8 else "'")
-            raise UserError(
-                f"no second-moment statistic for '{listed}, which got a gradient under {self.name}: an option of "
-                "DeepSpeed may have replaced the operation; leave it out of backend.ds_config, or see whether one process "
-                "with --backend.name ddp says the same"
-            )
+        check_statistics(model, lambda parameter: found.get(parameter, False))
 
     def full_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield each trained parameter's name and its whole tensors, on the processor; every rank takes part.
@@ -347,15 +334,6 @@ def _restore(saved: Tensor | tuple[nn.Parameter, torch.Size, tuple[int, ...]]) -
     if whole.numel() == 0:
         raise RuntimeError(f"ZeRO-3 has not gathered a weight of {size.numel()} elements for the backward pass")
     return whole.as_strided(size, stride, whole.storage_offset())
-
-
-def _scale(grads: list[Tensor], squares: list[Tensor], factor: float) -> None:
-    """Multiply gradients by a factor, and squares by its square."""
-    if factor == 1.0:
-        return
-    torch._foreach_mul_(grads, factor)
-    for _ in range(2 if squares else 0):  # one after the other: the square of fp16's loss scale leaves float32's digits
-        torch._foreach_mul_(squares, factor)
 
 
 def _refuse_stale_lock() -> None:

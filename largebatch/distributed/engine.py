@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,12 +17,12 @@ from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
 from largebatch.distributed.watch import RankWatch, open_group
 from largebatch.moments import check_statistics
-from largebatch.optim import is_shadow_group
+from largebatch.optim import gradients_and_squares, scale_gradients
 
 SCALER = "engine.scaler."  # what fp16's loss scaling has come to, in a checkpoint
 
 
-class Engine:
+class Engine(ABC):
     """The part of a `Backend` that does not depend on how the model is wrapped.
 
     An engine gives `prepare` and `accumulate`; one that averages gradients over ranks by itself, with every rank holding
@@ -65,17 +66,17 @@ class Engine:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return f"{self.name}, {self.world_size} x {device}, {self.precision}"
 
+    @abstractmethod
     def prepare(
         self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def accumulate(self, sync: bool) -> AbstractContextManager[Any]:
         """Return the context of one micro-batch's forward and backward pass; gradients are reduced where ``sync``."""
-        raise NotImplementedError
 
-    def set_squares_due(self, due: bool) -> None:
+    def set_squares_due(self, due: bool) -> None:  # noqa: B027  optional for an engine
         """Say whether tracked squares are reduced in the coming update; an engine that always does has no use for it."""
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -100,10 +101,7 @@ class Engine:
         if not finite:
             self.check_losses(optimizer)
         elif max_grad_norm is not None:
-            factor = min(1.0, max_grad_norm / (norm + 1e-6))
-            torch._foreach_mul_(grads, factor)
-            if squares:
-                torch._foreach_mul_(squares, factor**2)
+            scale_gradients(grads, squares, min(1.0, max_grad_norm / (norm + 1e-6)))
         self.update(optimizer)
         optimizer.zero_grad()
         self.losses_finite.fill_(True)
@@ -113,10 +111,7 @@ class Engine:
         """Return the gradients and the squares that this rank holds, freed of the loss scale."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
-        found: dict[bool, list[Tensor]] = {False: [], True: []}
-        for group in optimizer.param_groups:
-            found[is_shadow_group(group)] += [self.local(p.grad) for p in group["params"] if p.grad is not None]
-        grads, squares = found[False], found[True]
+        grads, squares = ([self.local(gradient) for gradient in found] for found in gradients_and_squares(optimizer))
         if squares and self.scaler.is_enabled():
             # unscale_ has divided everything once; squares carry the square of the scale.
             torch._foreach_div_(squares, self.scaler.get_scale())
@@ -179,7 +174,11 @@ class Engine:
 
     def check_statistics(self, model: nn.Module) -> None:
         """Refuse a parameter of a tracked model that has a gradient and no statistic; after a backward pass."""
-        check_statistics(model)
+        check_statistics(model, self.has_gradient)
+
+    def has_gradient(self, parameter: nn.Parameter) -> bool:
+        """Return whether a gradient, or a sum of squares, has an element other than zero, on whatever rank."""
+        return parameter.grad is not None and bool(self.local(parameter.grad).any())
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return model and optimizer by name for a checkpoint, as `distributed.state` spells it; every rank takes part."""

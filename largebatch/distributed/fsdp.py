@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from largebatch.distributed.backend import Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.gathering import gather_in, gather_nothing
-from largebatch.moments import check_statistics, shadows
+from largebatch.moments import shadows
 from largebatch.section import UserError, nearest
 
 
@@ -96,9 +96,9 @@ class FullyShard(Engine):
         self.wrapper.set_requires_gradient_sync(sync)
         yield
 
-    def check_statistics(self, model: nn.Module) -> None:
-        """Refuse a parameter of a tracked model that has a gradient and no statistic, on every rank alike."""
-        check_statistics(model, lambda gradient: not bool(self.sum(self.local(gradient).count_nonzero())))
+    def has_gradient(self, parameter: nn.Parameter) -> bool:
+        """Return whether a gradient, or a sum of squares, has an element other than zero, on whatever rank."""
+        return parameter.grad is not None and bool(self.sum(self.local(parameter.grad).count_nonzero()))
 
     def local(self, gradient: Tensor) -> Tensor:
         """Return this rank's part of a gradient, sharing its memory."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,11 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGr
 
 def tensor_metadata(path: Path) -> dict[str, TensorStorageMetadata]:
     """Return shape and dtype of every tensor in a checkpoint, by name."""
+    return dict(_tensor_metadata(path, (path / ".metadata").stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=1)  # asked for again and again while one checkpoint is read
+def _tensor_metadata(path: Path, _: int) -> dict[str, TensorStorageMetadata]:
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from largebatch.section import LostRankError
+
 # How long a rank that has failed waits for the others' accounts. Launchers kill what is left of a job 30 s after a failure.
 GRACE_SECONDS = 5.0
 
@@ -36,10 +38,6 @@ _SIGNS = (
     "Broken pipe",
     "NCCL",
 )
-
-
-class LostRankError(RuntimeError):
-    """The ranks can no longer reach each other; the message names those that are missing or failed first."""
 
 
 def short_cause(text: str) -> str:

@@ -223,16 +223,16 @@ def grad_sample_sq(model: nn.Module, batch_size: int, world_size: int = 1) -> di
     return {name: shadow.grad * scale for name, shadow in shadows(model).items() if shadow.grad is not None}
 
 
-def _is_zero(gradient: Tensor) -> bool:
-    return not bool(gradient.any())
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
 
 
-def check_statistics(model: nn.Module, is_zero: Callable[[Tensor], bool] = _is_zero) -> None:
+def check_statistics(model: nn.Module, has_gradient: Callable[[nn.Parameter], bool] = _has_gradient) -> None:
     """Raise if a parameter has a gradient and no statistic.
 
     Args:
         model: tracked, after a backward pass.
-        is_zero: whether no element of a gradient differs from 0, over all ranks where each holds a part.
+        has_gradient: whether an element of a parameter's gradient differs from 0, over all ranks where each holds a part.
 
     Raises:
         UserError: naming every such parameter and the way out.
@@ -240,10 +240,10 @@ def check_statistics(model: nn.Module, is_zero: Callable[[Tensor], bool] = _is_z
     tracked = {name: shadow for name, _, shadow in _pairs(model)}
     missing = []
     for name, parameter in model.named_parameters():
-        if is_shadow(parameter) or parameter.grad is None or is_zero(parameter.grad):
+        if is_shadow(parameter) or not has_gradient(parameter):
             continue
         shadow = tracked.get(name)
-        if shadow is None or shadow.grad is None or is_zero(shadow.grad):
+        if shadow is None or not has_gradient(shadow):
             missing.append(name)
     if missing:
         listed = "', '".join(missing[:8]) + ("', ..." if len(missing) > 8 else "'")

@@ -1,7 +1,14 @@
 """Optimizers: what torch.optim lacks, on its interface. None of them knows of torch.distributed."""
 
 from largebatch.optim.adaptive import Adagrad, Adam, AdamW, RMSProp
-from largebatch.optim.groups import is_shadow_group, param_groups, set_hyperparameters
+from largebatch.optim.groups import (
+    clip_grad_norm_,
+    gradients_and_squares,
+    is_shadow_group,
+    param_groups,
+    scale_gradients,
+    set_hyperparameters,
+)
 from largebatch.optim.layerwise import LAMB, LARS
 from largebatch.optim.quench import Quench
 from largebatch.optim.sgd import SGD
@@ -15,7 +22,10 @@ __all__ = [
     "AdamW",
     "Quench",
     "RMSProp",
+    "clip_grad_norm_",
+    "gradients_and_squares",
     "is_shadow_group",
     "param_groups",
+    "scale_gradients",
     "set_hyperparameters",
 ]

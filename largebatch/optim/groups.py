@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from largebatch.moments import is_shadow, shadows
 
@@ -42,6 +42,43 @@ def param_groups(
 def is_shadow_group(group: Mapping[str, Any]) -> bool:
     """Return whether a group holds shadows, which are never updated, clipped or counted."""
     return group.get("role") == "shadow"
+
+
+def gradients_and_squares(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of an optimizer's parameters, and those of their shadows, which are sums of squares."""
+    gradients: list[Tensor] = []
+    squares: list[Tensor] = []
+    for group in optimizer.param_groups:
+        found = squares if is_shadow_group(group) else gradients
+        found += [p.grad for p in group["params"] if p.grad is not None]
+    return gradients, squares
+
+
+@torch.no_grad()
+def scale_gradients(gradients: list[Tensor], squares: list[Tensor], factor: float) -> None:
+    """Multiply gradients by a factor and sums of squares by its square, in place."""
+    if factor == 1.0:
+        return
+    torch._foreach_mul_(gradients, factor)
+    for _ in range(2 if squares else 0):  # one after the other: the square of fp16's loss scale leaves float32's digits
+        torch._foreach_mul_(squares, factor)
+
+
+def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float, factor: float = 1.0) -> float:
+    """Clip the gradients of an optimizer by their global norm, and their squares with them; return the norm before.
+
+    For a training loop of one's own: `torch.nn.utils.clip_grad_norm_` over `model.parameters()`, or a framework's own clipping,
+    takes the squares of a tracked model for gradients. Call it after backward and reduction.
+
+    Args:
+        optimizer: over `param_groups` of a model, tracked or not; every rank holds whole gradients.
+        max_norm: largest norm that is left as it is.
+        factor: what gradients are multiplied by first, where they are not yet the mean over the batch.
+    """
+    gradients, squares = gradients_and_squares(optimizer)
+    norm = factor * float(torch.nn.utils.get_total_norm(gradients))
+    scale_gradients(gradients, squares, factor * min(1.0, max_norm / (norm + 1e-6)))
+    return norm
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
