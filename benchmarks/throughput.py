@@ -27,7 +27,8 @@ from largebatch.config import Run
 from largebatch.config_file import check_config
 from largebatch.data import Source, TensorSamples
 from largebatch.distributed import Backend, create_backend, launched_ranks
-from largebatch.run import build_model, build_plan
+from largebatch.planning import build_plan
+from largebatch.run import build_model
 from largebatch.task import Task
 from largebatch.tracking import JsonLines
 from largebatch.trainer import Trainer

@@ -105,12 +105,11 @@ def _main(arguments: list[str]) -> int:
         console.print(describe_settings(run), highlight=False)
         return 0
     if known.command == "plan":
-        from largebatch.run import describe_plan
+        from largebatch.planning import describe_plan, say_warnings
 
         if known.world_size < 1:
             raise UserError(f"--world-size: expected at least 1 rank, got {known.world_size}")
-        for warning in warnings:
-            console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        say_warnings(console, warnings)
         describe_plan(run, known.world_size, console)
         return 0
 

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from largebatch.plan import Plan
 from largebatch.scaling import noise_scale, temperature
+from largebatch.tracking import Row
 
-Row = dict[str, Any]
 NAMES = {
     "batch_size": "batch size",
     "lr": "learning rate",

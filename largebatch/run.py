@@ -1,4 +1,4 @@
-"""From a config to a result: the plan of a run, and the run itself."""
+"""From a config to a result."""
 
 from __future__ import annotations
 
@@ -15,179 +15,28 @@ from rich.console import Console
 from torch import nn
 
 from largebatch.checkpoint import CheckpointFolder, locked, replace_text
-from largebatch.config import AdaptiveBase, Run
+from largebatch.config import Run
 from largebatch.data import Source
-from largebatch.data.sampler import effective_micro_batches
 from largebatch.distributed import Backend, Ranks, create_backend, is_communication, launched_ranks
 from largebatch.distributed.saving import cause_of
 from largebatch.distributed.state import export_weights
 from largebatch.models import norm_group_size
 from largebatch.plan import Plan
+from largebatch.planning import build_plan, say_plan, say_warnings
 from largebatch.plot import plot_run
-from largebatch.report import create_progress, reference_table, stage_table, summary_table
+from largebatch.progress import Summary
+from largebatch.report import create_progress, summary_table
 from largebatch.resume import Found, choose_checkpoint
-from largebatch.schedules import Warmup
 from largebatch.section import LostRankError, UserError
 from largebatch.task import Task
 from largebatch.tracking import Observers, check_trackers, create_trackers
-from largebatch.trainer import Summary, Trainer
+from largebatch.trainer import Trainer
 
 
 def build_model(run: Run, task: Task) -> nn.Module:
     """Return the model with initial weights that depend on the seed alone, the same on every rank."""
     torch.manual_seed(run.seed)
     return run.model.build(task)
-
-
-def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 1) -> tuple[Plan, list[str]]:
-    """Return the plan of a run, and what its user should know.
-
-    Args:
-        run: the config.
-        num_train: samples in the training set.
-        world_size: ranks.
-        group_size: samples that a normalisation layer takes its statistics over; batches are multiples of it.
-
-    Raises:
-        UserError: if the batch sizes cannot be had on these ranks, with the nearest that can.
-    """
-    reference = run.reference()
-    if run.schedule.total_samples(num_train) < 1:
-        raise UserError(
-            f"schedule.epochs: {run.schedule.epochs:g} epochs of {num_train} samples are less than one sample"
-        )
-    if run.scaling.rule == "sqrt" and (
-        run.optimizer.name == "adagrad" or getattr(run.optimizer, "exponent", 0.5) != 0.5
-    ):
-        raise UserError(
-            f"scaling.rule: sqrt holds for a root of a running average of squares, which {run.optimizer.name} "
-            "as configured does not divide by; use linear with optimizer.second_moment sample"
-        )
-    _check_batches(run, num_train, world_size, group_size)
-    schedule = run.schedule.build(num_train)
-    size, realize = run.batch.size, run.schedule.realize
-    if realize != "lr":
-        if run.scaling.rule == "none":
-            raise UserError(f"schedule.realize: '{realize}' needs a scaling.rule (linear or sqrt), got none")
-        total = run.schedule.total_samples(num_train)
-        if realize == "batch_then_lr" and run.batch.max_size is None:
-            raise UserError("batch.max_size: missing; schedule.realize batch_then_lr grows the batch up to it")
-        lowest = schedule(total - 1)
-        if run.batch.max_size is None and (lowest <= 0 or size / lowest > num_train):
-            raise UserError(
-                f"schedule.realize: the batch would grow past the {num_train} training samples; "
-                "set batch.max_size with batch_then_lr, or raise the schedule's final factor"
-            )
-    if run.backend.squares_every > 1 and (run.optimizer.max_grad_norm is not None or run.precision == "fp16"):
-        reason = "optimizer.max_grad_norm" if run.optimizer.max_grad_norm is not None else "precision fp16"
-        raise UserError(f"backend.squares_every: squares add up over updates, which {reason} scales one by one; use 1")
-    if run.backend.squares_every > 1 and run.optimizer.non_finite == "skip":
-        raise UserError(
-            "backend.squares_every: squares add up over updates, from which those of a skipped one cannot be taken out "
-            "(optimizer.non_finite skip); use 1"
-        )
-    if run.tracked() == "micro_batch":
-        units = effective_micro_batches(size, world_size, run.batch.micro_size, group_size)
-        if units < 2:
-            raise UserError(
-                "optimizer.second_moment: micro_batch needs 2 micro-batches of an update or more over all ranks; "
-                f"set batch.micro_size to at most {max(group_size, size // world_size // 2)}"
-            )
-    gain = reference.at(size)["lr"] / reference.lr
-    start = run.warmup.start if run.warmup.start is not None else min(1.0, 1.0 / gain)
-    if run.warmup.name != "none" and run.warmup.epochs == 0:
-        raise UserError(f"warmup.epochs: '{run.warmup.name}' needs a length > 0, got 0")
-    plan = Plan(
-        reference,
-        size,
-        run.schedule.total_samples(num_train),
-        num_train,
-        schedule,
-        Warmup(run.warmup.name, round(run.warmup.epochs * num_train), start),
-        realize,
-        run.batch.max_size if realize != "lr" else None,
-        group_size,
-        run.batch.at_epoch_end,
-    )
-    return plan, _warnings(run, plan, world_size)
-
-
-def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -> None:
-    """Refuse batch sizes that do not fit, with the nearest that does."""
-    step = group_size
-    for key, size in (("batch.size", run.batch.size), ("batch.max_size", run.batch.max_size)):
-        if size is None:
-            continue
-        least = step * world_size
-        most = num_train // step * step
-        nearest = min(max(round(size / step) * step, least), most)
-        if least > most:
-            raise UserError(
-                f"torchrun: {world_size} ranks need {least} samples an update; there are {num_train} to train on"
-            )
-        if size % step:
-            raise UserError(
-                f"{key}: expected a multiple of the norm's group of {step} samples, got {size}; try {nearest}"
-            )
-        if size < least:
-            raise UserError(
-                f"{key}: {size} cannot be split over {world_size} ranks of at least {step}; the nearest is {nearest}"
-            )
-        if size > most:
-            raise UserError(f"{key}: {size} is more than the {num_train} training samples; the nearest is {nearest}")
-    micro = run.batch.micro_size
-    if micro is not None and micro % step:
-        nearest = max(step, round(micro / step) * step)
-        raise UserError(
-            f"batch.micro_size: expected a multiple of the norm's group of {step} samples, got {micro}; try {nearest}"
-        )
-    if run.batch.max_size is not None and run.batch.max_size < run.batch.size:
-        raise UserError(f"batch.max_size: expected at least batch.size {run.batch.size}, got {run.batch.max_size}")
-
-
-def _warnings(run: Run, plan: Plan, world_size: int) -> list[str]:
-    """Return what does not stop a run, but should be known before it is paid for."""
-    found = []
-    kappa = run.batch.size / run.batch.reference_size
-    if run.batch.max_size is not None and run.schedule.realize == "lr":
-        found.append("batch.max_size is not used: schedule.realize is lr, so the batch does not grow")
-    if run.warmup.name == "none" and (run.warmup.epochs or run.warmup.start is not None):
-        found.append("warmup.epochs and warmup.start are not used: warmup.name is none")
-    if run.warmup.name != "none" and run.warmup.epochs >= run.schedule.epochs:
-        found.append(f"the warm-up ({run.warmup.epochs:g} epochs) fills the whole run ({run.schedule.epochs:g} epochs)")
-    if run.warmup.name != "none" and plan.warmup.start == 1.0:
-        found.append(
-            "the warm-up starts at the full learning rate, which is not above the reference's: it does nothing"
-        )
-    momentum = getattr(run.optimizer, "momentum", 0.0) or getattr(run.optimizer, "betas", (0.0,))[0]
-    if run.batch.at_epoch_end == "cut" and momentum and getattr(run.optimizer, "form", "") != "velocity":
-        found.append(
-            "batch.at_epoch_end cut: the mean gradient of an epoch's smaller last batch stays in the running average with "
-            "the weight of a full one; optimizer.form velocity, or carry, gives every sample the same weight"
-        )
-    largest, num_train = max(stage.batch_size for stage in plan.stages()), plan.samples_per_epoch
-    if run.batch.micro_size is not None and run.batch.micro_size > -(-largest // world_size):
-        found.append(
-            f"batch.micro_size {run.batch.micro_size} is not used: no rank has more than {-(-largest // world_size)} samples "
-            "of an update"
-        )
-    if largest > num_train / 10:
-        found.append(
-            f"batch size {largest:,} is more than a tenth of the {num_train:,} training samples: "
-            "updates are few and the linear rule tends to break there (Smith et al. 2018)"
-        )
-    if kappa > 1 and run.scaling.rule == "linear" and isinstance(run.optimizer, AdaptiveBase) and not run.tracked():
-        found.append(
-            f"the second moment of {run.optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
-            "keep the update's size; optimizer.second_moment sample does"
-        )
-    if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
-        found.append("backend.squares_every and squares_dtype are not used: no squares are tracked")
-    if run.scaling.rule == "none" and kappa != 1:
-        found.append(
-            f"scaling.rule none: lr {run.optimizer.lr:g} is kept although the batch is {kappa:g} times the reference"
-        )
-    return found
 
 
 @dataclass
@@ -260,8 +109,7 @@ def train(
     check_trackers(run.log)
     source = run.data.load(run.seed) if source is None else source
     model = build_model(run, source.task)
-    group_size = norm_group_size(model)
-    plan, plan_warnings = build_plan(run, len(source.train), ranks.world_size, group_size)
+    plan, plan_warnings = build_plan(run, len(source.train), ranks.world_size, norm_group_size(model))
     try:
         backend = create_backend(run.backend, run.precision, ranks)
     except UserError as error:
@@ -280,9 +128,11 @@ def train(
                 held.enter_context(locked(folder_here))
             found, notes = _agree_on_checkpoint(run, folder, resume, len(source.train), backend)
             if console is not None:
-                _say_start(console, run, source, model, plan, backend.describe(), ranks.world_size, group_size)
-                for warning in (*warnings, *plan_warnings, *notes):
-                    console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+                data = (
+                    f"{len(source.train):,} training and {len(source.val):,} validation samples; {backend.describe()}"
+                )
+                say_plan(console, run, model, plan, data, ranks.world_size)
+                say_warnings(console, (*warnings, *plan_warnings, *notes))
             trainer = Trainer(run, source, model, plan, backend, observers, folder, found)
             done = trainer.progress.samples_seen
             if folder_here is not None:
@@ -407,64 +257,3 @@ def _write_config(folder: Path, run: Run) -> None:
         replace_text(folder / "config.yaml", run.to_yaml())
     except OSError as error:
         raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
-
-
-def _say_start(
-    console: Console,
-    run: Run,
-    source: Source,
-    model: nn.Module,
-    plan: Plan,
-    devices: str,
-    world_size: int,
-    group_size: int,
-) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    console.print(
-        f"[bold]{run.model.name}[/bold], {parameters:,} parameters, on [bold]{run.data.name}[/bold], "
-        f"{len(source.train):,} training and {len(source.val):,} validation samples; {devices}",
-        highlight=False,
-    )
-    console.print(reference_table(plan, run.tracked()), stage_table(plan, world_size, run.batch.micro_size, group_size))
-
-
-def _data_sizes(run: Run) -> tuple[int, Task, str]:
-    """Return training samples, task, and a word on where they come from: the data, or what is published of it.
-
-    Raises:
-        UserError: if the data is not there, and nothing is known of it.
-    """
-    try:
-        source = run.data.load(run.seed)
-    except UserError:
-        declared = run.data.declared() if hasattr(run.data, "declared") else None
-        if declared is None:
-            raise
-        return *declared, " (as published; the data is not at hand)"
-    return len(source.train), source.task, ""
-
-
-def describe_plan(run: Run, world_size: int, console: Console) -> None:
-    """Print the plan of a run without training it.
-
-    Raises:
-        UserError: for what the user can mend.
-    """
-    num_train, task, where = _data_sizes(run)
-    with torch.device("meta"):
-        model = run.model.build(task)
-    group_size = norm_group_size(model)
-    plan, warnings = build_plan(run, num_train, world_size, group_size)
-    console.print(
-        f"[bold]{run.model.name}[/bold], {sum(p.numel() for p in model.parameters()):,} parameters, on "
-        f"[bold]{run.data.name}[/bold], {num_train:,} training samples{where}",
-        highlight=False,
-    )
-    console.print(reference_table(plan, run.tracked()), stage_table(plan, world_size, run.batch.micro_size, group_size))
-    verdict = "satisfies" if plan.schedule.robbins_monro else "does not satisfy"
-    console.print(
-        f"schedule '{run.schedule.name}' {verdict} the classical conditions for convergence: {plan.schedule.why}",
-        highlight=False,
-    )
-    for warning in warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)

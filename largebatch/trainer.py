@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from largebatch.checkpoint import CheckpointFolder, samples_of
 from largebatch.config import Run
 from largebatch.data import Source
-from largebatch.data.loader import MicroBatch, TrainLoader, evaluation_batches
+from largebatch.data.loader import MicroBatch, TrainLoader
 from largebatch.data.sampler import PlanSampler, effective_micro_batches
 from largebatch.distributed import Backend, CheckpointWriter, NonFiniteError, is_communication
 from largebatch.distributed.state import (
@@ -28,122 +27,19 @@ from largebatch.distributed.state import (
     read_tensors,
     tensor_metadata,
 )
+from largebatch.evaluation import evaluate
 from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
 from largebatch.moments import track
 from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.plan import Plan
+from largebatch.progress import Observer, Progress, Row, Standing, Summary
 from largebatch.resume import Found, find_checkpoint
 from largebatch.scaling import temperature
 from largebatch.section import UserError
-from largebatch.stopping import REASONS, Reason, StopRequest
+from largebatch.stopping import Agreement, Reason, StopRequest
 
-Row = dict[str, Any]
-
-# Ranks ask each other about this often whether to stop or to save: a signal reaches one of them.
-AGREE_SECONDS = 0.5
 # Updates skipped in a row, and returns to a checkpoint in a run, after which it is not bad luck.
 MOST_SKIPS, MOST_ROLLBACKS = 20, 10
-
-
-class Observer(Protocol):
-    """Whoever wants to see the rows of a run: metrics.jsonl, a progress bar, a tracker."""
-
-    def log(self, row: Row) -> None:
-        """Take a row: an update's (it has a loss), an evaluation's (a val_loss), or what happened (an event)."""
-        ...
-
-    def sync(self) -> None:
-        """See that the rows so far are on the disk."""
-        ...
-
-    def rewind(self, samples: int) -> None:
-        """Forget the rows after so many samples: the run continues from there."""
-        ...
-
-    def close(self) -> None:
-        """Finish."""
-        ...
-
-
-@dataclass
-class Summary:
-    """What a run came to.
-
-    Args:
-        status: ``finished``; ``preempted`` by a signal or its time limit; ``interrupted``; ``diverged`` at a non-finite
-            gradient; ``unsaved`` where it finished and its last state could not be written.
-        updates: optimizer steps.
-        samples: samples seen.
-        epochs: the same in epochs.
-        seconds: wall time, evaluation included, over all parts of a resumed run.
-        samples_per_second: training throughput over all ranks, evaluation left out.
-        world_size: number of ranks.
-        skipped: updates left out at a non-finite gradient.
-        rollbacks: returns to a checkpoint at a non-finite gradient.
-        loss: training loss of the last logged updates.
-        val_loss: of the last evaluation.
-        val_accuracy: of the last evaluation, in [0, 1]; None where there is no such thing.
-        best_val_accuracy: of all evaluations.
-        message: why it did not finish.
-        stopped_by: what asked for the stop of a preempted run.
-    """
-
-    status: str = "finished"
-    updates: int = 0
-    samples: int = 0
-    epochs: float = 0.0
-    seconds: float = 0.0
-    samples_per_second: float = 0.0
-    world_size: int = 1
-    skipped: int = 0
-    rollbacks: int = 0
-    loss: float | None = None
-    val_loss: float | None = None
-    val_accuracy: float | None = None
-    best_val_accuracy: float | None = None
-    message: str | None = None
-    stopped_by: Reason | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields; numbers that JSON has no word for become None."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
-
-
-@dataclass
-class Progress:
-    """Where a run stands; with the weights, the optimizer and the random numbers, all that a checkpoint needs.
-
-    Args:
-        step: updates done.
-        samples_seen: samples they used.
-        skipped: updates among them that were left out at a non-finite gradient.
-        skipped_in_a_row: the last of these.
-        rollbacks: returns to a checkpoint; each continues with another order of the samples.
-        loss_samples: samples whose losses wait for the next row.
-        row_samples: samples seen at the last row.
-        train_seconds: time in updates.
-        seconds: wall time.
-        loss: as in `Summary`.
-        val_loss: as in `Summary`.
-        val_accuracy: as in `Summary`.
-        best_val_accuracy: as in `Summary`.
-        best_val_loss: lowest of all evaluations.
-    """
-
-    step: int = 0
-    samples_seen: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    rollbacks: int = 0
-    loss_samples: int = 0
-    row_samples: int = 0
-    train_seconds: float = 0.0
-    seconds: float = 0.0
-    loss: float | None = None
-    val_loss: float | None = None
-    val_accuracy: float | None = None
-    best_val_accuracy: float | None = None
-    best_val_loss: float | None = None
 
 
 class Diverged(Exception):
@@ -196,7 +92,7 @@ class Trainer:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
         self._save_due, self._best_due = False, False
         self._stopped_by: Reason | None = None
-        self._agreed_at, self._agreed_time, self._agree_next = 0, time.monotonic(), 1
+        self.agreement = Agreement(backend.sum, backend.rank, backend.world_size)
         self._saved_time, self._saved_samples = time.monotonic(), -1
         self._started = time.perf_counter()
         self.writer = self._create_writer() if folder is not None else None
@@ -360,37 +256,9 @@ class Trainer:
         return loss
 
     def evaluate(self) -> Row:
-        """Return the exact mean loss, and accuracy, over the whole validation set.
-
-        Sums and counts are reduced, not means, so that it does not matter how samples fall on ranks.
-        """
-        task, backend = self.source.task, self.backend
-        totals = torch.zeros(3, dtype=torch.float64, device=backend.device)  # loss, correct, samples
-        batches = evaluation_batches(
-            self.source.val,
-            self.run.evaluate.batch_size,
-            backend.rank,
-            backend.world_size,
-            self.run.loader,
-            backend.device,
-            self.dtype,
-        )
-        has_accuracy = task.kind != "regression"
-        self.bare_model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                with backend.autocast():
-                    outputs = self.bare_model(batch.inputs)
-                if batch.num_samples == 0:
-                    continue
-                totals[0] += task.losses(outputs.to(self.dtype), batch.targets).sum(dtype=torch.float64)
-                correct = task.num_correct(outputs, batch.targets)
-                if correct is not None:
-                    totals[1] += correct
-                totals[2] += batch.num_samples
-        self.bare_model.train()
-        loss, correct_sum, count = backend.sum(totals).tolist()
-        return {"val_loss": loss / count} | ({"val_accuracy": correct_sum / count} if has_accuracy else {})
+        """Return the exact mean loss, and accuracy, over the whole validation set."""
+        run = self.run
+        return evaluate(self.bare_model, self.source, self.backend, run.evaluate.batch_size, run.loader, self.dtype)
 
     def save(self) -> None:
         """Begin to write a checkpoint of where the run stands, unless there is one; every rank takes part."""
@@ -439,8 +307,7 @@ class Trainer:
         is_own = self.writer is not None and path.resolve().parent == self.writer.folder.path.resolve()
         self._saved_samples = self.progress.samples_seen if is_own else -1
         self._save_due = not is_own  # a branch has a checkpoint of its own from its beginning
-        self._agreed_at, self._agreed_time = self.progress.step, time.monotonic()
-        self._agree_next = self._agreed_at + 1
+        self.agreement.restart(self.progress.step)
         if self.run.batch.micro_size is None and backend.world_size < state["world_size"]:
             self.micro_size = state["micro_size"]  # what is known to fit a rank
         # Losses that wait for the next row: each rank its own, or the first one all where ranks came or went.
@@ -470,25 +337,12 @@ class Trainer:
             self._stopped_by = reason
 
     def _agree(self) -> Reason | None:
-        """Return why the run should stop, and note whether a checkpoint is due; alike on every rank, asked twice a second."""
-        progress = self.progress
-        if progress.step < self._agree_next:
-            return None
-        now, backend = time.monotonic(), self.backend
-        wishes = torch.zeros(len(REASONS) + 2, dtype=torch.float64)
-        if (reason := self.stop.reason()) is not None:
-            wishes[REASONS.index(reason)] = 1.0
+        """Return why the run should stop, and note whether a checkpoint is due; alike on every rank."""
         every = self.run.checkpoint.every_minutes
-        wishes[-2] = float(backend.rank == 0 and every is not None and now - self._saved_time >= 60.0 * every)
-        wishes[-1] = now - self._agreed_time
-        *reasons, save_due, seconds = backend.sum(wishes).tolist()
-        # All ranks compute the next time alike, from the mean of their clocks.
-        pace = seconds / backend.world_size / max(1, progress.step - self._agreed_at)
-        stopping = any(reasons)
-        waits = 1 if stopping or backend.world_size == 1 else min(max(1, int(AGREE_SECONDS / max(pace, 1e-9))), 1000)
-        self._agreed_at, self._agreed_time, self._agree_next = progress.step, now, progress.step + waits
-        self._save_due = self._save_due or save_due > 0
-        return REASONS[[wish > 0 for wish in reasons].index(True)] if stopping else None
+        overdue = every is not None and time.monotonic() - self._saved_time >= 60.0 * every
+        reason, save_due = self.agreement.ask(self.progress.step, self.stop.reason(), overdue)
+        self._save_due = self._save_due or save_due
+        return reason
 
     def _skips(self, error: NonFiniteError, batch_size: int) -> bool:
         """Deal with a non-finite gradient as the config says: True skips the update, False went back to a checkpoint.
@@ -605,7 +459,7 @@ class Trainer:
     def _summary(self, status: str) -> Summary:
         progress = self.progress
         progress.seconds += time.perf_counter() - self._started
-        shared = {f.name: getattr(progress, f.name) for f in fields(Summary) if hasattr(progress, f.name)}
+        shared = {field.name: getattr(progress, field.name) for field in fields(Standing)}
         return Summary(
             **shared,
             status=status,

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from test_trainer import digits
 
 from largebatch import run as run_module
+from largebatch import stopping
 from largebatch import trainer as trainer_module
 from largebatch.checkpoint import (
     MANIFEST,
@@ -105,13 +106,13 @@ class StopAfter(StopRequest):
 @contextmanager
 def stopping_after(updates):
     """Stop runs after so many updates (about: ranks ask each other from time to time)."""
-    before = trainer_module.StopRequest, trainer_module.AGREE_SECONDS
+    before = trainer_module.StopRequest, stopping.AGREE_SECONDS
     trainer_module.StopRequest = type("Stop", (StopAfter,), {"most": updates})
-    trainer_module.AGREE_SECONDS = 0.0
+    stopping.AGREE_SECONDS = 0.0
     try:
         yield
     finally:
-        trainer_module.StopRequest, trainer_module.AGREE_SECONDS = before
+        trainer_module.StopRequest, stopping.AGREE_SECONDS = before
 
 
 def part_of_run(rank, world_size, run, folder, updates):
@@ -428,7 +429,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 
 def test_the_ranks_agree_soon_after_a_run_was_resumed(tmp_path, monkeypatch):
     """A late resume counts its updates from where it stands, not from 0, when it computes how often to ask."""
-    monkeypatch.setattr(trainer_module, "AGREE_SECONDS", 1e-9)  # ask at each update
+    monkeypatch.setattr(stopping, "AGREE_SECONDS", 1e-9)  # ask at each update
     run = digits(**OFTEN, **{"batch.size": 20})
     part_of_run(0, 1, run, tmp_path / "run", 20)
     resumed = read_state(saved(tmp_path / "run")[-1])["progress"]["step"]
@@ -761,7 +762,7 @@ def test_a_run_that_cannot_go_on_stops_with_its_last_good_state(case, tmp_path):
 
 
 def test_skipping_does_not_go_with_squares_that_add_up():
-    from largebatch.run import build_plan
+    from largebatch.planning import build_plan
 
     with pytest.raises(UserError, match=r"squares_every.*skip"):
         build_plan(digits(**ADAMW, **{"optimizer.non_finite": "skip", "backend.squares_every": 2}), 1438)

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from largebatch.distributed import Ranks, create_backend
 from largebatch.models.gpt import GPT
-from largebatch.run import build_model, build_plan
+from largebatch.planning import build_plan
+from largebatch.run import build_model
 from largebatch.trainer import Trainer
 
 ENGINES = {

@@ -10,8 +10,9 @@ from largebatch.checkpoint import CheckpointFolder, read_state
 from largebatch.config_file import check_config
 from largebatch.distributed import Ranks
 from largebatch.distributed.state import read_tensors, tensor_metadata
+from largebatch.planning import build_plan
 from largebatch.resume import find_checkpoint
-from largebatch.run import build_model, build_plan, train
+from largebatch.run import build_model, train
 from largebatch.tracking import read_metrics
 
 

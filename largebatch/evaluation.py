@@ -1,0 +1,50 @@
+"""Evaluation over ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from largebatch.data import Source
+from largebatch.data.loader import LoaderConfig, evaluation_batches
+from largebatch.distributed import Backend
+
+
+def evaluate(
+    model: nn.Module, source: Source, backend: Backend, batch_size: int, loader: LoaderConfig, dtype: torch.dtype
+) -> dict[str, float]:
+    """Return the exact mean loss, and accuracy, over the whole validation set; every rank takes part.
+
+    Sums and counts are reduced, not means, so that it does not matter how samples fall on ranks.
+
+    Args:
+        model: the model that the engine prepared, not its wrapper; in training mode before and after.
+        source: the validation set, and the task.
+        backend: the engine.
+        batch_size: samples of one forward pass on one rank.
+        loader: workers and prefetch.
+        dtype: of floating-point inputs, and of the outputs that the loss is taken of.
+
+    Returns:
+        ``val_loss``, and ``val_accuracy`` in [0, 1] where the task has one.
+    """
+    task = source.task
+    totals = torch.zeros(3, dtype=torch.float64, device=backend.device)  # loss, correct, samples
+    batches = evaluation_batches(
+        source.val, batch_size, backend.rank, backend.world_size, loader, backend.device, dtype
+    )
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            with backend.autocast():
+                outputs = model(batch.inputs)
+            if batch.num_samples == 0:
+                continue
+            totals[0] += task.losses(outputs.to(dtype), batch.targets).sum(dtype=torch.float64)
+            correct = task.num_correct(outputs, batch.targets)
+            if correct is not None:
+                totals[1] += correct
+            totals[2] += batch.num_samples
+    model.train()
+    loss, correct_sum, count = backend.sum(totals).tolist()
+    return {"val_loss": loss / count} | ({"val_accuracy": correct_sum / count} if task.kind != "regression" else {})
