@@ -1,4 +1,4 @@
-"""The command line: ``largebatch train CONFIG``, ``plan CONFIG``, ``study CONFIG`` and ``inspect PATH``.
+"""The command line: ``largebatch train CONFIG``, ``plan CONFIG``, ``noise CONFIG``, ``study CONFIG`` and ``inspect PATH``.
 
 A user's mistake is one line on standard error and exit code 2. A run that diverged ends with 3, one whose last state could
 not be written with 4, one that lost a rank with 5, an interrupted one with 130, and one that was pre-empted or met its time
@@ -34,9 +34,13 @@ def create_parser() -> Parser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     train = commands.add_parser("train", add_help=False, help="train a config, alone or under torchrun")
-    train.add_argument("config", nargs="?", type=Path)
-    train.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
-    train.add_argument("--resume", default="never", help="auto, never, or a checkpoint or run folder to continue from")
+    noise = commands.add_parser("noise", add_help=False, help="train a config and say which batch size it bears")
+    for command in (train, noise):
+        command.add_argument("config", nargs="?", type=Path)
+        command.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
+        command.add_argument(
+            "--resume", default="never", help="auto, never, or a checkpoint or run folder to continue from"
+        )
     plan = commands.add_parser("plan", add_help=False, help="show what a config would do, without training")
     plan.add_argument("config", nargs="?", type=Path)
     plan.add_argument("--world-size", type=int, default=1, help="ranks to plan for")
@@ -48,7 +52,7 @@ def create_parser() -> Parser:
         "inspect", help="show what is in a run folder or a checkpoint, and whether it is whole"
     )
     inspect.add_argument("path", type=Path)
-    for command in (train, plan, study):
+    for command in (train, noise, plan, study):
         command.add_argument("-h", "--help", action="store_true", help="show this help, with the config's values")
     return parser
 
@@ -98,7 +102,10 @@ def _main(arguments: list[str]) -> int:
     from largebatch.help import describe_settings
     from largebatch.report import create_console
 
-    run, warnings = load_config(known.config, parse_flags(rest))
+    flags = parse_flags(rest)
+    if known.command == "noise":
+        flags["noise.measure"] = True
+    run, warnings = load_config(known.config, flags)
     console = create_console()
     if known.help:
         print(_usage(known.command))
@@ -121,6 +128,10 @@ def _main(arguments: list[str]) -> int:
     begun = run_folder_of(known.resume) if known.resume != "never" else default_folder(known.config.stem)
     folder = known.out or begun
     result = train(run, folder, console, warnings=tuple(warnings), resume=known.resume)
+    if known.command == "noise" and result.folder is not None:
+        from largebatch.report import say_noise
+
+        say_noise(console, result.folder)
     if result.summary.message and result.folder is not None:
         print(f"largebatch: {result.summary.status}: {result.summary.message}", file=sys.stderr)
     if result.summary.stopped_by == "time_limit" and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -134,6 +145,7 @@ def _usage(command: str) -> str:
         "train": "[--out DIR] [--resume auto|never|PATH] [--section.key VALUE ...]",
         "plan": "[--world-size N] [--section.key VALUE ...]",
     }
+    own["noise"] = own["train"]
     own["study"] = "[--out DIR] [--jobs N] [--section.key VALUE ...]"
     lines = [
         f"usage: largebatch {command} CONFIG {own[command]}",

@@ -15,6 +15,7 @@ from largebatch.data import SOURCES
 from largebatch.data.loader import LoaderConfig
 from largebatch.distributed import BackendConfig, Precision
 from largebatch.models import MODELS
+from largebatch.noise import NoiseConfig
 from largebatch.scaling import AveragingRule, LrRule, Reference
 from largebatch.schedule_config import SCHEDULES, ScheduleBase, WarmupConfig
 from largebatch.section import Coefficient, Count, NonNegative, Positive, Section, UserError
@@ -39,6 +40,11 @@ class BatchConfig(Section):
     """Most samples of one forward pass on one rank; the rest is accumulated. None: a rank's whole share at once."""
     at_epoch_end: Literal["carry", "cut"] = "carry"
     """carry: a batch reaches into the next epoch; cut: each epoch ends with a smaller batch, at that batch's own rate."""
+    growth: Literal["schedule", "adaptive"] = "schedule"
+    """schedule: as schedule.realize says; adaptive: doubles and halves with the measured critical batch size, from size up
+    to max_size or a tenth of the training set."""
+    critical_share: Positive = 1.0
+    """adaptive: batch size aimed at, in critical batch sizes."""
 
 
 class OptimizerBase(Section):
@@ -176,7 +182,8 @@ class ScalingConfig(Section):
     """How hyper-parameters follow the batch size. For coefficients: keep, half_life, length, or a number."""
 
     rule: LrRule = "linear"
-    """Learning rate: linear in the batch size (the temperature is kept), sqrt (plain Adam and RMSProp), or none."""
+    """Learning rate: linear in the batch size (the temperature is kept), sqrt (plain Adam and RMSProp), adascale (as far as
+    the measured noise allows, with a clock of its own), or none."""
     momentum: AveragingRule | Coefficient = "keep"
     """Momentum; the learning rate follows it by (1 - mu)."""
     beta1: AveragingRule | Coefficient | None = None
@@ -253,6 +260,7 @@ class Run(Section):
     scaling: ScalingConfig = ScalingConfig()
     schedule: ScheduleConfig
     warmup: WarmupConfig = WarmupConfig()
+    noise: NoiseConfig = NoiseConfig()
     loader: LoaderConfig = LoaderConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
@@ -290,8 +298,16 @@ class Run(Section):
             beta2_rule=self.scaling.beta2,
         )
 
+    def measures_noise(self) -> bool:
+        """Return whether the gradient noise is measured: to log it, or because something follows it."""
+        return self.noise.measure or self.batch.growth == "adaptive" or self.scaling.rule == "adascale"
+
     def tracked(self) -> Literal["sample", "micro_batch"] | None:
-        """Return what squares are tracked for the second moment; None for plain second moments.
+        """Return what squares are tracked, for the second moment or the noise; None for none."""
+        return self.second_moment() or (self.noise.per if self.measures_noise() else None)
+
+    def second_moment(self) -> Literal["sample", "micro_batch"] | None:
+        """Return what squares the second moment is taken from; None for plain second moments, or none at all.
 
         Raises:
             UserError: if the scaling rule does not go with what was asked for.
@@ -300,7 +316,7 @@ class Run(Section):
             return None
         wanted = self.optimizer.second_moment
         if wanted is None:
-            elsewhere = self.batch.size != self.batch.reference_size or self.schedule.realize != "lr"
+            elsewhere = self.batch.size != self.batch.reference_size or self.grows()
             return "sample" if elsewhere and self.scaling.rule == "linear" else None
         if wanted == "batch":
             return None
@@ -310,6 +326,11 @@ class Run(Section):
                 "those of the reference batch, which go with linear"
             )
         return wanted
+
+    def grows(self) -> bool:
+        """Return whether the batch size changes during the run."""
+        grows_first = self.warmup.name != "none" and self.warmup.realize == "batch"
+        return self.schedule.realize != "lr" or self.batch.growth == "adaptive" or grows_first
 
     def to_yaml(self) -> str:
         """Return the resolved config, every default written out."""

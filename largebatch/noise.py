@@ -19,16 +19,27 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from largebatch.scaling import averaging_updates
-from largebatch.section import UserError
+from largebatch.section import Count, Section, UserError
 
 # Fewer updates than this say nothing of their own spread, and Student's quantile below is good to 0.2 % from here on.
 FEWEST_UPDATES = 8
+
+
+class NoiseConfig(Section):
+    """Measuring the gradient noise while training."""
+
+    measure: bool = False
+    """Measure the gradient noise scale at every update; log it with the progress and efficiency of the batch size."""
+    per: Literal["sample", "micro_batch"] = "sample"
+    """Squares of what, where the optimizer does not track any for its second moment."""
+    average_samples: Count | None = None
+    """Samples that the averages span. None: a twentieth of the run."""
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -285,13 +296,13 @@ class NoiseScale:
         return Noise(trace, signal, scale, *ratio_band(trace, signal, (of_trace, of_signal, joint), quantile))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages, for a checkpoint."""
+        """Return the averages, for a checkpoint: numbers, names and lists of them."""
         return {
             "names": list(self.names),
             "count": self.count,
             "weights_sq": self.weights_sq,
-            "means": self.means.clone(),
-            "covariances": self.covariances.clone(),
+            "means": self.means.tolist(),
+            "covariances": self.covariances.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -306,4 +317,6 @@ class NoiseScale:
                 f"{len(self.names)}; resume with the model that was saved"
             )
         self.count, self.weights_sq = float(state["count"]), float(state["weights_sq"])
-        self.means, self.covariances = state["means"].clone(), state["covariances"].clone()
+        self.means, self.covariances = (
+            torch.tensor(state[name], dtype=torch.float64) for name in ("means", "covariances")
+        )

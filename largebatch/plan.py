@@ -51,6 +51,10 @@ class Plan:
         multiple_of: grown batch sizes are multiples of this.
         at_epoch_end: ``carry`` lets a batch reach into the next epoch; ``cut`` ends each epoch with a smaller batch, whose
             learning rate is the rule's at its own size.
+        growth: (samples seen, batch size) of each change that was decided during the run, in order.
+
+    Under the rule ``adascale`` the schedule, the warm-up and the end of the run are read on AdaScale's clock, in samples
+    of the reference run (`largebatch.adascale`); what the plan then says without that clock holds where noise dominates.
 
     Example:
         >>> plan = Plan(Reference(256, 0.1, momentum=0.9), 8192, total_samples=81920, samples_per_epoch=40960)
@@ -68,21 +72,35 @@ class Plan:
     max_batch_size: int | None = None
     multiple_of: int = 1
     at_epoch_end: Literal["carry", "cut"] = "carry"
+    growth: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def most_samples(self) -> int:
+        """Samples that the run uses at most: kappa times those of the reference run where AdaScale's gain stays 1."""
+        if self.reference.rule != "adascale":
+            return self.total_samples
+        return math.ceil(self.total_samples * max(1.0, self.batch_size_at_start / self.reference.batch_size))
 
     def full_batch_size(self, samples_seen: int) -> int:
         """Return B before any cut at the end of an epoch or of the run."""
+        decided = bisect_right(self.growth, samples_seen, key=lambda change: change[0])
+        if decided:
+            return self.growth[decided - 1][1]
+        size, factor = self.batch_size_at_start, self.warmup.of_batch(samples_seen)
+        if factor != 1.0:
+            size = max(1, round(size * factor / self.multiple_of)) * self.multiple_of
         return realized_batch_size(
-            self.schedule(samples_seen), self.realize, self.batch_size_at_start, self.max_batch_size, self.multiple_of
+            self.schedule(samples_seen), self.realize, size, self.max_batch_size, self.multiple_of
         )
 
     def batch_size(self, samples_seen: int) -> int:
         """Return the samples of the update that starts after ``samples_seen`` samples."""
-        size = min(self.full_batch_size(samples_seen), self.total_samples - samples_seen)
+        size = min(self.full_batch_size(samples_seen), self.most_samples - samples_seen)
         if self.at_epoch_end == "cut":
             size = min(size, self.samples_per_epoch - samples_seen % self.samples_per_epoch)
         return size
 
-    def at(self, samples_seen: int) -> dict[str, Any]:
+    def at(self, samples_seen: int, clock: float | None = None) -> dict[str, Any]:
         """Return the optimizer's arguments for the update that starts after ``samples_seen`` samples.
 
             eta = eta(B) * schedule(s) * warmup(s)
@@ -90,9 +108,14 @@ class Plan:
         with eta(B) the reference's rule at this update's own batch size: under the linear rule a sample in a smaller last
         batch moves the weights as much as any other. (What a momentum buffer keeps of it is the optimizer's: SGD's form
         ``velocity`` keeps that weight, a running average of mean gradients does not.)
+
+        Args:
+            samples_seen: samples used by the updates before it.
+            clock: where the schedule and the warm-up are read, if elsewhere: AdaScale's clock.
         """
         values = self.reference.at(self.batch_size(samples_seen))
-        values["lr"] *= self.schedule(samples_seen) * self.warmup(samples_seen)
+        at = samples_seen if clock is None else clock
+        values["lr"] *= self.schedule(at) * self.warmup.of_lr(at)
         return values
 
     def temperature(self, samples_seen: int) -> float:
@@ -104,13 +127,13 @@ class Plan:
         """Yield (samples seen before it, batch size) of every update of the run."""
         samples_seen = 0
         while samples_seen < self.total_samples:
-            size = self.batch_size(samples_seen)
+            size = min(self.batch_size(samples_seen), self.total_samples - samples_seen)
             yield samples_seen, size
             samples_seen += size
 
     def num_updates(self) -> int:
         """Return the optimizer steps of the whole run."""
-        if self.realize == "lr" and self.at_epoch_end == "carry":
+        if self.realize == "lr" and self.at_epoch_end == "carry" and self.warmup.realize == "lr" and not self.growth:
             return math.ceil(self.total_samples / self.batch_size_at_start)
         return sum(1 for _ in self.updates())
 

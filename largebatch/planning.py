@@ -10,12 +10,17 @@ from torch import nn
 
 from largebatch.config import AdaptiveBase, Run
 from largebatch.data.sampler import effective_micro_batches
+from largebatch.metering import largest_batch
 from largebatch.models import norm_group_size
 from largebatch.plan import Plan
 from largebatch.report import reference_table, stage_table
 from largebatch.schedules import Warmup
 from largebatch.section import UserError
 from largebatch.task import Task
+
+# Scaled learning rate up to which RMSProp and Adam with second moments of the reference batch followed its curve within the
+# spread of the seeds: 1e-3 at 16 times the batch (Fashion-MNIST; docs/results.md).
+MEASURED_LR = 0.016
 
 
 def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 1) -> tuple[Plan, list[str]]:
@@ -43,6 +48,7 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
             "as configured does not divide by; use linear with optimizer.second_moment sample"
         )
     _check_batches(run, num_train, world_size, group_size)
+    _check_noise(run)
     schedule = run.schedule.build(num_train)
     size, realize = run.batch.size, run.schedule.realize
     if realize != "lr":
@@ -73,7 +79,10 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
                 f"set batch.micro_size to at most {max(group_size, size // world_size // 2)}"
             )
     gain = reference.at(size)["lr"] / reference.lr
+    if run.warmup.realize == "batch":
+        gain = size / reference.batch_size  # it begins at the reference batch, whatever the rule
     start = run.warmup.start if run.warmup.start is not None else min(1.0, 1.0 / gain)
+    _check_batch_warmup(run, round(start * size), world_size * group_size)
     if run.warmup.name != "none" and run.warmup.epochs == 0:
         raise UserError(f"warmup.epochs: '{run.warmup.name}' needs a length > 0, got 0")
     plan = Plan(
@@ -82,13 +91,53 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         run.schedule.total_samples(num_train),
         num_train,
         schedule,
-        Warmup(run.warmup.name, round(run.warmup.epochs * num_train), start),
+        Warmup(run.warmup.name, round(run.warmup.epochs * num_train), start, run.warmup.realize),
         realize,
         run.batch.max_size if realize != "lr" else None,
         group_size,
         run.batch.at_epoch_end,
     )
     return plan, _warnings(run, plan, world_size)
+
+
+def _check_noise(run: Run) -> None:
+    """Refuse what cannot be had of the measured noise."""
+    if not run.measures_noise():
+        return
+    why = "noise.measure"
+    if run.batch.growth == "adaptive":
+        why = "batch.growth adaptive"
+        if run.scaling.rule not in ("linear", "sqrt"):
+            raise UserError(
+                f"batch.growth: adaptive needs a scaling.rule that follows the batch (linear or sqrt), got {run.scaling.rule}"
+            )
+        if run.schedule.realize != "lr" or run.warmup.realize != "lr":
+            raise UserError(
+                "batch.growth: adaptive decides the batch size by itself; schedule.realize and warmup.realize must be lr"
+            )
+    if run.scaling.rule == "adascale":
+        why = "scaling.rule adascale"
+        if run.schedule.realize != "lr" or run.warmup.realize != "lr":
+            raise UserError(
+                "scaling.rule: adascale keeps the batch size; schedule.realize and warmup.realize must be lr"
+            )
+    if run.backend.squares_every > 1:
+        raise UserError(f"backend.squares_every: {why} needs the squares of every update; use 1")
+    if run.tracked() == "sample" and run.batch.size < 2:
+        raise UserError(f"batch.size: {why} needs at least 2 samples an update, got {run.batch.size}")
+
+
+def _check_batch_warmup(run: Run, first: int, least: int) -> None:
+    """Refuse a batch size that cannot rise from where it is to begin."""
+    if run.warmup.realize == "lr":
+        return
+    if run.warmup.name != "gradual":
+        raise UserError(f"warmup.realize: batch needs warmup.name gradual, got {run.warmup.name}")
+    if first < least:
+        raise UserError(
+            f"warmup.start: the batch would begin at {first} samples, which the ranks cannot share; "
+            f"the least is {least / run.batch.size:.4g} ({least} samples)"
+        )
 
 
 def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -> None:
@@ -128,16 +177,16 @@ def _warnings(run: Run, plan: Plan, world_size: int) -> list[str]:
     """Return what does not stop a run, but should be known before it is paid for."""
     found = []
     kappa = run.batch.size / run.batch.reference_size
-    if run.batch.max_size is not None and run.schedule.realize == "lr":
+    if run.batch.max_size is not None and run.schedule.realize == "lr" and run.batch.growth == "schedule":
         found.append("batch.max_size is not used: schedule.realize is lr, so the batch does not grow")
+    found += _unused_noise_keys(run)
     if run.warmup.name == "none" and (run.warmup.epochs or run.warmup.start is not None):
         found.append("warmup.epochs and warmup.start are not used: warmup.name is none")
     if run.warmup.name != "none" and run.warmup.epochs >= run.schedule.epochs:
         found.append(f"the warm-up ({run.warmup.epochs:g} epochs) fills the whole run ({run.schedule.epochs:g} epochs)")
     if run.warmup.name != "none" and plan.warmup.start == 1.0:
-        found.append(
-            "the warm-up starts at the full learning rate, which is not above the reference's: it does nothing"
-        )
+        full = "batch size" if run.warmup.realize == "batch" else "learning rate"
+        found.append(f"the warm-up starts at the full {full}, which is not above the reference's: it does nothing")
     momentum = getattr(run.optimizer, "momentum", 0.0) or getattr(run.optimizer, "betas", (0.0,))[0]
     if run.batch.at_epoch_end == "cut" and momentum and getattr(run.optimizer, "form", "") != "velocity":
         found.append(
@@ -145,6 +194,9 @@ def _warnings(run: Run, plan: Plan, world_size: int) -> list[str]:
             "the weight of a full one; optimizer.form velocity, or carry, gives every sample the same weight"
         )
     largest, num_train = max(stage.batch_size for stage in plan.stages()), plan.samples_per_epoch
+    if run.batch.growth == "adaptive":
+        largest = largest_batch(run, num_train)
+    found += _averaging_warnings(run, plan, largest / run.batch.reference_size)
     if run.batch.micro_size is not None and run.batch.micro_size > -(-largest // world_size):
         found.append(
             f"batch.micro_size {run.batch.micro_size} is not used: no rank has more than {-(-largest // world_size)} samples "
@@ -160,12 +212,49 @@ def _warnings(run: Run, plan: Plan, world_size: int) -> list[str]:
             f"the second moment of {run.optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
             "keep the update's size; optimizer.second_moment sample does"
         )
+    scaled_lr = plan.reference.at(largest)["lr"]
+    if run.second_moment() and scaled_lr > MEASURED_LR:
+        found.append(
+            f"the learning rate of {run.optimizer.name} at a batch of {largest:,} is {scaled_lr:.3g}; that the curve does not "
+            f"depend on the batch size was measured up to {MEASURED_LR:g} (docs/results.md): expect less beyond"
+        )
     if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
         found.append("backend.squares_every and squares_dtype are not used: no squares are tracked")
     if run.scaling.rule == "none" and kappa != 1:
         found.append(
             f"scaling.rule none: lr {run.optimizer.lr:g} is kept although the batch is {kappa:g} times the reference"
         )
+    return found
+
+
+def _unused_noise_keys(run: Run) -> list[str]:
+    """Return a warning for each key about noise that nothing reads."""
+    unused = []
+    if run.batch.critical_share != 1.0 and run.batch.growth != "adaptive":
+        unused.append("batch.critical_share is not used: batch.growth is schedule")
+    if run.noise.average_samples is not None and not run.measures_noise():
+        unused.append("noise.average_samples is not used: noise.measure is false")
+    if run.noise.per != "sample" and (run.second_moment() or not run.measures_noise()):
+        why = "the optimizer's second moment says what is tracked" if run.second_moment() else "noise.measure is false"
+        unused.append(f"noise.per is not used: {why}")
+    return unused
+
+
+def _averaging_warnings(run: Run, plan: Plan, kappa: float) -> list[str]:
+    """Return a warning for each running average of fixed length in samples that the batch outgrows."""
+    reference, found = plan.reference, []
+    coefficients = {"momentum": reference.momentum, "alpha": reference.alpha}
+    if reference.betas is not None:
+        coefficients |= {"beta1": reference.betas[0], "beta2": reference.betas[1]}
+    at_largest = reference.at(round(kappa * reference.batch_size))
+    largest = {name: at_largest.get(name) for name in ("momentum", "alpha")}
+    largest |= dict(zip(("beta1", "beta2"), at_largest.get("betas", ()), strict=False))
+    for name, beta in coefficients.items():
+        if beta and largest[name] != beta and kappa * (1.0 - beta) > 1.0:
+            found.append(
+                f"{name}: the running average spans {1.0 / (1.0 - beta):.4g} updates of the reference, the batch is up to "
+                f"{kappa:g} times the reference: kappa*(1-beta) = {kappa * (1.0 - beta):.3g} > 1, it no longer averages"
+            )
     return found
 
 
@@ -186,7 +275,17 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
         highlight=False,
     )
     stages = stage_table(plan, world_size, run.batch.micro_size, norm_group_size(model))
-    console.print(reference_table(plan, run.tracked()), stages)
+    console.print(reference_table(plan, run.second_moment()), stages)
+    if run.batch.growth == "adaptive":
+        most = largest_batch(run, plan.samples_per_epoch)
+        console.print(f"batch size: adaptive, follows the measured critical batch size up to {most:,}", highlight=False)
+    if run.scaling.rule == "adascale":
+        most, size = plan.most_samples, run.batch.size
+        console.print(
+            f"AdaScale: the learning rate is multiplied by a measured gain between 1 and {size / run.batch.reference_size:g}; "
+            f"the plan above is what it comes to where noise dominates, at most {-(-most // size):,} updates",
+            highlight=False,
+        )
 
 
 def say_warnings(console: Console, warnings: Iterable[str]) -> None:

@@ -86,15 +86,30 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
         sizes = column(updates, "batch_size")
         if len(sizes) > 1 and sizes[-1] < sizes[-2]:
             sizes[-1] = sizes[-2]
-        batch_axis.step(epochs, sizes, where="pre", color=GREY, linewidth=1.6)
+        batch_axis.step(epochs, sizes, where="pre", color=GREY, linewidth=1.6, label="batch size")
         batch_axis.set_ylim(0, sizes.max() * 1.15)
         batch_axis.set_ylabel("batch size")
+        if "noise_scale" in updates[-1]:
+            _draw_noise(batch_axis, epochs, *(column(updates, f"noise_scale{end}") for end in ("", "_low", "_high")))
         batch_axis.set_xlabel(f"epochs of {samples_per_epoch:,} samples")
         batch_axis.set_xlim(left=0)
         path = folder / "curve.png"
         figure.savefig(path)
         plt.close(figure)
     return path
+
+
+def _draw_noise(axis: Any, epochs: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    """Draw the critical batch size and its band beside the batch size; where the band is open there is no line."""
+    known = np.isfinite(scale) & np.isfinite(high) & (low > 0)
+    axis.plot(
+        epochs, np.where(known, scale, np.nan), color=ORANGE, linewidth=1.2, label="critical batch size (99 % band)"
+    )
+    axis.fill_between(epochs, low, high, where=known, color=ORANGE, alpha=0.25, linewidth=0)
+    axis.set_yscale("log")
+    axis.autoscale(axis="y")
+    axis.set_ylabel("samples")
+    axis.legend(loc="upper left", ncols=2, fontsize=8)
 
 
 class Curves(Protocol):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from largebatch.noise import efficiency, progress
 from largebatch.plan import Plan
 from largebatch.scaling import noise_scale, temperature
-from largebatch.tracking import Row
+from largebatch.tracking import Row, read_metrics
 
 NAMES = {
     "batch_size": "batch size",
@@ -142,6 +145,51 @@ def summary_table(summary: dict[str, Any], folder: str | None) -> Table:
     return table
 
 
+def noise_table(rows: list[Row], by_layer: dict[str, float | None], batch_size: int) -> Table:
+    """Return the table of `largebatch noise`: the noise at a few moments of a run, and each layer's share at its end.
+
+    Args:
+        rows: of updates, with their noise.
+        by_layer: noise scale of each layer at the end, in samples; None where it is infinite.
+        batch_size: B at the end.
+    """
+    table = Table(title="Gradient noise", title_justify="left")
+    for heading in ("", "B_simple", "99 % band", "batch size", "progress per update", "efficiency per sample"):
+        table.add_column(heading, justify="left" if not heading else "right")
+
+    def samples(value: float | None) -> str:
+        return "∞" if value is None or math.isinf(value) else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+    def add(name: str, scale: float | None, band: str, size: int) -> None:
+        known = math.inf if scale is None else scale
+        table.add_row(
+            name, samples(scale), band, number(size), f"{progress(size, known):.0%}", f"{efficiency(size, known):.0%}"
+        )
+
+    for index in sorted({round((len(rows) - 1) * part / 5) for part in range(6)}):
+        row = rows[index]
+        band = f"{samples(row['noise_scale_low'])} – {samples(row['noise_scale_high'])}"
+        add(f"epoch {row['epoch']:.3g}", row["noise_scale"], band, row["batch_size"])
+    table.add_section()
+    for name, scale in by_layer.items():
+        add(name, scale, "", batch_size)
+    return table
+
+
+def say_noise(console: Console, folder: Path) -> None:
+    """Print what a run measured of its gradient noise."""
+    updates, evaluations = read_metrics(folder / "metrics.jsonl")
+    if not updates:
+        return
+    by_layer = evaluations[-1].get("noise_scale_by_layer", {}) if evaluations else {}
+    console.print(noise_table(updates, by_layer, max(row["batch_size"] for row in updates[-2:])))
+    console.print(
+        "B_simple = tr(Sigma)/|G|^2: a batch of so many samples makes half of a noiseless update's progress, for half of what "
+        f"each sample brings in a small batch; over training it is in {folder / 'curve.png'}",
+        highlight=False,
+    )
+
+
 class ProgressBar:
     """Progress on a terminal."""
 
@@ -166,9 +214,9 @@ class ProgressBar:
             return
         if "val_loss" in row:
             self.val = f"  {_scores(row)}"
-            self.progress.update(self.task, completed=row["samples"])
+            self.progress.update(self.task, completed=_done(row))
             return
-        self.progress.update(self.task, completed=row["samples"], shown=f"{_state(row)}{self.val}")
+        self.progress.update(self.task, completed=_done(row), shown=f"{_state(row)}{self.val}")
 
     def sync(self) -> None:
         """Do nothing: what is shown is shown."""
@@ -201,8 +249,8 @@ class ProgressLines:
             self.row = row
             if now - self.last < self.every:
                 return
-        done = row["samples"] / self.total
-        left = (now - self.started) * (self.total - row["samples"]) / max(1, row["samples"] - self.first)
+        done = _done(row) / self.total
+        left = (now - self.started) * (self.total - _done(row)) / max(1, _done(row) - self.first)
         scores = f"  {_scores(row)}" if "val_loss" in row else ""
         state = _state(self.row) if self.row else ""
         self.console.print(
@@ -219,6 +267,11 @@ class ProgressLines:
 
     def close(self) -> None:
         """Do nothing: every line is out."""
+
+
+def _done(row: Row) -> float:
+    """Return the samples that count towards the end of the run: those of AdaScale's clock where there is one."""
+    return float(row["clock_samples" if "clock_samples" in row else "samples"])
 
 
 def _state(row: Row) -> str:

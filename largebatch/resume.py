@@ -17,14 +17,15 @@ from largebatch.section import UserError
 # which samples enter an update and what they do to the weights.
 FREE = ("backend", "loader", "log", "checkpoint", "evaluate", "batch.micro_size", "data.path", "optimizer.non_finite")
 BOUND = ("backend.squares_every", "backend.squares_dtype")
+BATCH = ("batch.size", "batch.max_size", "batch.growth", "batch.critical_share")
 # What a run that branches off into a folder of its own may change besides.
-BRANCH = ("optimizer", "scaling", "schedule", "warmup", "batch.size", "batch.max_size")
+BRANCH = ("optimizer", "scaling", "schedule", "warmup", "noise", *BATCH)
 SAME_IN_A_BRANCH = ("optimizer.name",)
 
 ALLOWED_CHANGES = (
     "may differ: the number of ranks, batch.micro_size, backend (but squares_every and squares_dtype), loader, log, "
     "checkpoint, evaluate, data.path, optimizer.non_finite; a run that branches off (--resume CHECKPOINT --out NEW) may also "
-    "change optimizer (but its name), scaling, schedule, warmup, batch.size and batch.max_size"
+    "change optimizer (but its name), scaling, schedule, warmup, noise and batch (but its reference_size)"
 )
 
 

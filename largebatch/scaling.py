@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-LrRule = Literal["linear", "sqrt", "none"]
+LrRule = Literal["linear", "sqrt", "adascale", "none"]
 AveragingRule = Literal["keep", "half_life", "length"]
 
 
@@ -167,6 +167,7 @@ class Reference:
 
         linear   eta = eta_ref * kappa       * (1 - mu) / (1 - mu_ref)      the temperature is kept
         sqrt     eta = eta_ref * sqrt(kappa) * (1 - mu) / (1 - mu_ref)      plain Adam and RMSProp (Malladi et al. 2022)
+        adascale eta = eta_ref * r, the gain r in [1, kappa] measured at each update (`largebatch.adascale`)
         none     eta = eta_ref
 
     where mu is the heavy-ball momentum; Adam's beta1 averages and does not enter. Under ``sqrt`` eps becomes
@@ -179,11 +180,11 @@ class Reference:
         betas: Adam's coefficients, each in [0, 1).
         alpha: RMSProp's coefficient, in [0, 1).
         eps: added to the root of the second moment.
-        rule: ``linear``, ``sqrt`` or ``none``.
+        rule: ``linear``, ``sqrt``, ``adascale`` (`at` gives the learning rate before the gain) or ``none``.
         momentum_rule: how mu follows the batch size (see `scaled_coefficient`); kept by default.
         beta1_rule: the same for Adam's beta1; kept by default, but of fixed ``length`` in samples under ``sqrt``.
         beta2_rule: the same for Adam's beta2 and RMSProp's alpha; by default of fixed ``half_life`` in samples, of
-            fixed ``length`` under ``sqrt``. Under the rule ``none`` everything is kept.
+            fixed ``length`` under ``sqrt``. Under ``adascale`` and ``none`` everything is kept.
 
     Raises:
         ValueError: if a value lies outside its range.
@@ -220,18 +221,19 @@ class Reference:
         default_rules: Mapping[str, tuple[AveragingRule, AveragingRule]] = {
             "linear": ("keep", "half_life"),
             "sqrt": ("length", "length"),
+            "adascale": ("keep", "keep"),
             "none": ("keep", "keep"),
         }
         first, second = default_rules[self.rule]
         beta1_rule = first if self.beta1_rule is None else self.beta1_rule
         beta2_rule = second if self.beta2_rule is None else self.beta2_rule
-        gain = {"linear": kappa, "sqrt": math.sqrt(kappa), "none": 1.0}[self.rule]
+        gain = {"linear": kappa, "sqrt": math.sqrt(kappa), "adascale": 1.0, "none": 1.0}[self.rule]
         values: dict[str, Any] = {}
         if self.momentum is not None:
             momentum = scaled_coefficient(
                 self.momentum, kappa, "keep" if self.momentum_rule is None else self.momentum_rule
             )
-            if self.rule != "none":
+            if self.rule in ("linear", "sqrt"):
                 gain *= (1.0 - momentum) / (1.0 - self.momentum)
             values["momentum"] = momentum
         values = {"lr": self.lr * gain, **values}

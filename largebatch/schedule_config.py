@@ -154,6 +154,8 @@ class WarmupConfig(Section):
     """Length in epochs."""
     start: Annotated[float, Field(ge=0, le=1)] | None = None
     """Start value as a factor of the scaled learning rate. None: the reference learning rate."""
+    realize: Literal["lr", "batch"] = "lr"
+    """What rises: lr, or batch, in doublings up to batch.size, with the lr following it (Merrill et al. 2025)."""
 
 
 SCHEDULES = (

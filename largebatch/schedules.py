@@ -23,7 +23,7 @@ class Schedule(Protocol):
     robbins_monro: ClassVar[bool]
     why: ClassVar[str]
 
-    def __call__(self, samples_seen: int) -> float:
+    def __call__(self, samples_seen: float) -> float:
         """Return the factor for the update that starts after ``samples_seen`` samples."""
         ...
 
@@ -39,7 +39,7 @@ class Constant:
     robbins_monro: ClassVar[bool] = False
     why: ClassVar[str] = "eta does not go to 0"
 
-    def __call__(self, samples_seen: int) -> float:
+    def __call__(self, samples_seen: float) -> float:
         """Return 1."""
         return 1.0
 
@@ -57,7 +57,7 @@ class Step:
     robbins_monro: ClassVar[bool] = False
     why: ClassVar[str] = "eta stays at its last step and does not go to 0"
 
-    def __call__(self, samples_seen: int) -> float:
+    def __call__(self, samples_seen: float) -> float:
         """Return factor ** (number of milestones reached)."""
         return self.factor ** bisect_right(self.milestones_samples, samples_seen)
 
@@ -76,7 +76,7 @@ class Polynomial:
     robbins_monro: ClassVar[bool] = False
     why: ClassVar[str] = "the sum of eta is finite: it ends at a fixed number of samples"
 
-    def __call__(self, samples_seen: int) -> float:
+    def __call__(self, samples_seen: float) -> float:
         """Return the factor; constant after the end."""
         left = max(0.0, 1.0 - samples_seen / self.total_samples)
         return self.final + (1.0 - self.final) * left**self.power
@@ -95,7 +95,7 @@ class Cosine:
     robbins_monro: ClassVar[bool] = False
     why: ClassVar[str] = "the sum of eta is finite: it ends at a fixed number of samples"
 
-    def __call__(self, samples_seen: int) -> float:
+    def __call__(self, samples_seen: float) -> float:
         """Return the factor; constant after the end."""
         progress = min(1.0, samples_seen / self.total_samples)
         return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -113,7 +113,7 @@ class InverseSqrt:
     robbins_monro: ClassVar[bool] = False
     why: ClassVar[str] = "eta^2 falls as 1/t and its sum is infinite"
 
-    def __call__(self, samples_seen: int) -> float:
+    def __call__(self, samples_seen: float) -> float:
         """Return the factor."""
         return math.sqrt(self.timescale_samples / max(samples_seen, self.timescale_samples))
 
@@ -135,7 +135,7 @@ class RobbinsMonro:
         if not 0.5 < self.power <= 1.0:
             raise ValueError(f"power: expected 1/2 < p <= 1 (else a sum condition fails), got {self.power}")
 
-    def __call__(self, samples_seen: int) -> float:
+    def __call__(self, samples_seen: float) -> float:
         """Return the factor."""
         return (1.0 + samples_seen / self.timescale_samples) ** -self.power
 
@@ -154,7 +154,7 @@ class Trapezoid:
     robbins_monro: ClassVar[bool] = False
     why: ClassVar[str] = "the sum of eta is finite: it ends at a fixed number of samples"
 
-    def __call__(self, samples_seen: int) -> float:
+    def __call__(self, samples_seen: float) -> float:
         """Return the factor; constant after the end."""
         left = max(0.0, (self.total_samples - samples_seen) / self.decay_samples)
         return self.final + (1.0 - self.final) * min(1.0, left)
@@ -172,14 +172,36 @@ class Warmup:
         name: ``gradual`` rises linearly, update by update, from ``start`` to 1; ``constant`` stays at ``start``; ``none``.
         samples: length in samples.
         start: factor at the first update; eta_ref / eta begins at the reference learning rate, as Goyal does.
+        realize: ``lr``, or ``batch``: the batch size takes the factor, in doublings, and the learning rate follows the
+            batch size by its rule (Merrill et al. 2025, arXiv:2505.23971).
+
+    Example:
+        >>> warmup = Warmup("gradual", samples=1000, start=0.25, realize="batch")
+        >>> [warmup.of_batch(samples) for samples in (0, 500, 1000)]
+        [0.25, 0.5, 1.0]
     """
 
     name: Literal["gradual", "constant", "none"] = "none"
     samples: int = 0
     start: float = 1.0
+    realize: Literal["lr", "batch"] = "lr"
 
-    def __call__(self, samples_seen: int) -> float:
-        """Return the factor for the update that starts after ``samples_seen`` samples."""
+    def of_lr(self, samples_seen: float) -> float:
+        """Return the factor of the learning rate for the update that starts after ``samples_seen`` samples."""
+        return self(samples_seen) if self.realize == "lr" else 1.0
+
+    def of_batch(self, samples_seen: float) -> float:
+        """Return the factor of the batch size, a power of 1/2."""
+        if self.realize == "lr":
+            return 1.0
+        factor = self(samples_seen)
+        if factor <= 0:
+            raise ValueError("start: a batch cannot begin at 0 samples")
+        # Rounding must not halve a batch whose factor is a power of 1/2.
+        return 0.5 ** max(0, math.ceil(-math.log2(factor) - 1e-9))
+
+    def __call__(self, samples_seen: float) -> float:
+        """Return the factor, whatever realises it, for the update that starts after ``samples_seen`` samples."""
         if self.name == "none" or samples_seen >= self.samples:
             return 1.0
         if self.name == "constant":

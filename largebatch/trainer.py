@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from largebatch.distributed.state import (
     tensor_metadata,
 )
 from largebatch.evaluation import evaluate
+from largebatch.metering import NoiseMeter
 from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
-from largebatch.moments import track
+from largebatch.moments import shadows, track
 from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.plan import Plan
 from largebatch.progress import Observer, Progress, Row, Standing, Summary
@@ -90,6 +91,7 @@ class Trainer:
         self.progress = Progress()
         self.message: str | None = None
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
+        self.meter = NoiseMeter(run, plan, list(shadows(model))) if run.measures_noise() else None
         self._save_due, self._best_due = False, False
         self._stopped_by: Reason | None = None
         self.agreement = Agreement(backend.sum, backend.rank, backend.world_size)
@@ -174,12 +176,12 @@ class Trainer:
         return self._summary(status)
 
     def _train(self) -> None:
-        plan, progress = self.plan, self.progress
+        progress = self.progress
         self.model.train()
         clock = time.perf_counter()
-        while progress.samples_seen < plan.total_samples and self._stopped_by is None:
-            batch_size = plan.batch_size(progress.samples_seen)
-            values = plan.at(progress.samples_seen)
+        while not self._is_done() and self._stopped_by is None:
+            batch_size = self.plan.batch_size(progress.samples_seen)
+            values = self.plan.at(progress.samples_seen, self.meter.clock if self.meter else None)
             losses = self._loss_sum.clone()
             try:
                 grad_norm = self._update(batch_size, values)
@@ -193,7 +195,9 @@ class Trainer:
             progress.samples_seen += batch_size
             progress.step += 1
 
-            done = progress.samples_seen >= plan.total_samples
+            done = self._is_done()
+            if not done and self.meter is not None:
+                self._follow_noise(self.meter, batch_size)
             if done or progress.step % self.run.log.every_updates == 0:
                 clock = self._log(values, batch_size, grad_norm, clock)
             paused, is_best = time.perf_counter(), False
@@ -202,37 +206,73 @@ class Trainer:
             self._keep(batch_size, is_best, done)
             clock += time.perf_counter() - paused
 
+    def _is_done(self) -> bool:
+        """Return whether the plan is at its end, on AdaScale's clock where there is one."""
+        seen: float = self.progress.samples_seen
+        if self.meter is not None and self.meter.clock is not None:
+            seen = self.meter.clock
+        return seen >= self.plan.total_samples or self.progress.samples_seen >= self.plan.most_samples
+
     def _update(self, batch_size: int, values: Row) -> float:
         """Do one update of a global batch; return the gradient's norm.
+
+        Args:
+            batch_size: B.
+            values: the optimizer's arguments; AdaScale's gain is multiplied into the learning rate.
 
         Raises:
             NonFiniteError: if it was not finite; no weight was changed then.
         """
         backend, run = self.backend, self.run
-        set_hyperparameters(self.optimizer, values)
         due = self.progress.step % run.backend.squares_every == 0
         backend.set_squares_due(due)
         for micro_batch, is_last in self.loader.next(batch_size):
             with backend.accumulate(sync=is_last):
                 backend.backward(self.loss_sum(micro_batch) / batch_size)
         if self.tracked:
-            self._announce_squares(batch_size, due)
+            num_units = self._announce_squares(batch_size, due)
+            if self.meter is not None:
+                sums = backend.noise_sums(self.bare_model)
+                values["lr"] *= self.meter.update(sums, batch_size, num_units, backend.world_size)
+        set_hyperparameters(self.optimizer, values)
         grad_norm = backend.step(self.optimizer, run.optimizer.max_grad_norm)
         commit_batch_statistics(self.batch_norms, backend.sum)
         self.progress.loss_samples += batch_size
         self.progress.skipped_in_a_row = 0
         return grad_norm
 
-    def _announce_squares(self, batch_size: int, due: bool) -> None:
-        """Tell the optimizer what the tracked squares are squares of; at the first update, see that none is missing."""
+    def _announce_squares(self, batch_size: int, due: bool) -> float:
+        """Tell the optimizer what the tracked squares are squares of; at the first update, see that none is missing.
+
+        Returns:
+            How many independent units they are of.
+        """
         sampler, num_units = self.sampler, float(batch_size)
         if self.tracked == "micro_batch":
             num_units = effective_micro_batches(
                 batch_size, sampler.world_size, sampler.micro_batch_size, sampler.group_size
             )
-        self.optimizer.set_batch(batch_size, num_units, sampler.world_size, due)  # type: ignore[attr-defined]
+        if self.run.second_moment():
+            self.optimizer.set_batch(batch_size, num_units, sampler.world_size, due)  # type: ignore[attr-defined]
         if self.progress.step == 0:
             self.backend.check_statistics(self.bare_model)
+        return num_units
+
+    def _follow_noise(self, meter: NoiseMeter, batch_size: int) -> None:
+        """Change the batch size where the measured noise asks for it, on every rank alike."""
+        progress = self.progress
+        full = self.plan.full_batch_size(progress.samples_seen - batch_size)
+        size = meter.next_batch_size(full, progress.samples_seen, progress.samples_seen - batch_size)
+        if size != full:
+            whole = meter.noise.whole
+            self.plan = replace(self.plan, growth=(*self.plan.growth, (progress.samples_seen, size)))
+            self._start_loader()
+            self._tell(
+                f"batch size {full:,} → {size:,}: the critical batch size is {whole.noise_scale:,.0f} samples "
+                f"(99 % band {whole.low:,.0f} to {whole.high:,.0f})"
+            )
+        if (warning := meter.warning(full)) is not None:
+            self._tell(warning)
 
     def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
         """Return the sum of the samples' losses, for the backward pass, and count it for the log."""
@@ -282,6 +322,8 @@ class Trainer:
             "micro_size": share,
             "engine": backend.describe(),
             "groups": group_state(self.optimizer),
+            "growth": self.plan.growth,
+            "noise": None if self.meter is None else self.meter.state_dict(),
             "versions": {name: version(name) for name in ("largebatch", "torch")},
             "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
@@ -304,6 +346,10 @@ class Trainer:
         self.progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
         if rollbacks is not None:
             self.progress.rollbacks = rollbacks
+        if self.meter is not None and state.get("noise"):
+            self.meter.load_state_dict(state["noise"])
+        if self.run.batch.growth == "adaptive":
+            self.plan = replace(self.plan, growth=tuple((samples, size) for samples, size in state["growth"]))
         is_own = self.writer is not None and path.resolve().parent == self.writer.folder.path.resolve()
         self._saved_samples = self.progress.samples_seen if is_own else -1
         self._save_due = not is_own  # a branch has a checkpoint of its own from its beginning
@@ -410,7 +456,8 @@ class Trainer:
 
     def _clock_row(self) -> Row:
         epoch = self.progress.samples_seen / self.plan.samples_per_epoch
-        return {"step": self.progress.step, "samples": self.progress.samples_seen, "epoch": round(epoch, 6)}
+        row = {"step": self.progress.step, "samples": self.progress.samples_seen, "epoch": round(epoch, 6)}
+        return row if self.meter is None or self.meter.clock is None else {**row, "clock_samples": self.meter.clock}
 
     def _log(self, values: Row, batch_size: int, grad_norm: float, clock: float) -> float:
         """Hand a row about the updates since the last one to the observer; return the time from which the next one counts."""
@@ -429,6 +476,8 @@ class Trainer:
         }
         if progress.skipped:
             row["skipped"] = progress.skipped
+        if self.meter is not None:
+            row |= self.meter.row(batch_size)
         progress.loss = loss
         self._loss_sum.zero_()
         progress.loss_samples, progress.row_samples = 0, progress.samples_seen
@@ -446,6 +495,8 @@ class Trainer:
         )
         if is_best:
             progress.best_val_loss = scores["val_loss"]
+        if self.meter is not None:
+            scores["noise_scale_by_layer"] = self.meter.by_layer()
         self.observer.log({**self._clock_row(), **scores})
         return is_best
 

@@ -17,18 +17,18 @@ from largebatch.data.sampler import PlanSampler, SampleKeys, epoch_permutation, 
 class GrowingPlan:
     """Batch sizes 3, 5, 7, ... by the samples seen, up to a total that need not be a sum of them."""
 
-    total_samples: int
+    most_samples: int
     first: int = 3
 
     def batch_size(self, samples_seen: int) -> int:
-        return min(self.first + 2 * (samples_seen // 20), self.total_samples - samples_seen)
+        return min(self.first + 2 * (samples_seen // 20), self.most_samples - samples_seen)
 
 
 def updates(sampler: PlanSampler) -> list[list[SampleKeys]]:
     """Group what a sampler yields by update, with the stand-ins of an idle rank left out."""
     stream = iter(sampler)
     seen, result = sampler.samples_seen, []
-    while seen < sampler.plan.total_samples:
+    while seen < sampler.plan.most_samples:
         batch_size = sampler.plan.batch_size(seen)
         pieces = sampler.pieces(batch_size)
         keys = [next(stream) for _ in pieces]

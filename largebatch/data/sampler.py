@@ -108,8 +108,8 @@ class BatchSizes(Protocol):
     """What the sampler needs to know of a plan."""
 
     @property
-    def total_samples(self) -> int:
-        """Samples of the whole run."""
+    def most_samples(self) -> int:
+        """Samples that the whole run uses at most."""
         ...
 
     def batch_size(self, samples_seen: int) -> int:
@@ -150,7 +150,7 @@ class PlanSampler:
 
     def __iter__(self) -> Iterator[SampleKeys]:
         samples_seen = self.samples_seen
-        while samples_seen < self.plan.total_samples:
+        while samples_seen < self.plan.most_samples:
             batch_size = self.plan.batch_size(samples_seen)
             keys = global_batch(self.seed, self.num_samples, samples_seen, batch_size)
             for piece in self.pieces(batch_size):

@@ -129,6 +129,17 @@ class Backend(Protocol):
         """Say whether tracked squares are reduced in the coming update, or add up on each rank."""
         ...
 
+    def noise_sums(self, model: nn.Module) -> Tensor:
+        """Return what the gradient noise is measured from, over all ranks; between the last backward pass and `step`.
+
+        Args:
+            model: tracked, with its P trained parameters in the order of `named_parameters`.
+
+        Returns:
+            (2, P), float64: of each parameter |ghat|^2 and the sum of its tracked squares (`largebatch.noise`).
+        """
+        ...
+
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> float:
         """Clip, update and zero the gradients; return the gradient's global norm before clipping.
 

@@ -28,7 +28,7 @@ from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.partitions import PARAMETER, Partitions
 from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_into, read_tensors, tensor_metadata
-from largebatch.moments import check_statistics, is_shadow
+from largebatch.moments import check_statistics, is_shadow, tracked_parameters
 from largebatch.optim import LAMB, LARS, is_shadow_group, scale_gradients
 from largebatch.section import UserError
 
@@ -184,6 +184,11 @@ class DeepSpeed(Engine):
             self._adapt_scale(scale, applied)
         self.losses_finite.fill_(True)
         return norm
+
+    def noise_sums(self, model: nn.Module) -> Tensor:
+        """Return each trained parameter's |ghat|^2 and sum of tracked squares over all ranks, (2, P) in float64."""
+        sums = self.partitions.power_sums(*tracked_parameters(model))
+        return (sums if self.stage == 0 else self.sum(sums)) / self.scaler.get_scale() ** 2
 
     def gradient_norm(self, grads: list[Tensor]) -> Tensor:
         """Return the Euclidean norm over all gradients of the model, from the parts on each rank."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
 from largebatch.distributed.watch import RankWatch, open_group
-from largebatch.moments import check_statistics
+from largebatch.moments import check_statistics, tracked_parameters
+from largebatch.noise import partial_sums
 from largebatch.optim import gradients_and_squares, scale_gradients
 
 SCALER = "engine.scaler."  # what fp16's loss scaling has come to, in a checkpoint
@@ -106,6 +107,11 @@ class Engine(ABC):
         optimizer.zero_grad()
         self.losses_finite.fill_(True)
         return norm
+
+    def noise_sums(self, model: nn.Module) -> Tensor:
+        """Return each trained parameter's |ghat|^2 and sum of tracked squares over all ranks, (2, P) in float64."""
+        # Both carry the square of fp16's loss scale.
+        return partial_sums(*tracked_parameters(model)) / self.scaler.get_scale() ** 2
 
     def _gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         """Return the gradients and the squares that this rank holds, freed of the loss scale."""

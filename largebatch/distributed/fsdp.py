@@ -106,6 +106,10 @@ class FullyShard(Engine):
         with torch.no_grad():
             return gradient.to_local()
 
+    def noise_sums(self, model: nn.Module) -> Tensor:
+        """Return each trained parameter's |ghat|^2 and sum of tracked squares over all ranks, (2, P) in float64."""
+        return self.sum(super().noise_sums(model))
+
     def gradient_norm(self, grads: list[Tensor]) -> Tensor:
         """Return the Euclidean norm over the parts of all ranks."""
         # Squared in float64, where a norm that float32 can hold does not overflow.

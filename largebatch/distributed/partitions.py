@@ -9,6 +9,7 @@ Offsets are DeepSpeed's own (0.19); they are read in this file alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,13 +115,29 @@ class Partitions:
         """Return for each parameter whether its gradient has an element other than zero, on whatever rank."""
         number = {parameter: index for index, parameter in enumerate(self.shapes)}
         found = torch.zeros(len(number), device=self.engine.device)
-        joined = [torch.cat([t.reshape(-1) for t in part]) if part else None for part in self.gradients()]
-        for piece in self.pieces:
-            gradient = joined[piece.partition]
-            if gradient is not None and bool(piece.cut(gradient).any()):
+        for piece, gradient in self._gradient_pieces():
+            if bool(gradient.any()):
                 found[number[piece.parameter]] = 1.0
         dist.all_reduce(found)
         return {parameter: bool(flag > 0) for parameter, flag in zip(self.shapes, found.tolist(), strict=True)}
+
+    def power_sums(self, parameters: list[nn.Parameter], shadows: list[nn.Parameter]) -> Tensor:
+        """Return this rank's part of `largebatch.noise.partial_sums`, (2, P); between backward and step only."""
+        place = {parameter: (0, column) for column, parameter in enumerate(parameters)}
+        place |= {shadow: (1, column) for column, shadow in enumerate(shadows)}
+        sums = torch.zeros(2, len(parameters), dtype=torch.float64)
+        for piece, gradient in self._gradient_pieces():
+            row, column = place[piece.parameter]
+            sums[row, column] += float((gradient if row else gradient * gradient).sum())
+        return sums.to(self.engine.device)
+
+    def _gradient_pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield each piece that has a gradient on this rank, and that."""
+        joined = [torch.cat([t.reshape(-1) for t in part]) if part else None for part in self.gradients()]
+        for piece in self.pieces:
+            gradient = joined[piece.partition]
+            if gradient is not None:
+                yield piece, piece.cut(gradient)
 
     def slots(self) -> list[str]:
         """Return the names of the optimizer's state tensors, alike on all ranks."""

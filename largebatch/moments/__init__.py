@@ -8,6 +8,7 @@ from largebatch.moments.tracking import (
     shadows,
     statistic_scale,
     track,
+    tracked_parameters,
     untrack,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "shadows",
     "statistic_scale",
     "track",
+    "tracked_parameters",
     "untrack",
 ]

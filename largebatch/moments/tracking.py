@@ -185,6 +185,12 @@ def shadows(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: shadow for name, _, shadow in _pairs(model)}
 
 
+def tracked_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the trained parameters of a tracked model and their shadows, in the order of `shadows`."""
+    pairs = list(_pairs(model))
+    return [parameter for _, parameter, _ in pairs], [shadow for _, _, shadow in pairs]
+
+
 def is_shadow(parameter: Tensor) -> bool:
     """Whether a parameter is a shadow, as `track` made it or as `shadows` last returned it."""
     return getattr(parameter, "_is_largebatch_shadow", False)
