@@ -8,10 +8,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from largebatch.config import AdaptiveBase, Run
+from largebatch.config import Run
 from largebatch.data.sampler import effective_micro_batches
 from largebatch.metering import largest_batch
 from largebatch.models import norm_group_size
+from largebatch.optimizer_config import AdaptiveBase
 from largebatch.plan import Plan
 from largebatch.report import reference_table, stage_table
 from largebatch.schedules import Warmup

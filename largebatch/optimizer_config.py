@@ -1,0 +1,148 @@
+"""Sections of a config that name an optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import AfterValidator, Field, model_validator
+
+from largebatch import optim
+from largebatch.section import Coefficient, NonNegative, Positive, Section
+
+NAME = Field(description="Optimizer: sgd, adagrad, rmsprop, adam or adamw.")
+
+
+def _half_or_one(value: float) -> float:
+    if value not in (0.5, 1.0):
+        raise ValueError("0.5 or 1")
+    return value
+
+
+class OptimizerBase(Section):
+    """What every optimizer has."""
+
+    name: Annotated[str, NAME]
+    lr: Positive
+    """Learning rate tuned at the reference batch size."""
+    weight_decay: NonNegative = 0.0
+    """Weight decay."""
+    decay_norm_and_bias: bool = False
+    """Decay norms and biases too."""
+    max_grad_norm: Positive | None = None
+    """Clip the gradient's global norm to this."""
+    non_finite: Literal["stop", "skip", "roll_back"] = "stop"
+    """At a NaN or infinite gradient: stop with the state before it; skip the update and count it; or go back to the last
+    checkpoint and continue with other samples."""
+
+    def reference_values(self) -> dict[str, Any]:
+        """Return the values that follow the batch size, besides lr."""
+        names = ("momentum", "betas", "alpha", "eps")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
+        """Return the optimizer over parameter groups, which carry their weight decay."""
+        raise NotImplementedError
+
+
+class AdaptiveBase(OptimizerBase):
+    """What every optimizer with a second moment has."""
+
+    second_moment: Literal["batch", "sample", "micro_batch"] | None = None
+    """Squares of what: the batch's mean gradient (as published), or that of the reference batch, estimated from samples
+    or micro-batches. None: sample where the batch is not the reference and the rule is linear, else batch."""
+
+
+class SGDConfig(OptimizerBase):
+    """Stochastic gradient descent."""
+
+    name: Annotated[Literal["sgd"], NAME] = "sgd"
+    momentum: Coefficient = 0.0
+    """Momentum tuned at the reference batch size."""
+    nesterov: bool = False
+    """Nesterov's look-ahead momentum."""
+    form: Literal["sum", "velocity", "average"] = "sum"
+    """Where the learning rate enters: sum (torch.optim), velocity (inside v), average (running average of gradients)."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and (self.momentum == 0 or self.form != "sum"):
+            raise ValueError(
+                f"nesterov needs momentum > 0 and form sum, got momentum {self.momentum:g} and form {self.form}"
+            )
+        return self
+
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return optim.SGD(groups, self.lr, self.momentum, nesterov=self.nesterov, form=self.form)
+
+
+class AdagradConfig(AdaptiveBase):
+    """Adagrad."""
+
+    name: Annotated[Literal["adagrad"], NAME] = "adagrad"
+    eps: NonNegative = 1e-10
+    """Added to the root of the second moment."""
+
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return optim.Adagrad(groups, self.lr, self.eps, reference_batch_size=reference_size)
+
+
+class RMSPropConfig(AdaptiveBase):
+    """RMSProp."""
+
+    name: Annotated[Literal["rmsprop"], NAME] = "rmsprop"
+    alpha: Coefficient = 0.99
+    """Coefficient of the running average of squares, at the reference batch size."""
+    momentum: Coefficient = 0.0
+    """Heavy-ball momentum at the reference batch size."""
+    eps: NonNegative = 1e-8
+    """Added to the root of the second moment."""
+    centered: bool = False
+    """Divide by the standard deviation instead of the root of the second moment."""
+    exponent: Annotated[float, AfterValidator(_half_or_one)] = 0.5
+    """Power of the second moment that divides the gradient."""
+    bias_correction: Literal["none", "running_mean"] = "none"
+    """none as published, or running_mean: weights 1/min(t, N)."""
+
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return optim.RMSProp(
+            groups,
+            self.lr,
+            self.alpha,
+            self.eps,
+            momentum=self.momentum,
+            centered=self.centered,
+            exponent=self.exponent,
+            bias_correction=self.bias_correction,
+            reference_batch_size=reference_size,
+        )
+
+
+class AdamConfig(AdaptiveBase):
+    """Adam, with L2 weight decay (adam) or a decoupled one (adamw)."""
+
+    name: Annotated[Literal["adam", "adamw"], NAME] = "adamw"
+    betas: tuple[Coefficient, Coefficient] = (0.9, 0.999)
+    """Coefficients of the two running averages at the reference batch size."""
+    eps: NonNegative = 1e-8
+    """Added to the root of the second moment."""
+    bias_correction: Literal["published", "running_mean"] = "published"
+    """published: divide by 1 - beta^t; running_mean: weights 1/min(t, N)."""
+
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        cls = optim.AdamW if self.name == "adamw" else optim.Adam
+        return cls(
+            groups,
+            self.lr,
+            self.betas,
+            self.eps,
+            bias_correction=self.bias_correction,
+            reference_batch_size=reference_size,
+        )
+
+
+OPTIMIZERS = (SGDConfig, AdagradConfig, RMSPropConfig, AdamConfig)
