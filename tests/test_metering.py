@@ -1,0 +1,257 @@
+"""Noise in a run: rows against a loop, ranks and resume alike, AdaScale's clock, batches that follow the noise."""
+
+import json
+
+import pytest
+import torch
+from test_checkpoint import part_of_run, stopping_after
+from test_trainer import digits, rows_of
+
+import largebatch
+from largebatch.adascale import adascale_gain
+from largebatch.cli import main
+from largebatch.data.sampler import global_batch
+from largebatch.distributed import Ranks
+from largebatch.metering import NoiseMeter
+from largebatch.plan import Plan
+from largebatch.planning import build_plan
+from largebatch.run import build_model, train
+from largebatch.scaling import Reference
+from largebatch.schedules import Constant, Warmup
+from largebatch.section import UserError
+from largebatch.tracking import read_metrics
+
+MEASURED = ("noise_scale", "gradient_variance", "gradient_signal", "progress_per_update", "efficiency_per_sample")
+ADAPTIVE = {
+    "batch.reference_size": 8, "batch.size": 8, "batch.max_size": 64, "batch.growth": "adaptive",
+    "batch.critical_share": 2.0, "noise.average_samples": 400, "warmup.name": "none", "warmup.epochs": 0,
+    "optimizer.lr": 0.005, "schedule.name": "constant", "schedule.epochs": 1.5,
+}  # fmt: skip
+ADASCALE = {
+    "scaling.rule": "adascale", "batch.reference_size": 16, "batch.size": 128, "warmup.name": "none", "warmup.epochs": 0,
+    "optimizer.lr": 0.01, "schedule.epochs": 1.0,
+}  # fmt: skip
+
+
+def run_on_rank(rank, world_size, run, folder):
+    return rows_of(run, folder, Ranks(rank, rank, world_size))
+
+
+def column(rows, name):
+    return torch.tensor([row[name] if row[name] is not None else torch.inf for row in rows], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("per", ["sample", "micro_batch"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_first_row_is_what_a_loop_over_samples_says(optimizer, per, tmp_path):
+    flags = {"optimizer.name": optimizer, "optimizer.lr": 1e-3, "noise.measure": True, "noise.per": per}
+    if optimizer == "adamw":
+        flags |= {"optimizer.second_moment": "batch", "scaling.rule": "sqrt"}
+    run = digits(**flags, **{"batch.micro_size": 20})
+    row = rows_of(run, tmp_path / "run")[0][0]
+
+    source = run.data.load(run.seed)
+    model = build_model(run, source.task).double()
+    keys = global_batch(run.seed, len(source.train), 0, 200)
+    step = 1 if per == "sample" else 20
+    grads = []
+    for start in range(0, 200, step):
+        inputs, targets = source.train[keys[start : start + step]] if callable(source.train) else (
+            source.train.inputs[keys.indices[start : start + step]].double(),
+            source.train.targets[keys.indices[start : start + step]],
+        )  # fmt: skip
+        loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    stacked = torch.stack(grads)
+    variance = stacked.var(dim=0).sum().item() * step
+    signal = stacked.mean(dim=0).square().sum().item() - variance / 200
+    assert row["gradient_variance"] == pytest.approx(variance, rel=1e-10)
+    assert row["gradient_signal"] == pytest.approx(signal, rel=1e-9)
+    assert row["noise_scale"] == pytest.approx(variance / signal, rel=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_measuring_changes_nothing(optimizer, tmp_path):
+    flags = {"optimizer.name": optimizer, "optimizer.lr": 1e-3, "scaling.rule": "none"}
+    plain, _ = rows_of(digits(**flags), tmp_path / "plain")
+    measured, evaluations = rows_of(digits(**flags, **{"noise.measure": True}), tmp_path / "measured")
+    for name in ("loss", "grad_norm", "lr"):
+        torch.testing.assert_close(column(measured, name), column(plain, name), rtol=1e-12, atol=0)
+    assert set(evaluations[-1]["noise_scale_by_layer"]) == {"1", "3"}
+
+
+@pytest.mark.parametrize("flags", [{"noise.measure": True}, ADASCALE, ADAPTIVE], ids=["measured", "adascale", "adaptive"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_ranks_and_micro_batches_change_nothing(engine, flags, rank_pool, tmp_path):
+    run = digits(**flags)
+    expected, _ = rows_of(run, tmp_path / "one")
+    for world_size, micro in ((2, 3), (3, None)):
+        other = digits(**flags, **{"batch.micro_size": micro, "backend.name": engine})
+        ours, _ = rank_pool(world_size, run_on_rank, other, tmp_path / f"of-{world_size}")[0]
+        assert [row["batch_size"] for row in ours] == [row["batch_size"] for row in expected]
+        for name in ("loss", "lr", *MEASURED):
+            torch.testing.assert_close(column(ours, name), column(expected, name), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("flags", [ADASCALE, ADAPTIVE], ids=["adascale", "adaptive"])
+def test_a_resumed_run_is_one_that_was_not_stopped(flags, tmp_path):
+    run = digits(**flags, **{"checkpoint.every_minutes": None})
+    expected, evaluations = rows_of(run, tmp_path / "whole")
+    for updates in (9, 40, 10**9):
+        part_of_run(0, 1, run, tmp_path / "parts", updates)
+    ours, ours_evaluations = read_metrics(tmp_path / "parts" / "metrics.jsonl")
+    timed = {"samples_per_second"}
+    assert [{k: v for k, v in row.items() if k not in timed} for row in ours] == [
+        {k: v for k, v in row.items() if k not in timed} for row in expected
+    ]
+    assert ours_evaluations == evaluations
+    assert stopping_after  # the parts were stopped by it
+
+
+def test_an_adaptive_batch_follows_the_noise_within_its_bounds(tmp_path):
+    updates, _ = rows_of(digits(**ADAPTIVE), tmp_path / "run")
+    sizes = [row["batch_size"] for row in updates[:-1]]
+    assert sizes[0] == 8 and max(sizes) > 8 and set(sizes) <= {8, 16, 32, 64}
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    changes = [row["event"] for row in events if "event" in row]
+    assert len(changes) == sum(a != b for a, b in zip(sizes, sizes[1:], strict=False))
+    assert changes[0].startswith("batch size 8 → 16: the critical batch size is ")
+    for row in updates[:-1]:  # the linear rule's
+        assert row["lr"] == pytest.approx(0.005 * row["batch_size"] / 8)
+
+
+def test_a_batch_is_changed_only_where_the_whole_band_speaks_for_it():
+    run = digits(**ADAPTIVE)
+    plan, _ = build_plan(run, 1438)
+    meter = NoiseMeter(run, plan, ["weight"])
+    one = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+
+    def fill(noise_scale, updates=100):
+        meter.noise = type(meter.noise)(["weight"], meter.length_samples)
+        for number in range(updates):
+            signal = 1.0 + 0.01 * (-1) ** number  # a narrow band
+            trace, size = noise_scale * signal, 8
+            mean_square = signal + trace / size
+            meter.noise.update(torch.stack([one[0] * mean_square, one[0] * (trace * (size - 1) / size + mean_square) / size]), size)
+        assert meter.noise.whole.noise_scale == pytest.approx(noise_scale, rel=1e-2)
+
+    fill(100.0)
+    assert meter.next_batch_size(8, 400, 392) == 16
+    assert meter.next_batch_size(8, 399, 392) == 8  # not asked between two decisions
+    assert meter.next_batch_size(64, 400, 336) == 64  # batch.max_size
+    fill(7.0)  # times critical_share 2: between half and twice of 16
+    assert meter.next_batch_size(16, 400, 384) == 16
+    fill(2.0)
+    assert meter.next_batch_size(16, 400, 384) == 8
+    assert meter.next_batch_size(8, 400, 392) == 8  # batch.size is the smallest
+    fill(100.0, updates=4)  # too few to have a band
+    assert meter.next_batch_size(8, 400, 392) == 8
+
+
+def test_adascale_multiplies_the_rate_by_its_gain_and_ends_on_its_clock(tmp_path):
+    run = digits(**ADASCALE, **{"schedule.name": "step", "schedule.milestones_epochs": [0.5], "schedule.factor": 0.1})
+    updates, _ = rows_of(run, tmp_path / "run")
+    clock, traces, signals = 0.0, [], []
+    for row in updates:
+        traces.append(row["gradient_variance"])
+        gain = row["gain"]
+        assert 1.0 <= gain <= 8.0
+        assert row["lr"] == pytest.approx(0.01 * gain * (0.1 if clock >= 719 else 1.0), rel=1e-12)
+        clock += gain * 16
+        assert row["clock_samples"] == pytest.approx(clock, rel=1e-12)
+    assert updates[-2]["clock_samples"] < 1438 <= updates[-1]["clock_samples"]
+    assert 1438 / 128 < len(updates) < 1438 / 16
+    first = updates[0]
+    assert first["gain"] == pytest.approx(adascale_gain(first["gradient_variance"], first["gradient_signal"], 16, 128))
+    assert not signals
+
+
+def test_adascale_at_the_reference_batch_is_the_plain_run(tmp_path):
+    flags = ADASCALE | {"batch.size": 16, "schedule.epochs": 0.5}
+    ours, _ = rows_of(digits(**flags), tmp_path / "ours")
+    plain, _ = rows_of(digits(**flags, **{"scaling.rule": "linear"}), tmp_path / "plain")
+    full = len(plain) - 1  # the clock does not cut the last batch short
+    torch.testing.assert_close(column(ours[:full], "loss"), column(plain[:full], "loss"), rtol=1e-12, atol=0)
+
+
+def test_a_batch_that_warms_up_doubles_to_its_size_with_the_rate_behind_it():
+    """Merrill et al. 2025; and Seesaw (arXiv:2510.14717): under the square root rule a batch grows by a, the rate by 1/sqrt(a)."""
+    warmup = Warmup("gradual", samples=800, start=1 / 8, realize="batch")
+    plan = Plan(Reference(16, 1e-3, betas=(0.9, 0.999)), 128, 4000, 1000, Constant(), warmup)
+    sizes = {plan.batch_size(samples) for samples in range(800)}
+    assert sizes == {16, 32, 64} and plan.batch_size(800) == 128
+    for samples in range(0, 1000, 50):
+        wanted = 128 * warmup(samples)
+        assert wanted / 2 < plan.batch_size(samples) <= wanted
+        assert plan.at(samples)["lr"] == pytest.approx(1e-3 * plan.batch_size(samples) / 16)
+    assert plan.num_updates() == sum(1 for _ in plan.updates()) == sum(stage.updates for stage in plan.stages())
+
+
+def test_seesaw_is_a_growing_batch_under_the_square_root_rule():
+    run = digits(**{
+        "optimizer.name": "adamw", "optimizer.lr": 1e-3, "scaling.rule": "sqrt", "scaling.beta1": "keep",
+        "scaling.beta2": "keep", "batch.reference_size": 32, "batch.size": 32, "schedule.name": "step",
+        "schedule.milestones_epochs": [0.5, 1.0], "schedule.factor": 0.5, "schedule.realize": "batch", "warmup.name": "none",
+        "warmup.epochs": 0,
+    })  # fmt: skip
+    plan, _ = build_plan(run, 1438)
+    stages = plan.stages()
+    assert [stage.batch_size for stage in stages] == [32, 64, 128]
+    assert [stage.lr_first for stage in stages] == pytest.approx([1e-3, 1e-3 / 2**0.5, 1e-3 / 2])
+    assert all(stage.averaging["betas"] == (0.9, 0.999) for stage in stages)
+
+
+def test_the_noise_command_prints_and_draws_what_it_measured(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(digits(**{"schedule.epochs": 1.0, "warmup.name": "none", "warmup.epochs": 0}).to_yaml())
+    assert main(["noise", str(config), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "Gradient noise" in printed and "B_simple = tr(Sigma)/|G|^2" in printed and "efficiency per sample" in printed
+    assert (tmp_path / "out" / "curve.png").stat().st_size > 10_000
+    updates, evaluations = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert updates[-1]["noise_scale"] > 0 and len(evaluations[-1]["noise_scale_by_layer"]) == 2
+
+
+def test_a_batch_above_the_critical_one_is_said_once(tmp_path):
+    run = digits(**{"noise.measure": True, "noise.average_samples": 2000, "batch.size": 400, "schedule.epochs": 6.0})
+    train(run, tmp_path / "run", ranks=Ranks())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    said = [row["event"] for row in rows if "is above the critical batch size of" in row.get("event", "")]
+    assert len(said) == 1 and said[0].startswith("batch size 400 ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"batch.growth": "adaptive", "scaling.rule": "none"}, "batch.growth: adaptive needs a scaling.rule"),
+        ({"batch.growth": "adaptive", "scaling.rule": "adascale"}, "batch.growth: adaptive needs a scaling.rule"),
+        ({"noise.measure": True, "backend.squares_every": 2}, "backend.squares_every: noise.measure needs"),
+        ({"noise.measure": True, "batch.size": 1, "batch.reference_size": 1}, "batch.size: noise.measure needs at least 2"),
+        ({"warmup.realize": "batch", "warmup.name": "constant"}, "warmup.realize: batch needs warmup.name gradual"),
+        ({"warmup.realize": "batch", "warmup.start": 0.0}, "warmup.start: the batch would begin at 0 samples"),
+        ({"scaling.rule": "adascale", "warmup.realize": "batch"}, "scaling.rule: adascale keeps the batch size"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(flags, message):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")) as error:
+        build_plan(digits(**flags), 1438)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        ({"batch.critical_share": 2.0}, "batch.critical_share is not used"),
+        ({"noise.average_samples": 100}, "noise.average_samples is not used"),
+        ({"noise.per": "micro_batch"}, "noise.per is not used"),
+        ({"optimizer.name": "adamw", "optimizer.lr": 0.01, "optimizer.betas": [0.9, 0.8]}, "kappa*(1-beta) = 1.25 > 1"),
+        ({"optimizer.name": "adamw", "optimizer.lr": 0.01}, "was measured up to 0.016"),
+    ],
+)
+def test_what_should_be_known_before_is_a_warning(flags, warning):
+    _, warnings = build_plan(digits(**flags), 1438)
+    assert any(warning in line for line in warnings), warnings
+
+
+def test_the_public_names():
+    assert callable(largebatch.track)
