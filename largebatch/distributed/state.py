@@ -52,8 +52,9 @@ def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 def load_group_state(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
     """Write back the counts that `group_state` returned; hyper-parameters are the config's and the schedule's."""
+    of_the_run = {*optimizer.defaults, "role", "used"}
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        group.update({key: value for key, value in saved.items() if key not in optimizer.defaults and key != "role"})
+        group.update({key: value for key, value in saved.items() if key not in of_the_run})
 
 
 def random_state(rank: int) -> dict[str, Tensor]:

@@ -105,7 +105,10 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
             )
         reference = group["reference_batch_size"]
         if reference is None:
-            raise ValueError("reference_batch_size: missing; the parameter groups come from a tracked model")
+            raise ValueError(
+                "reference_batch_size: missing; the parameter groups come from a tracked model "
+                "(for plain second moments: param_groups(model, squares=False))"
+            )
         if "batch_size" not in group:
             raise RuntimeError("call set_batch(batch_size, ...) before step(): the squares' scale depends on it")
         kappa, num_units = group["batch_size"] / reference, group["num_units"]
@@ -126,7 +129,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         shadows: list[Tensor] = []
         for group in self.param_groups:
             if is_shadow_group(group):  # of the parameters of the group that follows
-                shadows = group["params"]
+                shadows = group["params"] if group.get("used", True) else []
                 continue
             present = [index for index, p in enumerate(group["params"]) if p.grad is not None]
             params: list[Tensor] = [group["params"][index] for index in present]

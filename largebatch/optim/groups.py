@@ -12,18 +12,21 @@ from largebatch.moments import is_shadow, shadows
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 0.0, decay_norm_and_bias: bool = False
+    model: nn.Module, weight_decay: float = 0.0, decay_norm_and_bias: bool = False, squares: bool = True
 ) -> list[dict[str, Any]]:
     """Return the trained parameters in groups: decayed ones, and norms and biases without weight decay.
 
     Norm scales, norm offsets and biases are the parameters with at most one dimension (Goyal et al. 2017, section 5.3).
     Of a tracked model, each group is preceded by the group of its parameters' shadows, in the same order, with
-    ``role: shadow``; the adaptive optimizers of this package read them, no other optimizer may be given them.
+    ``role: shadow``; the adaptive optimizers of this package read them, SGD and LARS pass them over, and no optimizer from
+    elsewhere may be given them. With ``squares=False`` the groups are marked ``used: False``: the squares are there to be
+    measured (a noise scale), and the second moments are plain, whatever the optimizer's reference_batch_size.
 
     Args:
         model: the model, tracked or not.
         weight_decay: of the first group, >= 0.
         decay_norm_and_bias: True decays all parameters alike.
+        squares: whether adaptive optimizers take their second moments from the tracked squares.
     """
     shadow_of = shadows(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_shadow(p)]
@@ -34,7 +37,8 @@ def param_groups(
         if not chosen:
             continue
         if shadow_of:
-            groups.append({"params": [shadow_of[name] for name, _ in chosen], "weight_decay": 0.0, "role": "shadow"})
+            of_shadows = {"weight_decay": 0.0, "role": "shadow", "used": squares}
+            groups.append({"params": [shadow_of[name] for name, _ in chosen], **of_shadows})
         groups.append({"params": [p for _, p in chosen], "weight_decay": decay})
     return groups
 

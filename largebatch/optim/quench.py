@@ -179,6 +179,8 @@ class Quench(AdaptiveOptimizer):
             raise UserError(
                 "sigma2: 'sample' needs the parameter groups of a tracked model: call largebatch.track first"
             )
+        if not group["num_units"] > 1 and group.get("samples", 0) > 0:
+            return  # a last batch of one sample, which has no variance
         if not group["num_units"] > 1:
             raise UserError("sigma2: 'sample' needs at least 2 samples in an update, got 1; take sigma2='average'")
         if moment.updates > 1:

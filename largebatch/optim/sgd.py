@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from largebatch.optim.groups import is_shadow_group
+
 MomentumForm = Literal["sum", "velocity", "average"]
 
 
@@ -24,7 +26,7 @@ class SGD(torch.optim.SGD):
     keeps the gradient's unit whatever the momentum.
 
     Args:
-        params: parameters or groups.
+        params: parameters or groups; shadow groups are passed over.
         lr: eta, >= 0.
         momentum: mu in [0, 1).
         weight_decay: L2 coefficient, added to the gradient.
@@ -56,13 +58,20 @@ class SGD(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Do one update; ``closure`` as in torch.optim."""
-        if self.form == "sum":
-            return super().step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        groups = self.param_groups
+        trained = [group for group in groups if not is_shadow_group(group)]
+        if self.form == "sum":
+            self.param_groups = trained  # all that torch's step walks over
+            try:
+                super().step()
+            finally:
+                self.param_groups = groups
+            return loss
+        for group in trained:
             params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
