@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
 
 import yaml
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from largebatch.checkpoint import CheckpointConfig
 from largebatch.data import SOURCES
@@ -14,7 +14,7 @@ from largebatch.data.loader import LoaderConfig
 from largebatch.distributed import BackendConfig, Precision
 from largebatch.models import MODELS
 from largebatch.noise import NoiseConfig
-from largebatch.optimizer_config import OPTIMIZERS, AdaptiveBase, OptimizerBase
+from largebatch.optimizer_config import OPTIMIZERS, AdaptiveBase, OptimizerBase, QuenchConfig
 from largebatch.scaling import AveragingRule, LrRule, Reference
 from largebatch.schedule_config import SCHEDULES, ScheduleBase, WarmupConfig
 from largebatch.section import Coefficient, Count, Positive, Section, UserError
@@ -44,8 +44,8 @@ class ScalingConfig(Section):
     """How hyper-parameters follow the batch size. For coefficients: keep, half_life, length, or a number."""
 
     rule: LrRule = "linear"
-    """Learning rate: linear in the batch size (the temperature is kept), sqrt (plain Adam and RMSProp), adascale (as far as
-    the measured noise allows, with a clock of its own), or none."""
+    """Learning rate: linear in the batch size (the temperature is kept), sqrt (plain Adam, RMSProp and LAMB), adascale (as
+    far as the measured noise allows, with a clock of its own), or none, which is quench's only one and its default."""
     momentum: AveragingRule | Coefficient = "keep"
     """Momentum; the learning rate follows it by (1 - mu)."""
     beta1: AveragingRule | Coefficient | None = None
@@ -132,12 +132,30 @@ class Run(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and of the order of samples."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_rule_where_none_applies(cls, values: Any) -> Any:
+        """Write ``none`` where no rule was named and the optimizer takes none: the resolved config is to say so."""
+        if not isinstance(values, Mapping):
+            return values
+        optimizer, scaling = values.get("optimizer"), values.get("scaling", {})
+        name = optimizer.get("name") if isinstance(optimizer, Mapping) else getattr(optimizer, "name", None)
+        without = [known for section in OPTIMIZERS if not section.takes_rule for known in section_names(section)]
+        if name not in without or not isinstance(scaling, Mapping):
+            return values
+        return {**values, "scaling": {"rule": "none", **scaling}}
+
     def reference(self) -> Reference:
         """Return the tuned hyper-parameters with the rules that carry them to another batch size.
 
         Raises:
             UserError: if a rule is set for something this optimizer does not have.
         """
+        if not self.optimizer.takes_rule and self.scaling.rule != "none":
+            raise UserError(
+                f"scaling.rule: {self.optimizer.name} finds its own rate per sample, which no rule scales; expected none, "
+                f"got {self.scaling.rule}; remove the key"
+            )
         values = self.optimizer.reference_values()
         uses = {
             "momentum": "momentum" in values,
@@ -168,11 +186,13 @@ class Run(Section):
         return self.second_moment() or (self.noise.per if self.measures_noise() else None)
 
     def second_moment(self) -> Literal["sample", "micro_batch"] | None:
-        """Return what squares the second moment is taken from; None for plain second moments, or none at all.
+        """Return what squares the second moment is taken from (Quench: the variance); None for plain second moments, or none at all.
 
         Raises:
             UserError: if the scaling rule does not go with what was asked for.
         """
+        if isinstance(self.optimizer, QuenchConfig) and self.optimizer.sigma2 == "sample":
+            return "sample"
         if not isinstance(self.optimizer, AdaptiveBase):
             return None
         wanted = self.optimizer.second_moment

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
 
 from largebatch import optim
-from largebatch.section import Coefficient, NonNegative, Positive, Section
+from largebatch.section import Coefficient, Count, NonNegative, Positive, Section
 
-NAME = Field(description="Optimizer: sgd, adagrad, rmsprop, adam or adamw.")
+NAME = Field(description="Optimizer: sgd, lars, adagrad, rmsprop, adam, adamw, lamb or quench.")
 
 
 def _half_or_one(value: float) -> float:
@@ -21,6 +21,9 @@ def _half_or_one(value: float) -> float:
 
 class OptimizerBase(Section):
     """What every optimizer has."""
+
+    takes_rule: ClassVar[bool] = True
+    """Whether a scaling rule carries its learning rate to another batch size."""
 
     name: Annotated[str, NAME]
     lr: Positive
@@ -75,6 +78,28 @@ class SGDConfig(OptimizerBase):
     def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
         """Return the optimizer."""
         return optim.SGD(groups, self.lr, self.momentum, nesterov=self.nesterov, form=self.form)
+
+
+class LARSConfig(OptimizerBase):
+    """LARS: a layer's step follows the length of its weights (You et al. 2017)."""
+
+    name: Annotated[Literal["lars"], NAME] = "lars"
+    momentum: Coefficient = 0.9
+    """Momentum tuned at the reference batch size; the learning rate enters the buffer."""
+    trust_coefficient: Positive = 1e-3
+    """How far a layer may move, relative to its length, at a learning rate of 1."""
+    adapt_norm_and_bias: bool = False
+    """Adapt norms and biases too; else their rate is lr itself."""
+
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return optim.LARS(
+            groups,
+            self.lr,
+            self.momentum,
+            trust_coefficient=self.trust_coefficient,
+            adapt_norm_and_bias=self.adapt_norm_and_bias,
+        )
 
 
 class AdagradConfig(AdaptiveBase):
@@ -145,4 +170,56 @@ class AdamConfig(AdaptiveBase):
         )
 
 
-OPTIMIZERS = (SGDConfig, AdagradConfig, RMSPropConfig, AdamConfig)
+class LAMBConfig(AdaptiveBase):
+    """LAMB: AdamW's direction, with a step that follows the length of a layer's weights (You et al. 2020)."""
+
+    name: Annotated[Literal["lamb"], NAME] = "lamb"
+    betas: tuple[Coefficient, Coefficient] = (0.9, 0.999)
+    """Coefficients of the two running averages at the reference batch size."""
+    eps: NonNegative = 1e-6
+    """Added to the root of the second moment."""
+    bias_correction: Literal["published", "running_mean"] = "published"
+    """published: divide by 1 - beta^t; running_mean: weights 1/min(t, N)."""
+    adapt_norm_and_bias: bool = False
+    """Adapt norms and biases too; else they follow AdamW."""
+
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return optim.LAMB(
+            groups,
+            self.lr,
+            self.betas,
+            self.eps,
+            bias_correction=self.bias_correction,
+            reference_batch_size=reference_size,
+            adapt_norm_and_bias=self.adapt_norm_and_bias,
+        )
+
+
+class QuenchConfig(OptimizerBase):
+    """Quenching SGD: each element's own batch size Bstar and rate, from its own noise (McAllester, TTIC 31230)."""
+
+    takes_rule: ClassVar[bool] = False
+
+    name: Annotated[Literal["quench"], NAME] = "quench"
+    lr: Positive
+    """lambda_eta, coefficient of the rate: 1/(32*L) in the theory, with L the largest curvature; the same at any batch size."""
+    K: Count = 4096
+    """Samples at the start of which only averages are taken, several times the batch size."""
+    lambda_B: Positive = 16.0
+    """Coefficient of Bstar; 16 in the theory."""
+    eps: Positive = 1e-8
+    """Added to the squared gradient in Bstar, so in the unit of that square."""
+    sigma2: Literal["average", "sample"] = "average"
+    """Variance of a sample's gradient: from the spread of batch means, or exact from the squares of samples' gradients."""
+
+    def reference_values(self) -> dict[str, Any]:
+        """Return nothing: Bstar and eta/B are per sample."""
+        return {}
+
+    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return optim.Quench(groups, self.lr, self.K, self.lambda_B, self.eps, self.sigma2)
+
+
+OPTIMIZERS = (SGDConfig, LARSConfig, AdagradConfig, RMSPropConfig, AdamConfig, LAMBConfig, QuenchConfig)

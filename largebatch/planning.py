@@ -53,7 +53,7 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
     schedule = run.schedule.build(num_train)
     size, realize = run.batch.size, run.schedule.realize
     if realize != "lr":
-        if run.scaling.rule == "none":
+        if run.scaling.rule == "none" and run.optimizer.takes_rule:
             raise UserError(f"schedule.realize: '{realize}' needs a scaling.rule (linear or sqrt), got none")
         total = run.schedule.total_samples(num_train)
         if realize == "batch_then_lr" and run.batch.max_size is None:
@@ -71,6 +71,12 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         raise UserError(
             "backend.squares_every: squares add up over updates, from which those of a skipped one cannot be taken out "
             "(optimizer.non_finite skip); use 1"
+        )
+    still, total = getattr(run.optimizer, "K", 0), run.schedule.total_samples(num_train)  # quench, before it steps
+    if still >= total:
+        raise UserError(
+            f"optimizer.K: the run's {total} samples end before {run.optimizer.name} takes its first step, after {still}; "
+            "lower it to several times the batch size"
         )
     if run.tracked() == "micro_batch":
         units = effective_micro_batches(size, world_size, run.batch.micro_size, group_size)
@@ -189,7 +195,8 @@ def _warnings(run: Run, plan: Plan, world_size: int) -> list[str]:
         full = "batch size" if run.warmup.realize == "batch" else "learning rate"
         found.append(f"the warm-up starts at the full {full}, which is not above the reference's: it does nothing")
     momentum = getattr(run.optimizer, "momentum", 0.0) or getattr(run.optimizer, "betas", (0.0,))[0]
-    if run.batch.at_epoch_end == "cut" and momentum and getattr(run.optimizer, "form", "") != "velocity":
+    takes_rate_in = run.optimizer.name == "lars" or getattr(run.optimizer, "form", "") == "velocity"
+    if run.batch.at_epoch_end == "cut" and momentum and not takes_rate_in:
         found.append(
             "batch.at_epoch_end cut: the mean gradient of an epoch's smaller last batch stays in the running average with "
             "the weight of a full one; optimizer.form velocity, or carry, gives every sample the same weight"
@@ -208,20 +215,28 @@ def _warnings(run: Run, plan: Plan, world_size: int) -> list[str]:
             f"batch size {largest:,} is more than a tenth of the {num_train:,} training samples: "
             "updates are few and the linear rule tends to break there (Smith et al. 2018)"
         )
-    if kappa > 1 and run.scaling.rule == "linear" and isinstance(run.optimizer, AdaptiveBase) and not run.tracked():
+    # LAMB sets the size of its update itself.
+    plain = isinstance(run.optimizer, AdaptiveBase) and run.optimizer.name != "lamb" and not run.second_moment()
+    if kappa > 1 and run.scaling.rule == "linear" and plain:
         found.append(
             f"the second moment of {run.optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
             "keep the update's size; optimizer.second_moment sample does"
         )
+    still = getattr(run.optimizer, "K", None)
+    if still is not None and still < 2 * largest:
+        found.append(
+            f"optimizer.K {still:,} is less than two updates of {largest:,} samples: quench's first averages "
+            "are of little more than one batch"
+        )
     scaled_lr = plan.reference.at(largest)["lr"]
-    if run.second_moment() and scaled_lr > MEASURED_LR:
+    if isinstance(run.optimizer, AdaptiveBase) and run.second_moment() and scaled_lr > MEASURED_LR:
         found.append(
             f"the learning rate of {run.optimizer.name} at a batch of {largest:,} is {scaled_lr:.3g}; that the curve does not "
             f"depend on the batch size was measured up to {MEASURED_LR:g} (docs/results.md): expect less beyond"
         )
     if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
         found.append("backend.squares_every and squares_dtype are not used: no squares are tracked")
-    if run.scaling.rule == "none" and kappa != 1:
+    if run.scaling.rule == "none" and run.optimizer.takes_rule and kappa != 1:
         found.append(
             f"scaling.rule none: lr {run.optimizer.lr:g} is kept although the batch is {kappa:g} times the reference"
         )

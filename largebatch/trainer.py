@@ -104,8 +104,8 @@ class Trainer:
             self.restore(found)
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        config = self.run.optimizer
-        groups = param_groups(model, config.weight_decay, config.decay_norm_and_bias)
+        config, squares = self.run.optimizer, self.run.second_moment() is not None
+        groups = param_groups(model, config.weight_decay, config.decay_norm_and_bias, squares)
         return config.build(groups, self.run.batch.reference_size)
 
     def _create_writer(self) -> CheckpointWriter:
@@ -229,11 +229,11 @@ class Trainer:
         for micro_batch, is_last in self.loader.next(batch_size):
             with backend.accumulate(sync=is_last):
                 backend.backward(self.loss_sum(micro_batch) / batch_size)
-        if self.tracked:
-            num_units = self._announce_squares(batch_size, due)
-            if self.meter is not None:
-                sums = backend.noise_sums(self.bare_model)
-                values["lr"] *= self.meter.update(sums, batch_size, num_units, backend.world_size)
+        # Quench needs it without squares too, the noise without an optimizer that takes them.
+        num_units = self._announce_squares(batch_size, due)
+        if self.meter is not None:
+            sums = backend.noise_sums(self.bare_model)
+            values["lr"] *= self.meter.update(sums, batch_size, num_units, backend.world_size)
         set_hyperparameters(self.optimizer, values)
         grad_norm = backend.step(self.optimizer, run.optimizer.max_grad_norm)
         commit_batch_statistics(self.batch_norms, backend.sum)
@@ -252,9 +252,9 @@ class Trainer:
             num_units = effective_micro_batches(
                 batch_size, sampler.world_size, sampler.micro_batch_size, sampler.group_size
             )
-        if self.run.second_moment():
-            self.optimizer.set_batch(batch_size, num_units, sampler.world_size, due)  # type: ignore[attr-defined]
-        if self.progress.step == 0:
+        if hasattr(self.optimizer, "set_batch"):
+            self.optimizer.set_batch(batch_size, num_units, sampler.world_size, due)
+        if self.tracked and self.progress.step == 0:
             self.backend.check_statistics(self.bare_model)
         return num_units
 

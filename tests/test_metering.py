@@ -80,7 +80,9 @@ def test_measuring_changes_nothing(optimizer, tmp_path):
     assert set(evaluations[-1]["noise_scale_by_layer"]) == {"1", "3"}
 
 
-@pytest.mark.parametrize("flags", [{"noise.measure": True}, ADASCALE, ADAPTIVE], ids=["measured", "adascale", "adaptive"])
+@pytest.mark.parametrize(
+    "flags", [{"noise.measure": True}, ADASCALE, ADAPTIVE], ids=["measured", "adascale", "adaptive"]
+)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_ranks_and_micro_batches_change_nothing(engine, flags, rank_pool, tmp_path):
     run = digits(**flags)
@@ -132,7 +134,9 @@ def test_a_batch_is_changed_only_where_the_whole_band_speaks_for_it():
             signal = 1.0 + 0.01 * (-1) ** number  # a narrow band
             trace, size = noise_scale * signal, 8
             mean_square = signal + trace / size
-            meter.noise.update(torch.stack([one[0] * mean_square, one[0] * (trace * (size - 1) / size + mean_square) / size]), size)
+            meter.noise.update(
+                torch.stack([one[0] * mean_square, one[0] * (trace * (size - 1) / size + mean_square) / size]), size
+            )
         assert meter.noise.whole.noise_scale == pytest.approx(noise_scale, rel=1e-2)
 
     fill(100.0)
@@ -206,7 +210,9 @@ def test_the_noise_command_prints_and_draws_what_it_measured(tmp_path, capsys):
     config.write_text(digits(**{"schedule.epochs": 1.0, "warmup.name": "none", "warmup.epochs": 0}).to_yaml())
     assert main(["noise", str(config), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "Gradient noise" in printed and "B_simple = tr(Sigma)/|G|^2" in printed and "efficiency per sample" in printed
+    assert (
+        "Gradient noise" in printed and "B_simple = tr(Sigma)/|G|^2" in printed and "efficiency per sample" in printed
+    )
     assert (tmp_path / "out" / "curve.png").stat().st_size > 10_000
     updates, evaluations = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert updates[-1]["noise_scale"] > 0 and len(evaluations[-1]["noise_scale_by_layer"]) == 2
@@ -226,7 +232,10 @@ def test_a_batch_above_the_critical_one_is_said_once(tmp_path):
         ({"batch.growth": "adaptive", "scaling.rule": "none"}, "batch.growth: adaptive needs a scaling.rule"),
         ({"batch.growth": "adaptive", "scaling.rule": "adascale"}, "batch.growth: adaptive needs a scaling.rule"),
         ({"noise.measure": True, "backend.squares_every": 2}, "backend.squares_every: noise.measure needs"),
-        ({"noise.measure": True, "batch.size": 1, "batch.reference_size": 1}, "batch.size: noise.measure needs at least 2"),
+        (
+            {"noise.measure": True, "batch.size": 1, "batch.reference_size": 1},
+            "batch.size: noise.measure needs at least 2",
+        ),
         ({"warmup.realize": "batch", "warmup.name": "constant"}, "warmup.realize: batch needs warmup.name gradual"),
         ({"warmup.realize": "batch", "warmup.start": 0.0}, "warmup.start: the batch would begin at 0 samples"),
         ({"scaling.rule": "adascale", "warmup.realize": "batch"}, "scaling.rule: adascale keeps the batch size"),
