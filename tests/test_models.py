@@ -22,6 +22,7 @@ from largebatch.models import (
     FactoryModel,
     GhostBatchNorm1d,
     GhostBatchNorm2d,
+    GhostBatchNorm3d,
     GPTConfig,
     MLPConfig,
     ResNet18Config,
@@ -242,20 +243,21 @@ def test_names_are_unique_and_documented():
 
 # Batch norm over groups of samples
 
-SHAPES = {"1d": (6,), "1d long": (6, 5), "2d": (6, 4, 3)}
+SHAPES = {"1d": (6,), "1d long": (6, 5), "2d": (6, 4, 3), "3d": (6, 2, 4, 3)}
 
 
 def make_pair(shape, group_size):
     """A grouped norm and torch's, with the same random parameters, float64."""
     torch.manual_seed(0)
-    dimensions = len(shape)
-    reference = (nn.BatchNorm2d if dimensions == 3 else nn.BatchNorm1d)(6).double()
+    kinds = {3: (nn.BatchNorm2d, GhostBatchNorm2d), 4: (nn.BatchNorm3d, GhostBatchNorm3d)}
+    plain, grouped = kinds.get(len(shape), (nn.BatchNorm1d, GhostBatchNorm1d))
+    reference = plain(6).double()
     with torch.no_grad():
         reference.weight.normal_()
         reference.bias.normal_()
         reference.running_mean.normal_()
         reference.running_var.uniform_(0.5, 2)
-    ghost = (GhostBatchNorm2d if dimensions == 3 else GhostBatchNorm1d)(6, group_size).double()
+    ghost = grouped(6, group_size).double()
     ghost.load_state_dict(reference.state_dict())  # the names are torch's
     return ghost, reference
 
@@ -457,6 +459,7 @@ def test_conversion_keeps_the_model():
     inputs = torch.randn(5, 3, 4, 4)
     assert torch.equal(model.eval()(inputs), plain.eval()(inputs))
     assert isinstance(convert_batch_norm(nn.BatchNorm1d(3), 2), GhostBatchNorm1d)
+    assert isinstance(convert_batch_norm(nn.BatchNorm3d(3), 2), GhostBatchNorm3d)
 
 
 class ActivatedNorm(nn.BatchNorm2d):
@@ -467,7 +470,7 @@ class ActivatedNorm(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     "norm",
     [
-        nn.BatchNorm3d(3),
+        nn.SyncBatchNorm(3),
         nn.BatchNorm2d(3, affine=False),
         nn.BatchNorm2d(3, track_running_stats=False),
         ActivatedNorm(3),

@@ -5,6 +5,7 @@ from largebatch.models.gpt import GPT, GPTConfig
 from largebatch.models.norm import (
     GhostBatchNorm1d,
     GhostBatchNorm2d,
+    GhostBatchNorm3d,
     batch_norms,
     commit_batch_statistics,
     convert_batch_norm,
@@ -27,6 +28,7 @@ __all__ = [
     "GPTConfig",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "MLPConfig",
     "ResNet",
     "ResNet18Config",

@@ -138,6 +138,12 @@ class GhostBatchNorm1d(_GhostBatchNorm):
     _dimensions = (2, 3)
 
 
+class GhostBatchNorm3d(_GhostBatchNorm):
+    """Batch normalisation of (n, c, d, h, w) over groups of samples; arguments as for GhostBatchNorm2d."""
+
+    _dimensions = (5,)
+
+
 class GhostBatchNorm2d(_GhostBatchNorm):
     """Batch normalisation of (n, c, h, w) over groups of samples.
 
@@ -202,7 +208,10 @@ def discard_batch_statistics(modules: list[_GhostBatchNorm]) -> None:
 
 
 def convert_batch_norm(model: nn.Module, group_size: int) -> nn.Module:
-    """Replace every nn.BatchNorm1d and nn.BatchNorm2d of a model, in place, keeping parameters and buffers.
+    """Replace every nn.BatchNorm1d, 2d and 3d of a model, in place, keeping parameters and buffers.
+
+    In a training loop of your own, call :func:`commit_batch_statistics` once an update, or the running statistics stay as
+    they were.
 
     Args:
         model: converted in place, unless it is a batch norm itself.
@@ -212,8 +221,8 @@ def convert_batch_norm(model: nn.Module, group_size: int) -> nn.Module:
         The model.
 
     Raises:
-        UserError: if a batch norm is of a kind that cannot be converted: of three dimensions, a subclass with a forward
-            of its own, without affine parameters or running statistics.
+        UserError: if a batch norm is of a kind that cannot be converted: a subclass with a forward of its own, without affine
+            parameters or running statistics.
     """
     converted: dict[nn.Module, nn.Module] = {}
 
@@ -232,7 +241,11 @@ def convert_batch_norm(model: nn.Module, group_size: int) -> nn.Module:
 
 
 def _converted(norm: nn.modules.batchnorm._BatchNorm, group_size: int, name: str) -> nn.Module:
-    kinds: dict[type, type[_GhostBatchNorm]] = {nn.BatchNorm1d: GhostBatchNorm1d, nn.BatchNorm2d: GhostBatchNorm2d}
+    kinds: dict[type, type[_GhostBatchNorm]] = {
+        nn.BatchNorm1d: GhostBatchNorm1d,
+        nn.BatchNorm2d: GhostBatchNorm2d,
+        nn.BatchNorm3d: GhostBatchNorm3d,
+    }
     kind = kinds.get(type(norm))
     if kind is None or not norm.affine or not norm.track_running_stats or norm.momentum is None:
         raise UserError(
