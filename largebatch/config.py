@@ -186,7 +186,7 @@ class Run(Section):
         return self.second_moment() or (self.noise.per if self.measures_noise() else None)
 
     def second_moment(self) -> Literal["sample", "micro_batch"] | None:
-        """Return what squares the second moment is taken from (Quench: the variance); None for plain second moments, or none at all.
+        """Return what squares the second moment (Quench: the variance) is taken from; None where it is plain, or not there.
 
         Raises:
             UserError: if the scaling rule does not go with what was asked for.
