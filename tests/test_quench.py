@@ -298,3 +298,10 @@ def test_what_it_needs():
         optimizer.step()
     with pytest.raises(UserError, match="sigma2: 'sample' needs at least 2 samples in an update, got 1"):
         Quadratics(1, 1.0, "sample").train(1, 1)
+
+
+def test_a_last_batch_of_one_sample_leaves_the_variance():
+    problem = Quadratics(3, 1.0, "sample", K=8).train(8, 2)
+    variance = problem.optimizer.state[problem.p]["exp_avg_sq"].clone()
+    problem.train(1, 1)
+    assert torch.equal(problem.optimizer.state[problem.p]["exp_avg_sq"], variance)
