@@ -116,6 +116,13 @@ if [[ $code != 0 && -z $caught && ${PET_NNODES:-$NNODES} != 1 ]]; then
         status=$(read_status)
     done
 fi
+if [[ $code != 0 && -z $status$caught ]]; then
+    # Below the tracebacks of torchrun.
+    again=''
+    if [[ -n $out ]]; then again="; once that is mended, the same command continues from the newest checkpoint in $out"; fi
+    if [[ -n $out && $NNODES != 1 ]]; then again+=" (on each node; with another's MASTER_ADDR where $MASTER_ADDR is lost)"; fi
+    echo "torchrun.sh: exit code $code: why is in the line above that begins with largebatch:$again" >&2
+fi
 case $status:$caught in
 finished:?*) exit 0 ;; # the signal came too late to matter
 preempted:*) exit 75 ;;

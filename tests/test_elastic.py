@@ -21,6 +21,8 @@ from jobs import (
     write_torchrun,
 )
 
+from largebatch.checkpoint import find_problems
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Rounds of the rendezvous in seconds instead of minutes; what keeps a machine of the tests busy is not the network.
@@ -52,7 +54,8 @@ def _start(folder, config, name, **variables):
     return Job(["launch/torchrun.sh", config, "--out", folder / "run"], folder / f"{name}.log", **given)
 
 
-def _start_nodes(folder, names, port):
+def _start_nodes(folder, names, port, addresses=None):
+    """Start the agents, the one that keeps the rendezvous first; torchrun gives out ranks in the order of the addresses."""
     config = write_config(folder, precision="fp64")
     given = {
         "NNODES": "1:2",
@@ -62,8 +65,9 @@ def _start_nodes(folder, names, port):
         "LARGEBATCH_TEST_SECONDS": SECONDS,
     }
     nodes = []
-    for name in names:
-        nodes.append(_start(folder, config, name, **given))
+    for i, name in enumerate(names):
+        own = {"PET_LOCAL_ADDR": addresses[i]} if addresses else {}
+        nodes.append(_start(folder, config, name, **given, **own))
         wait_until(lambda: _listens(port), 60, "the rendezvous")  # the first one keeps it
     return nodes
 
@@ -159,4 +163,39 @@ def test_a_node_is_replaced(tmp_path, untouched):
     print(f"a node was replaced; the job ended after {time.monotonic() - left:.1f} s")
     assert codes == [0, 0], stays.printed()[-3000:] + comes.printed()[-3000:]
     assert summary(out)["world_size"] == 2
+    assert_same_run(out, expected, FLOAT64)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_node_that_keeps_the_rendezvous_dies(tmp_path, untouched, rank):
+    """Nothing is left to meet at: the job ends, and says so; the same command on a node that lives continues it."""
+    expected = untouched(1, "fp64")
+    out, port = tmp_path / "run", free_port()
+    addresses = ["127.0.0.1", "127.0.0.2"] if rank == 0 else ["127.0.0.2", "127.0.0.1"]
+    dies, stays = _start_nodes(tmp_path, ["dies", "stays"], port, addresses)
+    wait_until(lambda: len(checkpoints(out)) >= 2, 150)
+    assert [int(v[b"RANK"]) for v in dies.family().values() if b"RANK" in v] == [rank]
+    died, at = time.monotonic(), samples(out)
+    dies.kill()
+    wait_until(lambda: not stays.ranks(), 60, "the rank that is left ends")
+    ended = time.monotonic() - died
+    code = stays.wait(60)
+    said = [line for line in stays.printed().splitlines() if line.startswith(("largebatch:", "torchrun.sh:"))]
+    print(
+        f"the rendezvous' node, of rank {rank}, died at {at} samples: the other's rank ended after {ended:.1f} s, its agent "
+        f"after {time.monotonic() - died:.1f} s with {code}:\n" + "\n".join(said)
+    )
+    assert code == 1 and not stays.family()
+    assert "RendezvousConnectionError" in stays.printed()
+    lost = "rank 0, which keeps the ranks' meeting place, is gone" if rank == 0 else "no word from rank 1 ("
+    assert said[0].startswith(f"largebatch: error: rank {1 - rank} stops: {lost}")
+    assert f"continue with --resume auto --out {out}" in said[0]
+    assert said[-1] == stays.printed().splitlines()[-1], "below the tracebacks of torchrun"
+    assert f"continues from the newest checkpoint in {out} (on each node; with another's MASTER_ADDR" in said[-1]
+    kept = [out / "checkpoints" / name for name in checkpoints(out)]
+    assert kept and all(find_problems(folder) == [] for folder in kept)
+
+    (again,) = _start_nodes(tmp_path, ["again"], free_port())
+    assert again.wait() == 0, again.printed()[-3000:]
+    assert f"resumedfrom{kept[-1]}" in "".join(again.printed().split())  # whose lines are wrapped
     assert_same_run(out, expected, FLOAT64)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -52,6 +54,19 @@ def is_communication(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+@contextmanager
+def _sigterm_ignored() -> Iterator[None]:
+    """Let no launcher that has noticed the failure too end this process before it has said who is missing."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot have handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class RankWatch:
     """Each rank's account of itself, in the store that all ranks reach.
 
@@ -88,8 +103,9 @@ class RankWatch:
         # A store whose rank hangs, or is cut off, blocks who asks it: past the store's own timeout, in code that no
         # exception reaches.
         asking = threading.Thread(target=lambda: answers.append(self._ask(cause, grace_seconds)), daemon=True)
-        asking.start()
-        asking.join(grace_seconds + 2.0)
+        with _sigterm_ignored():
+            asking.start()
+            asking.join(grace_seconds + 2.0)
         if answers:
             return answers[0]
         return f"no word from rank 0, which keeps the ranks' meeting place: dead, hanging or cut off ({cause})"
