@@ -83,6 +83,25 @@ def test_the_summary_tells_the_exit_code(launch, status, torchruns, ours):
     assert launch(CONFIG, "--out", launch.out, FAKE_STATUS=status, FAKE_CODE=torchruns)[0] == ours
 
 
+def test_a_failure_has_the_last_word(launch):
+    """Where to look and how to go on, below torchrun's tracebacks; nothing where the run itself says how it ended."""
+    nodes = {"NNODES": "1:2", "MASTER_ADDR": "first"}
+    line = "torchrun.sh: exit code 1: why is in the line above that begins with largebatch:"
+    more = f"; once that is mended, the same command continues from the newest checkpoint in {launch.out}"
+    for words, variables, expected in (
+        ([CONFIG], {}, line),
+        ([CONFIG, "--out", launch.out], {}, line + more),
+        (
+            [CONFIG, "--out", launch.out],
+            nodes,
+            f"{line}{more} (on each node; with another's MASTER_ADDR where first is lost)",
+        ),
+    ):
+        assert launch(*words, FAKE_CODE=1, **variables)[2].splitlines()[-1] == expected
+    before = launch(CONFIG)[2]
+    assert launch(CONFIG, "--out", launch.out, FAKE_STATUS="diverged", FAKE_CODE=1)[2] == before
+
+
 def test_a_summary_of_an_earlier_part_tells_nothing(launch):
     """A command line that is refused must not be requeued for ever."""
     (launch.out / "summary.json").write_text('{\n  "status": "preempted"\n}\n')
