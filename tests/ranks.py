@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 120
+START_SECONDS, TIMEOUT_SECONDS = 240, 120
 
 
 def _serve(rank: int, pipe: Any) -> None:
@@ -18,6 +18,7 @@ def _serve(rank: int, pipe: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    pipe.send((True, "ready"))
     while (task := pipe.recv()) is not None:
         function, arguments, world_size, store = task
         try:
@@ -54,6 +55,10 @@ class RankPool:
             process.start()
             theirs.close()
             self.workers.append((process, ours))
+        for process, pipe in self.workers:  # the imports take their time on a busy machine
+            if not pipe.poll(START_SECONDS) or not process.is_alive():
+                raise AssertionError("a rank of the pool did not start")
+            pipe.recv()
 
     def __call__(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         if not self.workers:

@@ -154,9 +154,8 @@ def test_adascale_multiplies_the_rate_by_its_gain_and_ends_on_its_clock(tmp_path
         "schedule.name": "step",
         "schedule.milestones_epochs": [0.5],
         "schedule.factor": 0.1,
-        "schedule.epochs": 1.0,
     }
-    run = digits(**ADASCALE | step)
+    run = digits(**step | ADASCALE)
     updates, _ = rows_of(run, tmp_path / "run")
     clock = 0.0
     for row in updates:

@@ -130,6 +130,17 @@ def test_a_sampler_resumes_in_the_middle_of_a_run():
             np.testing.assert_array_equal(a.indices, b.indices)
 
 
+@given(st.integers(1, 300), st.integers(1, 9), st.one_of(st.none(), st.integers(1, 40)), st.integers(1, 8))
+def test_every_rank_takes_part_in_equally_many_passes(batch_size, world_size, micro, group):
+    """Those of a sharded model are collectives: where one rank had fewer, the others would wait for it for good."""
+    micro = micro and micro * group
+    ranks = [PlanSampler(GrowingPlan(1000), 1000, 0, rank, world_size, micro, group) for rank in range(world_size)]
+    pieces = [sampler.pieces(batch_size) for sampler in ranks]
+    assert len({len(of_rank) for of_rank in pieces}) == 1
+    covered = [number for of_rank in pieces for piece in of_rank for number in range(piece.start, piece.stop)]
+    assert covered == list(range(batch_size))
+
+
 def test_an_idle_rank_gets_a_stand_in():
     plan = GrowingPlan(3)
     keys = list(PlanSampler(plan, 10, 0, rank=3, world_size=4))

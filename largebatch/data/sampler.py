@@ -144,9 +144,17 @@ class PlanSampler:
     samples_seen: int = 0
 
     def pieces(self, batch_size: int) -> Sequence[slice]:
-        """Return this rank's micro-batches of an update, as slices of the global batch."""
-        share = rank_share(batch_size, self.rank, self.world_size, self.group_size)
-        return micro_batches(share, self.micro_batch_size or batch_size)
+        """Return this rank's micro-batches of an update, as slices of the global batch; equally many on every rank.
+
+        A sharded model's forward and backward passes are collectives, so a rank whose share needs fewer ends with empty ones.
+        """
+
+        def of(rank: int) -> list[slice]:
+            share = rank_share(batch_size, rank, self.world_size, self.group_size)
+            return micro_batches(share, self.micro_batch_size or batch_size)
+
+        mine, most = of(self.rank), len(of(0))  # no rank has a larger share than the first
+        return mine + [slice(0, 0)] * (most - len(mine))
 
     def __iter__(self) -> Iterator[SampleKeys]:
         samples_seen = self.samples_seen
