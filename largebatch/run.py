@@ -123,6 +123,7 @@ def train(
     observers, is_lost = Observers(), False
     with ExitStack() as held:
         try:
+            folder = backend.share(folder)  # one by the clock may differ by rank
             is_new = folder_here is not None and not folder_here.exists()
             if folder_here is not None and not is_new:
                 held.enter_context(locked(folder_here))

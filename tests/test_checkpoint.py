@@ -662,6 +662,19 @@ def train_poisoned(rank, world_size, folder, bad, flags):
     return train(run, folder, ranks=Ranks(rank, rank, world_size), resume="auto").summary
 
 
+def train_by_its_own_clock(rank, world_size, folder):
+    return train_poisoned(
+        rank, world_size, folder / f"by-the-clock-of-{rank}", [8], {"optimizer.non_finite": "roll_back"}
+    )
+
+
+def test_rank_0_names_the_run_folder(rank_pool, tmp_path):
+    """Each rank names runs/NAME-DATE-TIME by its own clock, and two of them may be a second apart."""
+    summaries = rank_pool(2, train_by_its_own_clock, tmp_path)
+    assert [(s.status, s.rollbacks) for s in summaries] == [("finished", 1)] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["by-the-clock-of-0"]
+
+
 def test_a_skipped_update_is_left_out(rank_pool, tmp_path):
     """Against a plain torch loop that knows nothing of NaN: the third update is not there, its samples are used up."""
     import numpy as np
