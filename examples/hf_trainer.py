@@ -3,7 +3,7 @@
     python examples/hf_trainer.py
     torchrun --nproc-per-node 2 examples/hf_trainer.py
 
-31 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
+29 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
 
 The Trainer averages the loss over micro-batches and ranks, also in an epoch's last update, which may have fewer of them.
 With ``dataloader_drop_last`` all micro-batches are full, so that all samples of an update have one weight; without it the
@@ -100,14 +100,12 @@ def main(dtype: torch.dtype, out: str | None) -> None:
         # >>> largebatch
         max_grad_norm=0.0,
         dataloader_drop_last=True,
-        remove_unused_columns=False,  # the Trainer reads them off forward's signature, which tracking hides
         # <<<
     )
     arguments.gradient_accumulation_steps = BATCH_SIZE // (MICRO_SIZE * arguments.world_size)
     order = torch.randperm(1797)
     model = Classifier()
     # >>> largebatch
-    model.accepts_loss_kwargs = False  # this, too
     largebatch.track(model)  # before the Trainer and before the optimizer
     reference = largebatch.Reference(batch_size=16, lr=1e-3, betas=(0.9, 0.999))
     optimizer = largebatch.optim.AdamW(

@@ -160,8 +160,7 @@ _ATTENTION = {F.multi_head_attention_forward}
 
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Take the place of a tracked module's forward."""
-    replaced = self.__dict__.get("_largebatch_forward")
-    original = functools.partial(type(self).forward, self) if replaced is None else replaced
+    original = _own_forward(self)
     if state.is_replaying or not torch.is_grad_enabled():
         if state.scope is not None and not torch.compiler.is_compiling():
             _note_segment(state.scope, self)
@@ -171,7 +170,18 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return run(self, tracked, original, args, kwargs)
 
 
-forward.__name__ = "forward"
+class Intercepted(functools.partial[Any]):
+    """`forward` bound to a module: a partial of a named function, which deepcopy and pickle bind to the copy."""
+
+    @property
+    def __wrapped__(self) -> Any:
+        """The user's own forward, whose signature `inspect.signature` shows."""
+        return _own_forward(self.args[0])
+
+
+def _own_forward(module: nn.Module) -> Any:
+    replaced = module.__dict__.get("_largebatch_forward")
+    return functools.partial(type(module).forward, module) if replaced is None else replaced
 
 
 def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:

@@ -8,7 +8,6 @@ and `load_state_dict` do not know of it.
 
 from __future__ import annotations
 
-import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
@@ -16,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from largebatch.moments.interception import forward
+from largebatch.moments.interception import Intercepted, forward
 from largebatch.moments.scope import Tracked, notes
 from largebatch.moments.tap import statistic_dtype
 from largebatch.section import UserError, nearest
@@ -120,8 +119,7 @@ def _install(module: nn.Module, tracked: Tracked) -> None:
         return
     if "forward" in module.__dict__:
         module.__dict__["_largebatch_forward"] = module.__dict__["forward"]
-    # A bound method, so that deepcopy binds it to the copy.
-    module.__dict__["forward"] = types.MethodType(forward, module)
+    module.__dict__["forward"] = Intercepted(forward, module)
     handles = [
         module.register_state_dict_post_hook(_hide_shadows),
         module.register_load_state_dict_post_hook(_forget_missing_shadows),

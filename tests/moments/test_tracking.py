@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import io
+import pickle
 
 import pytest
 import torch
@@ -186,6 +189,33 @@ def test_copies_are_independent_and_complete():
     assert all(p.grad is None for p in model.parameters())
     backward(model, inputs, target)
     assert_same(grad_sample_sq(twin, N), grad_sample_sq(model, N))
+
+
+def test_a_pickled_model_is_tracked():
+    model, inputs = make("gpt")
+    target = torch.randn_like(model(inputs))
+    twin = pickle.loads(pickle.dumps(track(model)))
+    for m in (model, twin):
+        backward(m, inputs, target)
+    assert_same(grad_sample_sq(twin, N), grad_sample_sq(model, N))
+    assert not shadows(untrack(twin))
+
+
+def test_forward_shows_the_users_signature():
+    """Hugging Face's Trainer reads off it what the model takes."""
+
+    class Model(nn.Linear):
+        def forward(self, pixels, labels: int = 3, *, scale=1.0):
+            return super().forward(pixels) * scale
+
+    model = Model(4, 3)
+    plain = inspect.signature(model.forward)
+    for tracked in (track(model), copy.deepcopy(model)):
+        assert inspect.signature(tracked.forward) == plain and list(plain.parameters) == ["pixels", "labels", "scale"]
+    model = nn.Linear(4, 3)
+    model.forward = functools.partial(model.forward)  # replaced on the instance
+    assert list(inspect.signature(track(model).forward).parameters) == ["input"]
+    assert list(inspect.signature(untrack(model).forward).parameters) == ["input"]
 
 
 def test_untrack_leaves_nothing_behind():
