@@ -1,7 +1,9 @@
 """Checkpoints: whole or not there, resumed exactly on any number of ranks, refused where they do not belong."""
 
 import errno
+import functools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -357,6 +359,17 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(world_size, case
     assert (tmp_path / "parts" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_resumed_fp16_run_keeps_its_loss_scale(rank_pool, tmp_path, monkeypatch):
+    """The scale doubles every 4 updates until gradients overflow, which costs an update each time."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, growth_interval=4))
+    run = digits(**(EXACT["fp16"] | OFTEN))
+    in_parts(rank_pool, run, tmp_path / "whole", [(1, None, None)])
+    in_parts(rank_pool, run, tmp_path / "parts", [(1, 11, None), (1, 2, None), (1, None, None)])
+    assert_same_bits(tmp_path / "parts", tmp_path / "whole")
+    norms = [row["grad_norm"] for row in rows(tmp_path / "whole") if "grad_norm" in row]
+    assert 0 < sum(norm is None or not math.isfinite(norm) for norm in norms) < len(norms) / 2
 
 
 ELASTIC = {
