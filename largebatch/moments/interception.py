@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from largebatch.moments import derived, elementwise, fallback
 from largebatch.moments.scope import RULES, Scope, Tracked, notes, state
 from largebatch.moments.tap import Operand, Square
+from largebatch.section import UserError
 
 
 class Interception(TorchFunctionMode):
@@ -164,6 +165,11 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if state.is_replaying or not torch.is_grad_enabled():
         if state.scope is not None and not torch.compiler.is_compiling():
             _note_segment(state.scope, self)
+        elif state.is_aliasing and _checkpoint_frame() is not None:
+            raise UserError(
+                "track: under ZeRO-3, per='micro_batch' does not go with the re-entrant checkpoint around "
+                f"'{notes(self).path}'; call torch.utils.checkpoint with use_reentrant=False"
+            )
         return original(*args, **kwargs)
     tracked = notes(self)
     run = _forward_squared if tracked.per == "micro_batch" else _forward_tapped
@@ -210,14 +216,20 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
     return output
 
 
+def _checkpoint_frame() -> types.FrameType | None:
+    """Return the frame of the re-entrant checkpoint that runs."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame
+
+
 def _note_segment(scope: Scope, module: nn.Module) -> None:
     """Note the parameters of a re-entrant checkpoint, which runs now without gradients and again in the backward pass.
 
     Its second run is a forward pass of its own, whose gradients cannot be added to those of other uses per sample.
     """
-    frame = sys._getframe()
-    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
-        frame = frame.f_back  # type: ignore[assignment]
+    frame = _checkpoint_frame()
     if frame is not None:
         used = scope.segments.setdefault(id(frame.f_locals["ctx"]), set())
         for owner in notes(module).owners:
