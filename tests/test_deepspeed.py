@@ -26,7 +26,9 @@ from largebatch.distributed import BackendConfig, NonFiniteError, Ranks, create_
 from largebatch.distributed.ds_config import load_ds_config
 from largebatch.distributed.state import group_state, load_group_state, write_tensors
 from largebatch.optim import LAMB, AdamW, param_groups
+from largebatch.run import train
 from largebatch.section import UserError
+from largebatch.tracking import read_metrics
 
 MISSING = [name for name in ("deepspeed", "ninja") if find_spec(name) is None]
 MISSING += [] if shutil.which("c++") or shutil.which("g++") else ["a C++ compiler"]
@@ -74,6 +76,25 @@ def follow(rank_pool, world_size, case, stage, precision="fp32", reference="fp32
     worst = max(found, key=found.get)
     print(f"\nZeRO-{stage}, {precision}, {world_size} ranks, {case}: {found[worst]:.1e} at {worst}")
     return found
+
+
+def _noise(rank, world_size, run, folder):
+    _fresh_counters()
+    train(run, folder, ranks=Ranks(rank, rank, world_size))
+    return read_metrics(folder / "metrics.jsonl")[0] if rank == 0 else None
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_noise_is_measured_from_partitions(stage, rank_pool, tmp_path):
+    flags = {"noise.measure": True, "schedule.epochs": 0.5, "batch.micro_size": 20}
+    run = config("ddp", "fp32", "accumulation", flags)
+    expected = train(run, tmp_path / "one", ranks=Ranks()) and read_metrics(tmp_path / "one" / "metrics.jsonl")[0]
+    flags |= {"backend.name": "deepspeed", "backend.zero_stage": stage}
+    ours = rank_pool(2, _noise, config("ddp", "fp32", "accumulation", flags), tmp_path / "two")[0]
+    for name in ("gradient_variance", "gradient_signal", "noise_scale"):
+        theirs, mine = (torch.tensor([row[name] for row in rows]) for rows in (expected, ours))
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @needs_deepspeed
