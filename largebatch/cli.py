@@ -1,4 +1,4 @@
-"""The command line: ``largebatch train CONFIG``, ``plan CONFIG``, ``noise CONFIG``, ``study CONFIG`` and ``inspect PATH``.
+"""The command line: ``largebatch train CONFIG``; ``plan``, ``noise``, ``bench`` and ``study CONFIG``; ``inspect PATH``.
 
 A user's mistake is one line on standard error and exit code 2. A run that diverged ends with 3, one whose last state could
 not be written with 4, one that lost a rank with 5, an interrupted one with 130, and one that was pre-empted or met its time
@@ -44,6 +44,9 @@ def create_parser() -> Parser:
     plan = commands.add_parser("plan", add_help=False, help="show what a config would do, without training")
     plan.add_argument("config", nargs="?", type=Path)
     plan.add_argument("--world-size", type=int, default=1, help="ranks to plan for")
+    bench = commands.add_parser("bench", add_help=False, help="time a config here, with and without tracked squares")
+    bench.add_argument("config", nargs="?", type=Path)
+    bench.add_argument("--updates", type=int, default=10, help="timed updates of each variant, three times over")
     study = commands.add_parser("study", add_help=False, help="train a table of variants and seeds; compare them")
     study.add_argument("config", nargs="?", type=Path)
     study.add_argument("--out", type=Path, help="study folder (default: runs/CONFIG); finished runs in it are kept")
@@ -52,7 +55,7 @@ def create_parser() -> Parser:
         "inspect", help="show what is in a run folder or a checkpoint, and whether it is whole"
     )
     inspect.add_argument("path", type=Path)
-    for command in (train, noise, plan, study):
+    for command in (train, noise, plan, bench, study):
         command.add_argument("-h", "--help", action="store_true", help="show this help, with the config's values")
     return parser
 
@@ -120,6 +123,12 @@ def _main(arguments: list[str]) -> int:
         describe_plan(run, known.world_size, console)
         return 0
 
+    if known.command == "bench":
+        from largebatch.bench import bench
+
+        bench(run, known.updates, console)
+        return 0
+
     from largebatch.resume import run_folder_of
     from largebatch.run import default_folder, train
 
@@ -146,6 +155,7 @@ def _usage(command: str) -> str:
         "plan": "[--world-size N] [--section.key VALUE ...]",
     }
     own["noise"] = own["train"]
+    own["bench"] = "[--updates N] [--section.key VALUE ...]"
     own["study"] = "[--out DIR] [--jobs N] [--section.key VALUE ...]"
     lines = [
         f"usage: largebatch {command} CONFIG {own[command]}",

@@ -184,7 +184,7 @@ class Trainer:
             values = self.plan.at(progress.samples_seen, self.meter.clock if self.meter else None)
             losses = self._loss_sum.clone()
             try:
-                grad_norm = self._update(batch_size, values)
+                grad_norm = self.update(batch_size, values)
             except NonFiniteError as error:
                 self._loss_sum = losses
                 discard_batch_statistics(self.batch_norms)
@@ -213,7 +213,7 @@ class Trainer:
             seen = self.meter.clock
         return seen >= self.plan.total_samples or self.progress.samples_seen >= self.plan.most_samples
 
-    def _update(self, batch_size: int, values: Row) -> float:
+    def update(self, batch_size: int, values: Row) -> float:
         """Do one update of a global batch; return the gradient's norm.
 
         Args:
