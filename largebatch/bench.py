@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,21 +28,18 @@ WARMUP_UPDATES, BLOCKS, SMALLEST, MOST_SIZES = 2, 3, 8, 4
 
 def variants(run: Run) -> dict[str, Run]:
     """Return the config without squares, and with those of samples and of micro-batches."""
-    found = {}
     scaling = run.scaling.model_copy(update={"rule": "none"})  # not what is timed, and it may need squares
     batch = run.batch.model_copy(update={"growth": "schedule"})
+    found = {}
     for name, squares in (("plain", "batch"), ("samples", "sample"), ("micro-batches", "micro_batch")):
+        optimizer: dict[str, Any] = {}
+        noise: dict[str, Any] = {"measure": False}
         if isinstance(run.optimizer, AdaptiveBase):
-            optimizer, noise = run.optimizer.model_copy(update={"second_moment": squares}), {"measure": False}
-        else:
-            optimizer, noise = run.optimizer, {"measure": squares != "batch", "per": squares}
-        changed = {
-            "scaling": scaling,
-            "batch": batch,
-            "optimizer": optimizer,
-            "noise": run.noise.model_copy(update=noise),
-        }
-        found[name] = run.model_copy(update=changed)
+            optimizer = {"second_moment": squares}
+        elif squares != "batch":
+            noise = {"measure": True, "per": squares}
+        changed = {"optimizer": run.optimizer.model_copy(update=optimizer), "noise": run.noise.model_copy(update=noise)}
+        found[name] = run.model_copy(update={"scaling": scaling, "batch": batch, **changed})
     return found
 
 
