@@ -47,6 +47,8 @@ OTHERS = {  # what else a run may have: at two ranks, in float64
     "adagrad": {"optimizer.name": "adagrad", "optimizer.lr": 1e-3},
     "sgd": {"optimizer.name": "sgd", "optimizer.second_moment": None, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.nesterov": True},
     "sgd, average form": {"optimizer.name": "sgd", "optimizer.second_moment": None, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.form": "average"},
+    "quench": {"optimizer.name": "quench", "optimizer.second_moment": None, "optimizer.lr": 0.02, "optimizer.K": 300},
+    "quench, exact": {"optimizer.name": "quench", "optimizer.second_moment": None, "optimizer.lr": 0.02, "optimizer.K": 300, "optimizer.sigma2": "sample"},
 }  # fmt: skip
 
 
