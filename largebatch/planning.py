@@ -8,20 +8,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from largebatch.advice import advice
 from largebatch.config import Run
 from largebatch.data.sampler import effective_micro_batches
 from largebatch.metering import largest_batch
 from largebatch.models import norm_group_size
-from largebatch.optimizer_config import AdaptiveBase
 from largebatch.plan import Plan
 from largebatch.report import reference_table, stage_table
 from largebatch.schedules import Warmup
 from largebatch.section import UserError
 from largebatch.task import Task
-
-# Scaled learning rate up to which RMSProp and Adam with second moments of the reference batch followed its curve within the
-# spread of the seeds: 1e-3 at 16 times the batch (Fashion-MNIST; docs/results.md).
-MEASURED_LR = 0.016
 
 
 def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 1) -> tuple[Plan, list[str]]:
@@ -104,7 +100,7 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         group_size,
         run.batch.at_epoch_end,
     )
-    return plan, _warnings(run, plan, world_size)
+    return plan, list(advice(run, plan, world_size))
 
 
 def _check_noise(run: Run) -> None:
@@ -180,100 +176,6 @@ def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -
         raise UserError(f"batch.max_size: expected at least batch.size {run.batch.size}, got {run.batch.max_size}")
 
 
-def _warnings(run: Run, plan: Plan, world_size: int) -> list[str]:
-    """Return what does not stop a run, but should be known before it is paid for."""
-    found = []
-    kappa = run.batch.size / run.batch.reference_size
-    if run.batch.max_size is not None and run.schedule.realize == "lr" and run.batch.growth == "schedule":
-        found.append("batch.max_size is not used: schedule.realize is lr, so the batch does not grow")
-    found += _unused_noise_keys(run)
-    if run.warmup.name == "none" and (run.warmup.epochs or run.warmup.start is not None):
-        found.append("warmup.epochs and warmup.start are not used: warmup.name is none")
-    if run.warmup.name != "none" and run.warmup.epochs >= run.schedule.epochs:
-        found.append(f"the warm-up ({run.warmup.epochs:g} epochs) fills the whole run ({run.schedule.epochs:g} epochs)")
-    if run.warmup.name != "none" and plan.warmup.start == 1.0:
-        full = "batch size" if run.warmup.realize == "batch" else "learning rate"
-        found.append(f"the warm-up starts at the full {full}, which is not above the reference's: it does nothing")
-    momentum = getattr(run.optimizer, "momentum", 0.0) or getattr(run.optimizer, "betas", (0.0,))[0]
-    takes_rate_in = run.optimizer.name == "lars" or getattr(run.optimizer, "form", "") == "velocity"
-    if run.batch.at_epoch_end == "cut" and momentum and not takes_rate_in:
-        found.append(
-            "batch.at_epoch_end cut: the mean gradient of an epoch's smaller last batch stays in the running average with "
-            "the weight of a full one; optimizer.form velocity, or carry, gives every sample the same weight"
-        )
-    largest, num_train = max(stage.batch_size for stage in plan.stages()), plan.samples_per_epoch
-    if run.batch.growth == "adaptive":
-        largest = largest_batch(run, num_train)
-    found += _averaging_warnings(run, plan, largest / run.batch.reference_size)
-    if run.batch.micro_size is not None and run.batch.micro_size > -(-largest // world_size):
-        found.append(
-            f"batch.micro_size {run.batch.micro_size} is not used: no rank has more than {-(-largest // world_size)} samples "
-            "of an update"
-        )
-    if largest > num_train / 10:
-        found.append(
-            f"batch size {largest:,} is more than a tenth of the {num_train:,} training samples: "
-            "updates are few and the linear rule tends to break there (Smith et al. 2018)"
-        )
-    # LAMB sets the size of its update itself.
-    plain = isinstance(run.optimizer, AdaptiveBase) and run.optimizer.name != "lamb" and not run.second_moment()
-    if kappa > 1 and run.scaling.rule == "linear" and plain:
-        found.append(
-            f"the second moment of {run.optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
-            "keep the update's size; optimizer.second_moment sample does"
-        )
-    still = getattr(run.optimizer, "K", None)
-    if still is not None and still < 2 * largest:
-        found.append(
-            f"optimizer.K {still:,} is less than two updates of {largest:,} samples: quench's first averages "
-            "are of little more than one batch"
-        )
-    scaled_lr = plan.reference.at(largest)["lr"]
-    if isinstance(run.optimizer, AdaptiveBase) and run.second_moment() and scaled_lr > MEASURED_LR:
-        found.append(
-            f"the learning rate of {run.optimizer.name} at a batch of {largest:,} is {scaled_lr:.3g}; that the curve does not "
-            f"depend on the batch size was measured up to {MEASURED_LR:g} (docs/results.md): expect less beyond"
-        )
-    if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
-        found.append("backend.squares_every and squares_dtype are not used: no squares are tracked")
-    if run.scaling.rule == "none" and run.optimizer.takes_rule and kappa != 1:
-        found.append(
-            f"scaling.rule none: lr {run.optimizer.lr:g} is kept although the batch is {kappa:g} times the reference"
-        )
-    return found
-
-
-def _unused_noise_keys(run: Run) -> list[str]:
-    """Return a warning for each key about noise that nothing reads."""
-    unused = []
-    if run.batch.critical_share != 1.0 and run.batch.growth != "adaptive":
-        unused.append("batch.critical_share is not used: batch.growth is schedule")
-    if run.noise.average_samples is not None and not run.measures_noise():
-        unused.append("noise.average_samples is not used: noise.measure is false")
-    if run.noise.per != "sample" and (run.second_moment() or not run.measures_noise()):
-        why = "the optimizer's second moment says what is tracked" if run.second_moment() else "noise.measure is false"
-        unused.append(f"noise.per is not used: {why}")
-    return unused
-
-
-def _averaging_warnings(run: Run, plan: Plan, kappa: float) -> list[str]:
-    """Return a warning for each running average of fixed length in samples that the batch outgrows."""
-    reference, found = plan.reference, []
-    coefficients = {"momentum": reference.momentum, "alpha": reference.alpha}
-    if reference.betas is not None:
-        coefficients |= {"beta1": reference.betas[0], "beta2": reference.betas[1]}
-    at_largest = reference.at(round(kappa * reference.batch_size))
-    largest = {name: at_largest.get(name) for name in ("momentum", "alpha")}
-    largest |= dict(zip(("beta1", "beta2"), at_largest.get("betas", ()), strict=False))
-    for name, beta in coefficients.items():
-        if beta and largest[name] != beta and kappa * (1.0 - beta) > 1.0:
-            found.append(
-                f"{name}: the running average spans {1.0 / (1.0 - beta):.4g} updates of the reference, the batch is up to "
-                f"{kappa:g} times the reference: kappa*(1-beta) = {kappa * (1.0 - beta):.3g} > 1, it no longer averages"
-            )
-    return found
-
-
 def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str, world_size: int) -> None:
     """Print what is trained on what, and the plan's two tables.
 
@@ -298,8 +200,9 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
     if run.scaling.rule == "adascale":
         most, size = plan.most_samples, run.batch.size
         console.print(
-            f"AdaScale: the learning rate is multiplied by a measured gain between 1 and {size / run.batch.reference_size:g}; "
-            f"the plan above is what it comes to where noise dominates, at most {-(-most // size):,} updates",
+            f"AdaScale: a measured gain between 1 and {size / run.batch.reference_size:g} multiplies these learning rates; "
+            f"the run takes {-(-plan.total_samples // size):,} updates where noise dominates, up to {-(-most // size):,} "
+            "where it does not",
             highlight=False,
         )
 

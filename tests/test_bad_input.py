@@ -53,7 +53,7 @@ FLAGS = {
     "unknown model": ("--model.name mpl", r"model.name: unknown 'mpl' \(did you mean 'mlp'\?\); expected one of mlp, cnn, "),
     "unknown data": ("--data.name digit", r"data.name: unknown 'digit' \(did you mean 'digits'\?\)"),
     "unknown schedule": ("--schedule.name cosin", r"schedule.name: unknown 'cosin' \(did you mean 'cosine'\?\)"),
-    "unknown rule": ("--scaling.rule cubic", r"scaling.rule: expected 'linear', 'sqrt' or 'none', got 'cubic'"),
+    "unknown rule": ("--scaling.rule cubic", r"scaling.rule: expected 'linear', 'sqrt', 'adascale' or 'none', got 'cubic'"),
     "unknown averaging rule": ("--scaling.momentum halflife", r"scaling.momentum: expected .*'half_life'.*got 'halflife'"),
     "rule for a coefficient that is not there": ("--scaling.beta2 keep", r"scaling.beta2: optimizer 'sgd' has no such coefficient"),
     "more than the data": ("--batch.size 4096", r"batch.size: 4096 is more than the 1438 training samples; the nearest is 1438"),

@@ -1,0 +1,107 @@
+"""What does not stop a run, but should be known before it is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from largebatch.config import Run
+from largebatch.metering import largest_batch
+from largebatch.optimizer_config import AdaptiveBase
+from largebatch.plan import Plan
+
+# Scaled learning rate up to which RMSProp and Adam with second moments of the reference batch followed its curve within the
+# spread of the seeds: 1e-3 at 16 times the batch (Fashion-MNIST; docs/results.md).
+MEASURED_LR = 0.016
+
+
+def advice(run: Run, plan: Plan, world_size: int) -> Iterator[str]:
+    """Yield a line for each thing that a user would want to know of a run before it starts."""
+    largest = max(stage.batch_size for stage in plan.stages())
+    if run.batch.growth == "adaptive":
+        largest = largest_batch(run, plan.samples_per_epoch)
+    yield from _unused(run, plan, largest, world_size)
+    yield from _on_the_batch(run, plan, largest)
+    yield from _on_averages(run, plan, largest)
+
+
+def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str]:
+    """Yield what the config sets and nothing reads."""
+    if run.batch.max_size is not None and run.schedule.realize == "lr" and run.batch.growth == "schedule":
+        yield "batch.max_size is not used: schedule.realize is lr, so the batch does not grow"
+    if run.batch.critical_share != 1.0 and run.batch.growth != "adaptive":
+        yield "batch.critical_share is not used: batch.growth is schedule"
+    if run.noise.average_samples is not None and not run.measures_noise():
+        yield "noise.average_samples is not used: noise.measure is false"
+    if run.noise.per != "sample" and (run.second_moment() or not run.measures_noise()):
+        why = "the optimizer's second moment says what is tracked" if run.second_moment() else "noise.measure is false"
+        yield f"noise.per is not used: {why}"
+    if run.warmup.name == "none" and (run.warmup.epochs or run.warmup.start is not None):
+        yield "warmup.epochs and warmup.start are not used: warmup.name is none"
+    if run.warmup.name != "none" and plan.warmup.start == 1.0:
+        full = "batch size" if run.warmup.realize == "batch" else "learning rate"
+        yield f"the warm-up starts at the full {full}, which is not above the reference's: it does nothing"
+    share = -(-largest // world_size)
+    if run.batch.micro_size is not None and run.batch.micro_size > share:
+        yield f"batch.micro_size {run.batch.micro_size} is not used: no rank has more than {share} samples of an update"
+    if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
+        yield "backend.squares_every and squares_dtype are not used: no squares are tracked"
+
+
+def _on_the_batch(run: Run, plan: Plan, largest: int) -> Iterator[str]:
+    """Yield where the batch size, or the learning rate that follows it, is known to carry less far."""
+    kappa, num_train, optimizer = run.batch.size / run.batch.reference_size, plan.samples_per_epoch, run.optimizer
+    if run.warmup.name != "none" and run.warmup.epochs >= run.schedule.epochs:
+        yield f"the warm-up ({run.warmup.epochs:g} epochs) fills the whole run ({run.schedule.epochs:g} epochs)"
+    if largest > num_train / 10:
+        yield (
+            f"batch size {largest:,} is more than a tenth of the {num_train:,} training samples: "
+            "updates are few and the linear rule tends to break there (Smith et al. 2018)"
+        )
+    # LAMB sets the size of its update itself.
+    plain = isinstance(optimizer, AdaptiveBase) and optimizer.name != "lamb" and not run.second_moment()
+    if kappa > 1 and run.scaling.rule == "linear" and plain:
+        yield (
+            f"the second moment of {optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
+            "keep the update's size; optimizer.second_moment sample does"
+        )
+    scaled_lr = plan.reference.at(largest)["lr"]
+    if isinstance(optimizer, AdaptiveBase) and run.second_moment() and scaled_lr > MEASURED_LR:
+        yield (
+            f"the learning rate of {optimizer.name} at a batch of {largest:,} is {scaled_lr:.3g}; that the curve does not "
+            f"depend on the batch size was measured up to {MEASURED_LR:g} (docs/results.md): expect less beyond"
+        )
+    if run.scaling.rule == "none" and optimizer.takes_rule and kappa != 1:
+        yield f"scaling.rule none: lr {optimizer.lr:g} is kept although the batch is {kappa:g} times the reference"
+
+
+def _on_averages(run: Run, plan: Plan, largest: int) -> Iterator[str]:
+    """Yield where a running average does not do what it was tuned for."""
+    optimizer, reference = run.optimizer, plan.reference
+    momentum = getattr(optimizer, "momentum", 0.0) or getattr(optimizer, "betas", (0.0,))[0]
+    takes_rate_in = optimizer.name == "lars" or getattr(optimizer, "form", "") == "velocity"
+    if run.batch.at_epoch_end == "cut" and momentum and not takes_rate_in:
+        yield (
+            "batch.at_epoch_end cut: the mean gradient of an epoch's smaller last batch stays in the running average with "
+            "the weight of a full one; optimizer.form velocity, or carry, gives every sample the same weight"
+        )
+    still = getattr(optimizer, "K", None)
+    if still is not None and still < 2 * largest:
+        yield (
+            f"optimizer.K {still:,} is less than two updates of {largest:,} samples: quench's first averages "
+            "are of little more than one batch"
+        )
+    kappa, tuned, at_largest = largest / reference.batch_size, _averages(vars(reference)), reference.at(largest)
+    for name, scaled in _averages(at_largest).items():
+        beta = tuned[name]
+        if scaled != beta and kappa * (1.0 - beta) > 1.0:  # of fixed length in samples
+            yield (
+                f"{name}: the running average spans {1.0 / (1.0 - beta):.4g} updates of the reference, the batch is up to "
+                f"{kappa:g} times the reference: kappa*(1-beta) = {kappa * (1.0 - beta):.3g} > 1, it no longer averages"
+            )
+
+
+def _averages(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the coefficients of running averages among an optimizer's arguments, by name."""
+    found = {name: values[name] for name in ("momentum", "alpha") if values.get(name)}
+    return found | dict(zip(("beta1", "beta2"), values.get("betas") or (), strict=False))
