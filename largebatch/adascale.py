@@ -92,6 +92,14 @@ class AdaScale:
         self._count = min(self._count + 1.0, averaging_updates(self.length_samples, batch_size))
         self._trace += (trace - self._trace) / self._count
         self._signal += (signal - self._signal) / self._count
+        return self.advance(batch_size)
+
+    def advance(self, batch_size: int) -> float:
+        """Advance the clock by an update that says nothing of the noise (of one unit), and return its gain.
+
+        Args:
+            batch_size: B, which the averages so far are applied to.
+        """
         self.gain = adascale_gain(self._trace, self._signal, self.reference_batch_size, batch_size)
         self.updates += self.gain
         return self.gain

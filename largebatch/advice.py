@@ -15,14 +15,21 @@ from largebatch.plan import Plan
 MEASURED_LR = 0.016
 
 
-def advice(run: Run, plan: Plan, world_size: int) -> Iterator[str]:
-    """Yield a line for each thing that a user would want to know of a run before it starts."""
-    largest = max(stage.batch_size for stage in plan.stages())
-    if run.batch.growth == "adaptive":
-        largest = largest_batch(run, plan.samples_per_epoch)
+def advice(run: Run, plan: Plan, world_size: int, group_size: int) -> Iterator[str]:
+    """Yield a line for each thing that a user would want to know of a run before it starts.
+
+    Args:
+        run: the config.
+        plan: its plan.
+        world_size: ranks.
+        group_size: samples that a normalisation layer takes its statistics over.
+    """
+    largest = largest_batch(run, plan)
     yield from _unused(run, plan, largest, world_size)
     yield from _on_the_batch(run, plan, largest)
     yield from _on_averages(run, plan, largest)
+    if run.measures_noise():
+        yield from _on_noise(run, largest, group_size)
 
 
 def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str]:
@@ -50,7 +57,7 @@ def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str
 
 def _on_the_batch(run: Run, plan: Plan, largest: int) -> Iterator[str]:
     """Yield where the batch size, or the learning rate that follows it, is known to carry less far."""
-    kappa, num_train, optimizer = run.batch.size / run.batch.reference_size, plan.samples_per_epoch, run.optimizer
+    kappa, num_train, optimizer = largest / run.batch.reference_size, plan.samples_per_epoch, run.optimizer
     if run.warmup.name != "none" and run.warmup.epochs >= run.schedule.epochs:
         yield f"the warm-up ({run.warmup.epochs:g} epochs) fills the whole run ({run.schedule.epochs:g} epochs)"
     if largest > num_train / 10:
@@ -73,6 +80,28 @@ def _on_the_batch(run: Run, plan: Plan, largest: int) -> Iterator[str]:
         )
     if run.scaling.rule == "none" and optimizer.takes_rule and kappa != 1:
         yield f"scaling.rule none: lr {optimizer.lr:g} is kept although the batch is {kappa:g} times the reference"
+
+
+def _on_noise(run: Run, largest: int, group_size: int) -> Iterator[str]:
+    """Yield where the noise is not measured as it should be, or what follows it cannot."""
+    if group_size > 1 and run.tracked() == "sample":
+        yield (
+            f"the {group_size} samples of a batch norm's group are not independent, so squares of samples do not give the "
+            "noise of a batch; noise.per micro_batch with batch.micro_size a multiple of the group does"
+        )
+    length = run.noise.average_samples
+    if length is not None and length < 5 * largest:
+        yield (
+            f"noise.average_samples {length:,} is less than five updates of {largest:,} samples: too few for a confidence "
+            "band, without which no batch grows and nothing is said of the batch size"
+        )
+    if run.batch.growth == "adaptive" and largest == run.batch.size:
+        yield (
+            f"batch.growth adaptive: the batch cannot double from {run.batch.size:,} within batch.max_size or a tenth of the "
+            "training set"
+        )
+    if run.scaling.rule == "adascale" and isinstance(run.optimizer, AdaptiveBase):
+        yield f"scaling.rule adascale is derived for SGD; with {run.optimizer.name} it is an experiment"
 
 
 def _on_averages(run: Run, plan: Plan, largest: int) -> Iterator[str]:

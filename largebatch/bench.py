@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
 from statistics import median
@@ -16,10 +17,11 @@ from largebatch.data import Source
 from largebatch.data.sampler import rank_share
 from largebatch.distributed import Backend, Ranks, create_backend, launched_ranks
 from largebatch.models import norm_group_size
-from largebatch.optimizer_config import AdaptiveBase
+from largebatch.optimizer_config import AdaptiveBase, QuenchConfig
 from largebatch.planning import build_plan
 from largebatch.run import build_model
-from largebatch.section import UserError
+from largebatch.schedule_config import ConstantConfig, WarmupConfig
+from largebatch.section import Section, UserError
 from largebatch.tracking import Observers
 from largebatch.trainer import Trainer
 
@@ -27,19 +29,30 @@ WARMUP_UPDATES, BLOCKS, SMALLEST, MOST_SIZES = 2, 3, 8, 4
 
 
 def variants(run: Run) -> dict[str, Run]:
-    """Return the config without squares, and with those of samples and of micro-batches."""
-    scaling = run.scaling.model_copy(update={"rule": "none"})  # not what is timed, and it may need squares
-    batch = run.batch.model_copy(update={"growth": "schedule"})
+    """Return the config at its batch size throughout, without squares, and with those of samples and of micro-batches."""
+
+    def with_(section: Section, **values: Any) -> Any:
+        return section.model_copy(update=values)
+
+    same = {
+        "schedule": ConstantConfig(epochs=run.schedule.epochs),
+        "warmup": WarmupConfig(),
+        "scaling": with_(run.scaling, rule="none"),  # not what is timed, and other rules may need squares
+        "batch": with_(run.batch, growth="schedule", max_size=None, at_epoch_end="carry"),
+        "noise": with_(run.noise, measure=False),
+    }
     found = {}
     for name, squares in (("plain", "batch"), ("samples", "sample"), ("micro-batches", "micro_batch")):
-        optimizer: dict[str, Any] = {}
-        noise: dict[str, Any] = {"measure": False}
+        changed: dict[str, Any] = {}
         if isinstance(run.optimizer, AdaptiveBase):
-            optimizer = {"second_moment": squares}
-        elif squares != "batch":
-            noise = {"measure": True, "per": squares}
-        changed = {"optimizer": run.optimizer.model_copy(update=optimizer), "noise": run.noise.model_copy(update=noise)}
-        found[name] = run.model_copy(update={"scaling": scaling, "batch": batch, **changed})
+            changed["optimizer"] = with_(run.optimizer, second_moment=squares)
+        else:
+            changed["backend"] = with_(run.backend, squares_every=1)
+            if isinstance(run.optimizer, QuenchConfig):
+                changed["optimizer"] = with_(run.optimizer, sigma2="average")
+            if squares != "batch":
+                changed["noise"] = with_(run.noise, measure=True, per=squares)
+        found[name] = with_(run, **{**same, **changed})
     return found
 
 
@@ -56,10 +69,13 @@ def time_updates(run: Run, source: Source, backend: Backend, updates: int) -> li
     """Return the seconds of each of some updates of a fresh run, after a few that are not counted."""
     model = build_model(run, source.task)
     plan, _ = build_plan(run, len(source.train), backend.world_size, norm_group_size(model))
-    size = plan.full_batch_size(0)
+    size = run.batch.size
     plan = replace(plan, total_samples=(WARMUP_UPDATES + updates + 1) * size)  # whatever the config's length
     trainer = Trainer(run, source, model, plan, backend, Observers(), None)
     trainer.model.train()
+    gc.collect()  # models hold themselves in cycles; the one before must not count in the peak
+    if backend.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(backend.device)
     seconds = []
     for _ in range(WARMUP_UPDATES + updates):
         backend.barrier()
@@ -107,8 +123,6 @@ def bench(run: Run, updates: int, console: Console, ranks: Ranks | None = None) 
             peaks = dict.fromkeys(runs, 0)
             for _ in range(BLOCKS):
                 for name, variant in runs.items():
-                    if on_gpu:
-                        torch.cuda.reset_peak_memory_stats(backend.device)
                     seconds[name] += time_updates(variant, source, backend, updates)
                     if on_gpu:
                         peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(backend.device))

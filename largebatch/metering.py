@@ -18,6 +18,8 @@ from largebatch.tracking import Row
 
 # Of an averaging length: how often it is asked whether another batch size is due.
 DECISIONS = 10
+# Updates that an averaging length spans at least, by default: fewer than five leave the band open for good.
+LEAST_UPDATES = 10
 
 
 def layer_of(name: str) -> str:
@@ -37,12 +39,12 @@ class NoiseMeter:
     def __init__(self, run: Run, plan: Plan, names: Sequence[str]) -> None:
         layers = list(dict.fromkeys(map(layer_of, names)))
         self.columns = torch.tensor([layers.index(layer_of(name)) for name in names])
-        self.length_samples = run.noise.average_samples or max(1, plan.total_samples // 20)
+        self.largest = largest_batch(run, plan)
+        self.length_samples = run.noise.average_samples or max(plan.total_samples // 20, LEAST_UPDATES * self.largest)
         self.noise = NoiseScale(layers, self.length_samples)
         self.adascale = AdaScale(run.batch.reference_size) if run.scaling.rule == "adascale" else None
         self.is_adaptive, self.share = run.batch.growth == "adaptive", run.batch.critical_share
         self.smallest = run.batch.size
-        self.largest = largest_batch(run, plan.samples_per_epoch)
         self.warned = False
 
     @property
@@ -58,7 +60,11 @@ class NoiseMeter:
             batch_size: B.
             num_units: n, independent units whose squares were tracked.
             world_size: ranks over which the engine averaged gradients.
+
+        An update of one unit (a small last batch) says nothing of noise and enters no average.
         """
+        if num_units <= 1:
+            return 1.0 if self.adascale is None else self.adascale.advance(batch_size)
         sums, scale = sums.to("cpu", torch.float64), num_units / world_size
         by_layer = torch.zeros(2, len(self.noise.names), dtype=torch.float64).index_add_(1, self.columns, sums)
         self.noise.update(by_layer, batch_size, num_units, scale)
@@ -120,18 +126,30 @@ class NoiseMeter:
             return batch_size // 2
         return batch_size
 
+    def start_at(self, samples_seen: int) -> None:
+        """Begin in the middle of a run that did not measure: AdaScale's clock stands where the run does."""
+        if self.adascale is not None:
+            self.adascale.updates = samples_seen / self.adascale.reference_batch_size
+
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and the clock, as JSON takes them."""
         clock = None if self.adascale is None else self.adascale.state_dict()
-        return {"noise": self.noise.state_dict(), "adascale": clock}
+        return {"noise": self.noise.state_dict(), "adascale": clock, "warned": self.warned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self.noise.load_state_dict(state["noise"])
+        self.warned = state["warned"]
         if self.adascale is not None and state["adascale"] is not None:
             self.adascale.load_state_dict(state["adascale"])
 
 
-def largest_batch(run: Run, num_train: int) -> int:
-    """Return where an adaptive batch stops growing: batch.max_size, or a tenth of the training set (Smith et al. 2018)."""
-    return run.batch.max_size or max(run.batch.size, num_train // 10)
+def largest_batch(run: Run, plan: Plan) -> int:
+    """Return the largest batch size that a run may come to.
+
+    An adaptive batch doubles up to batch.max_size, or a tenth of the training set (Smith et al. 2018).
+    """
+    if run.batch.growth != "adaptive":
+        return max(stage.batch_size for stage in plan.stages())
+    limit = run.batch.max_size or max(run.batch.size, plan.samples_per_epoch // 10)
+    return run.batch.size * 2 ** int(math.log2(limit / run.batch.size))

@@ -228,7 +228,7 @@ class NoiseScale:
     do; a drift of tr(Sigma) and |G|^2 within the length counts as spread and widens the band.
 
     Args:
-        names: of the parameters, in the order of `partial_sums`.
+        names: of the columns of the sums: parameters, in the order of `partial_sums`, or layers they were added up for.
         length_samples: N0, samples that the averages span, >= 1.
         level: of the confidence band, in (0, 1).
 

@@ -75,11 +75,9 @@ class Plan:
     growth: tuple[tuple[int, int], ...] = ()
 
     @property
-    def most_samples(self) -> int:
-        """Samples that the run uses at most: kappa times those of the reference run where AdaScale's gain stays 1."""
-        if self.reference.rule != "adascale":
-            return self.total_samples
-        return math.ceil(self.total_samples * max(1.0, self.batch_size_at_start / self.reference.batch_size))
+    def most_samples(self) -> float:
+        """Samples that the run uses at most; infinite where AdaScale's clock ends it."""
+        return math.inf if self.reference.rule == "adascale" else self.total_samples
 
     def full_batch_size(self, samples_seen: int) -> int:
         """Return B before any cut at the end of an epoch or of the run."""
@@ -95,7 +93,7 @@ class Plan:
 
     def batch_size(self, samples_seen: int) -> int:
         """Return the samples of the update that starts after ``samples_seen`` samples."""
-        size = min(self.full_batch_size(samples_seen), self.most_samples - samples_seen)
+        size = int(min(self.full_batch_size(samples_seen), self.most_samples - samples_seen))
         if self.at_epoch_end == "cut":
             size = min(size, self.samples_per_epoch - samples_seen % self.samples_per_epoch)
         return size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -74,18 +75,19 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
             f"optimizer.K: the run's {total} samples end before {run.optimizer.name} takes its first step, after {still}; "
             "lower it to several times the batch size"
         )
-    if run.tracked() == "micro_batch":
-        units = effective_micro_batches(size, world_size, run.batch.micro_size, group_size)
-        if units < 2:
-            raise UserError(
-                "optimizer.second_moment: micro_batch needs 2 micro-batches of an update or more over all ranks; "
-                f"set batch.micro_size to at most {max(group_size, size // world_size // 2)}"
-            )
-    gain = reference.at(size)["lr"] / reference.lr
-    if run.warmup.realize == "batch":
-        gain = size / reference.batch_size  # it begins at the reference batch, whatever the rule
-    start = run.warmup.start if run.warmup.start is not None else min(1.0, 1.0 / gain)
-    _check_batch_warmup(run, round(start * size), world_size * group_size)
+    units = effective_micro_batches(size, world_size, run.batch.micro_size, group_size)
+    if run.tracked() == "micro_batch" and units <= 1:
+        key = "optimizer.second_moment" if run.second_moment() else "noise.per"
+        raise UserError(
+            f"{key}: micro_batch needs 2 micro-batches of an update or more over all ranks; "
+            f"set batch.micro_size to at most {max(group_size, size // world_size // 2)}"
+        )
+    start = run.warmup.start
+    if start is None and run.warmup.realize == "batch":
+        kappa = max(1.0, size / reference.batch_size)
+        start = 0.5 ** int(math.log2(kappa))  # from the halving of the batch next above the reference's
+    elif start is None:
+        start = min(1.0, reference.lr / reference.at(size)["lr"])
     if run.warmup.name != "none" and run.warmup.epochs == 0:
         raise UserError(f"warmup.epochs: '{run.warmup.name}' needs a length > 0, got 0")
     plan = Plan(
@@ -100,7 +102,8 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         group_size,
         run.batch.at_epoch_end,
     )
-    return plan, list(advice(run, plan, world_size))
+    _check_batch_warmup(run, plan, world_size * group_size)
+    return plan, list(advice(run, plan, world_size, group_size))
 
 
 def _check_noise(run: Run) -> None:
@@ -130,12 +133,15 @@ def _check_noise(run: Run) -> None:
         raise UserError(f"batch.size: {why} needs at least 2 samples an update, got {run.batch.size}")
 
 
-def _check_batch_warmup(run: Run, first: int, least: int) -> None:
+def _check_batch_warmup(run: Run, plan: Plan, least: int) -> None:
     """Refuse a batch size that cannot rise from where it is to begin."""
     if run.warmup.realize == "lr":
         return
     if run.warmup.name != "gradual":
         raise UserError(f"warmup.realize: batch needs warmup.name gradual, got {run.warmup.name}")
+    if plan.warmup.start <= 0:
+        raise UserError("warmup.start: a batch cannot begin at 0 samples; expected more than 0")
+    first = plan.full_batch_size(0)
     if first < least:
         raise UserError(
             f"warmup.start: the batch would begin at {first} samples, which the ranks cannot share; "
@@ -195,14 +201,14 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
     stages = stage_table(plan, world_size, run.batch.micro_size, norm_group_size(model))
     console.print(reference_table(plan, run.second_moment()), stages)
     if run.batch.growth == "adaptive":
-        most = largest_batch(run, plan.samples_per_epoch)
+        most = largest_batch(run, plan)
         console.print(f"batch size: adaptive, follows the measured critical batch size up to {most:,}", highlight=False)
     if run.scaling.rule == "adascale":
-        most, size = plan.most_samples, run.batch.size
+        size, kappa = run.batch.size, run.batch.size / run.batch.reference_size
+        fewest, most = (-(-round(plan.total_samples * longer) // size) for longer in (min(1.0, kappa), max(1.0, kappa)))
         console.print(
-            f"AdaScale: a measured gain between 1 and {size / run.batch.reference_size:g} multiplies these learning rates; "
-            f"the run takes {-(-plan.total_samples // size):,} updates where noise dominates, up to {-(-most // size):,} "
-            "where it does not",
+            f"AdaScale: a measured gain between {min(1.0, kappa):g} and {max(1.0, kappa):g} multiplies these learning rates; "
+            f"the run takes {fewest:,} updates where noise dominates, up to {most:,} where it does not",
             highlight=False,
         )
 

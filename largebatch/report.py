@@ -74,7 +74,7 @@ def reference_table(plan: Plan, tracked: str | None = None) -> Table:
         noise_scale(values["lr"], batch, plan.samples_per_epoch, values.get("momentum", 0.0))
         for values, batch in ((tuned, reference.batch_size), (derived, size))
     ]
-    table.add_row("noise scale lr*N/(B*(1-mu))", *(f"{s:.4g}" for s in scales))
+    table.add_row("Smith's noise scale lr*N/(B*(1-mu))", *(f"{s:.4g}" for s in scales))
     return table
 
 
@@ -193,7 +193,7 @@ def say_noise(console: Console, folder: Path) -> None:
 class ProgressBar:
     """Progress on a terminal."""
 
-    def __init__(self, console: Console, total_samples: int, done: int = 0) -> None:
+    def __init__(self, console: Console, total_samples: int, done: float = 0) -> None:
         self.val = ""
         self.progress = Progress(
             BarColumn(bar_width=24),
@@ -204,7 +204,8 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.progress.add_task("", total=total_samples, completed=done, shown="")
+        self.task = self.progress.add_task("", total=total_samples, shown="")
+        self.progress.update(self.task, completed=done)
         self.progress.start()
 
     def log(self, row: Row) -> None:
@@ -233,7 +234,7 @@ class ProgressBar:
 class ProgressLines:
     """Progress where there is no terminal: a line at each evaluation, and at most one every few seconds between."""
 
-    def __init__(self, console: Console, total_samples: int, done: int = 0, every_seconds: float = 5.0) -> None:
+    def __init__(self, console: Console, total_samples: int, done: float = 0, every_seconds: float = 5.0) -> None:
         self.console, self.total, self.every = console, total_samples, every_seconds
         self.first = done  # a resumed run has not done these in this time
         self.started = self.last = time.monotonic()
@@ -289,6 +290,6 @@ def create_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 110)
 
 
-def create_progress(console: Console, total_samples: int, done: int = 0) -> ProgressBar | ProgressLines:
+def create_progress(console: Console, total_samples: int, done: float = 0) -> ProgressBar | ProgressLines:
     """Return a bar on a terminal, plain lines elsewhere, for a run of which ``done`` samples were seen before."""
     return (ProgressBar if console.is_terminal else ProgressLines)(console, total_samples, done)

@@ -25,7 +25,7 @@ SAME_IN_A_BRANCH = ("optimizer.name",)
 ALLOWED_CHANGES = (
     "may differ: the number of ranks, batch.micro_size, backend (but squares_every and squares_dtype), loader, log, "
     "checkpoint, evaluate, data.path, optimizer.non_finite; a run that branches off (--resume CHECKPOINT --out NEW) may also "
-    "change optimizer (but its name), scaling, schedule, warmup, noise and batch (but its reference_size)"
+    "change optimizer (but its name), scaling, schedule, warmup, noise and batch.size, max_size, growth and critical_share"
 )
 
 
@@ -127,6 +127,12 @@ def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tu
     changed = check_config(run, found.state["config"], found.path, is_branch=not is_own)
     if changed:
         notes = (*notes, f"branches off at {found.path} with {', '.join(changed)}")
+    rules = {found.state["config"]["scaling"]["rule"], run.scaling.rule}
+    if len(rules) > 1 and found.state["config"]["scaling"]["rule"] == "adascale":
+        raise UserError(
+            f"--resume: {found.path} stands on AdaScale's clock, on which a run with scaling.rule {run.scaling.rule} cannot go "
+            "on; branch off with adascale, or begin anew"
+        )
     if found.state["num_train"] != num_train:
         raise UserError(
             f"--resume: {found.path} is of another data set: {found.state['num_train']:,} training samples there, "

@@ -146,7 +146,7 @@ def train(
             if console is not None:
                 for line in _resumption(found, trainer, run):
                     console.print(line, highlight=False)
-                observers.observers.append(create_progress(console, plan.total_samples, done))
+                observers.observers.append(create_progress(console, plan.total_samples, trainer.clock))
             summary = trainer.train()
             del trainer
         except SharedError:
@@ -235,7 +235,7 @@ def _resumption(found: Found | None, trainer: Trainer, run: Run) -> list[str]:
         f"resumed from {found.path}: update {progress.step:,}, {progress.samples_seen:,} samples, "
         f"written {saved['date']} by {saved['engine']}"
     ]
-    if run.tracked() == "micro_batch" and saved["world_size"] != trainer.backend.world_size:
+    if run.second_moment() == "micro_batch" and saved["world_size"] != trainer.backend.world_size:
         lines.append("second moments come from other micro-batches than before: the same in the mean, not to rounding")
     if trainer.micro_size != run.batch.micro_size:
         lines.append(

@@ -233,7 +233,7 @@ class Reference:
             momentum = scaled_coefficient(
                 self.momentum, kappa, "keep" if self.momentum_rule is None else self.momentum_rule
             )
-            if self.rule in ("linear", "sqrt"):
+            if self.rule != "none":
                 gain *= (1.0 - momentum) / (1.0 - self.momentum)
             values["momentum"] = momentum
         values = {"lr": self.lr * gain, **values}

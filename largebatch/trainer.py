@@ -82,6 +82,7 @@ class Trainer:
         )
         self.dtype = torch.float64 if run.precision == "fp64" else torch.float32
         self.tracked = run.tracked()
+        self._unchecked = self.tracked is not None
         if self.tracked:
             track(model, per=self.tracked)
         self.bare_model = model
@@ -181,7 +182,7 @@ class Trainer:
         clock = time.perf_counter()
         while not self._is_done() and self._stopped_by is None:
             batch_size = self.plan.batch_size(progress.samples_seen)
-            values = self.plan.at(progress.samples_seen, self.meter.clock if self.meter else None)
+            values = self.plan.at(progress.samples_seen, self.clock)
             losses = self._loss_sum.clone()
             try:
                 grad_norm = self.update(batch_size, values)
@@ -206,12 +207,14 @@ class Trainer:
             self._keep(batch_size, is_best, done)
             clock += time.perf_counter() - paused
 
+    @property
+    def clock(self) -> float:
+        """Samples that count towards the end of the run: those seen, or AdaScale's where it has a clock of its own."""
+        clock = None if self.meter is None else self.meter.clock
+        return self.progress.samples_seen if clock is None else clock
+
     def _is_done(self) -> bool:
-        """Return whether the plan is at its end, on AdaScale's clock where there is one."""
-        seen: float = self.progress.samples_seen
-        if self.meter is not None and self.meter.clock is not None:
-            seen = self.meter.clock
-        return seen >= self.plan.total_samples or self.progress.samples_seen >= self.plan.most_samples
+        return self.clock >= self.plan.total_samples
 
     def update(self, batch_size: int, values: Row) -> float:
         """Do one update of a global batch; return the gradient's norm.
@@ -242,7 +245,7 @@ class Trainer:
         return grad_norm
 
     def _announce_squares(self, batch_size: int, due: bool) -> float:
-        """Tell the optimizer what the tracked squares are squares of; at the first update, see that none is missing.
+        """Tell the optimizer what the tracked squares are squares of; at the trainer's first, see that none is missing.
 
         Returns:
             How many independent units they are of.
@@ -254,8 +257,9 @@ class Trainer:
             )
         if hasattr(self.optimizer, "set_batch"):
             self.optimizer.set_batch(batch_size, num_units, sampler.world_size, due)
-        if self.tracked and self.progress.step == 0:
+        if self._unchecked:
             self.backend.check_statistics(self.bare_model)
+            self._unchecked = False
         return num_units
 
     def _follow_noise(self, meter: NoiseMeter, batch_size: int) -> None:
@@ -265,7 +269,7 @@ class Trainer:
         size = meter.next_batch_size(full, progress.samples_seen, progress.samples_seen - batch_size)
         if size != full:
             whole = meter.noise.whole
-            self.plan = replace(self.plan, growth=(*self.plan.growth, (progress.samples_seen, size)))
+            self._change_batch(size)
             self._start_loader()
             self._tell(
                 f"batch size {full:,} → {size:,}: the critical batch size is {whole.noise_scale:,.0f} samples "
@@ -273,6 +277,9 @@ class Trainer:
             )
         if (warning := meter.warning(full)) is not None:
             self._tell(warning)
+
+    def _change_batch(self, size: int) -> None:
+        self.plan = replace(self.plan, growth=(*self.plan.growth, (self.progress.samples_seen, size)))
 
     def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
         """Return the sum of the samples' losses, for the backward pass, and count it for the log."""
@@ -348,8 +355,14 @@ class Trainer:
             self.progress.rollbacks = rollbacks
         if self.meter is not None and state.get("noise"):
             self.meter.load_state_dict(state["noise"])
-        if self.run.batch.growth == "adaptive":
-            self.plan = replace(self.plan, growth=tuple((samples, size) for samples, size in state["growth"]))
+        elif self.meter is not None:
+            self.meter.start_at(self.progress.samples_seen)
+        if self.meter is not None and self.run.batch.growth == "adaptive":
+            self.plan = replace(self.plan, growth=tuple((samples, size) for samples, size in state.get("growth", ())))
+            size = self.plan.full_batch_size(self.progress.samples_seen)
+            within = min(max(size, self.meter.smallest), self.meter.largest)
+            if size != within:  # a branch has other limits
+                self._change_batch(within)
         is_own = self.writer is not None and path.resolve().parent == self.writer.folder.path.resolve()
         self._saved_samples = self.progress.samples_seen if is_own else -1
         self._save_due = not is_own  # a branch has a checkpoint of its own from its beginning

@@ -9,6 +9,7 @@ from test_checkpoint import part_of_run
 from test_trainer import digits, rows_of
 
 from largebatch.adascale import adascale_gain
+from largebatch.bench import variants
 from largebatch.cli import main
 from largebatch.data.sampler import global_batch
 from largebatch.distributed import Ranks
@@ -240,7 +241,7 @@ def test_a_batch_above_the_critical_one_is_said_once(tmp_path):
             {"warmup.name": "constant", "warmup.realize": "batch", "warmup.epochs": 0.5},
             "warmup.realize: batch needs warmup.name gradual",
         ),
-        ({"warmup.realize": "batch", "warmup.start": 0.0}, "warmup.start: the batch would begin at 0 samples"),
+        ({"warmup.realize": "batch", "warmup.start": 0.0}, "warmup.start: a batch cannot begin at 0 samples"),
         ({"scaling.rule": "adascale", "warmup.realize": "batch"}, "scaling.rule: adascale keeps the batch size"),
     ],
 )
@@ -273,3 +274,126 @@ def test_bench_times_a_config_with_and_without_squares(flags, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("none") == printed.count("│ samples ") == 4 and printed.count("micro-batches") == 3
     assert list(tmp_path.iterdir()) == [config]  # nothing is written
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"batch.size": 479, "schedule.epochs": 1.0},  # 1438 = 3 * 479 + 1
+        {"batch.size": 479, "schedule.epochs": 1.0, "batch.at_epoch_end": "cut", "batch.reference_size": 479},
+        {"noise.per": "micro_batch", "batch.micro_size": 50, "schedule.epochs": 1.0},  # 38 at the end: one micro-batch
+        {"warmup.realize": "batch", "batch.micro_size": 32, "noise.per": "micro_batch", "batch.size": 256},
+    ],
+    ids=["carry", "cut", "one micro-batch", "warm-up"],
+)
+@pytest.mark.parametrize("rule", ["linear", "adascale"])
+def test_an_update_of_one_unit_says_nothing_and_stops_nothing(rule, flags, tmp_path):
+    if rule == "adascale" and "warmup.realize" in flags:
+        pytest.skip("adascale keeps the batch size")
+    updates, _ = rows_of(digits(**flags, **{"noise.measure": True, "scaling.rule": rule}), tmp_path / "run")
+    assert updates[-1]["noise_scale"] is None or updates[-1]["noise_scale"] > 0
+
+
+def branch(source, folder, flags):
+    """Continue a run from its newest checkpoint in a folder of its own."""
+    return train(digits(**flags), folder, ranks=Ranks(), resume=str(source)).summary
+
+
+@pytest.fixture(scope="module")
+def half_runs(tmp_path_factory):
+    """Return a function from flags to the folder of a run that was stopped half way."""
+    folders = {}
+
+    def half(flags):
+        key = json.dumps(flags)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("half") / "run"
+            part_of_run(0, 1, digits(**flags, **{"checkpoint.every_minutes": None}), folders[key], 6)
+        return folders[key]
+
+    return half
+
+
+BRANCHED = {"batch.reference_size": 16, "batch.size": 64, "optimizer.lr": 0.01, "warmup.name": "none", "warmup.epochs": 0,
+            "schedule.epochs": 1.0}  # fmt: skip
+ADAMW = {"optimizer.name": "adamw", **BRANCHED, "optimizer.lr": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (BRANCHED, {"noise.measure": True}),
+        (BRANCHED | {"noise.measure": True}, {"noise.measure": False}),
+        (BRANCHED, {"batch.growth": "adaptive"}),
+        (BRANCHED | {"batch.growth": "adaptive"}, {"batch.growth": "schedule"}),
+        (ADAMW | {"optimizer.second_moment": "batch"}, {"optimizer.second_moment": "batch", "noise.measure": True}),
+        (ADAMW | {"optimizer.second_moment": "batch"}, {"optimizer.second_moment": "sample"}),
+        (ADAMW | {"optimizer.second_moment": "sample"}, {"optimizer.second_moment": "batch"}),
+    ],
+)
+def test_a_branch_may_begin_or_cease_to_track_squares(before, after, half_runs, tmp_path):
+    summary = branch(half_runs(before), tmp_path / "new", before | after)
+    assert summary.status == "finished" and summary.samples == 1438
+
+
+def test_a_branch_into_adascale_finds_its_clock_where_the_run_stands(half_runs, tmp_path):
+    folder = half_runs(BRANCHED)
+    branch(folder, tmp_path / "new", BRANCHED | {"scaling.rule": "adascale"})
+    updates, _ = read_metrics(tmp_path / "new" / "metrics.jsonl")
+    begun = updates[0]["samples"] - 64
+    assert begun > 0 and updates[0]["clock_samples"] == pytest.approx(begun + 16 * updates[0]["gain"])
+    assert updates[-1]["clock_samples"] >= 1438
+
+
+def test_a_branch_out_of_adascale_is_refused(half_runs, tmp_path):
+    folder = half_runs(BRANCHED | {"scaling.rule": "adascale"})
+    with pytest.raises(UserError, match="stands on AdaScale's clock"):
+        branch(folder, tmp_path / "new", BRANCHED)
+
+
+@pytest.mark.parametrize(("key", "value"), [("batch.max_size", 16), ("batch.size", 128)])
+def test_a_branch_brings_an_adaptive_batch_within_its_limits(key, value, half_runs, tmp_path):
+    folder = half_runs(ADAPTIVE | {"batch.critical_share": 100.0, "noise.average_samples": 80, "batch.max_size": 64})
+    limits = {"batch.max_size": 256, key: value} if key == "batch.size" else {key: value}
+    flags = ADAPTIVE | {"batch.critical_share": 100.0, "noise.average_samples": 80} | limits
+    branch(folder, tmp_path / "new", flags)
+    sizes = [row["batch_size"] for row in read_metrics(tmp_path / "new" / "metrics.jsonl")[0][:-1]]
+    assert max(sizes) <= 16 if key == "batch.max_size" else min(sizes) >= 128
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        ({"noise.measure": True, "noise.average_samples": 900}, "is less than five updates of 200 samples"),
+        ({"batch.growth": "adaptive", "batch.max_size": 300}, "the batch cannot double from 200"),
+        ({"scaling.rule": "adascale", "optimizer.name": "adamw", "optimizer.lr": 1e-3}, "is derived for SGD"),
+    ],
+)
+def test_what_the_noise_cannot_do_is_a_warning(flags, warning):
+    _, warnings = build_plan(digits(**flags), 1438)
+    assert any(warning in line for line in warnings), warnings
+
+
+def test_samples_of_a_norm_group_are_not_independent():
+    run = digits(**{"model.name": "cnn", "noise.measure": True, "batch.size": 256})
+    assert any("are not independent" in line for line in build_plan(run, 1438, group_size=32)[1])
+    assert not any("are not independent" in line for line in build_plan(run, 1438)[1])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"schedule.name": "step", "schedule.epochs": 1.5, "schedule.milestones_epochs": [0.5], "schedule.factor": 0.5,
+         "schedule.realize": "batch", "batch.at_epoch_end": "cut"},
+        {"warmup.realize": "batch", "backend.squares_every": 2},
+        {"optimizer.name": "quench", "optimizer.lr": 0.02, "optimizer.K": 500, "optimizer.sigma2": "sample"},
+        {"batch.growth": "adaptive", "batch.max_size": 400},
+    ],
+    ids=["growing", "warm-up", "quench", "adaptive"],
+)  # fmt: skip
+def test_bench_takes_any_config(flags):
+    runs = variants(digits(**flags))
+    assert [run.tracked() for run in runs.values()] == [None, "sample", "micro_batch"]
+    for run in runs.values():
+        plan, _ = build_plan(run.model_copy(update={"batch": run.batch.model_copy(update={"micro_size": 50})}), 1438)
+        assert {size for _, size in plan.updates()} <= {200, 38, 157}

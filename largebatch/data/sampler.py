@@ -108,8 +108,8 @@ class BatchSizes(Protocol):
     """What the sampler needs to know of a plan."""
 
     @property
-    def most_samples(self) -> int:
-        """Samples that the whole run uses at most."""
+    def most_samples(self) -> float:
+        """Samples that the whole run uses at most; infinite where its end is not known."""
         ...
 
     def batch_size(self, samples_seen: int) -> int:

@@ -28,7 +28,7 @@ from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.partitions import PARAMETER, Partitions
 from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_into, read_tensors, tensor_metadata
-from largebatch.moments import check_statistics, is_shadow, tracked_parameters
+from largebatch.moments import check_statistics, is_shadow
 from largebatch.optim import LAMB, LARS, is_shadow_group, scale_gradients
 from largebatch.section import UserError
 
@@ -185,10 +185,13 @@ class DeepSpeed(Engine):
         self.losses_finite.fill_(True)
         return norm
 
-    def noise_sums(self, model: nn.Module) -> Tensor:
-        """Return each trained parameter's |ghat|^2 and sum of tracked squares over all ranks, (2, P) in float64."""
-        sums = self.partitions.power_sums(*tracked_parameters(model))
-        return (sums if self.stage == 0 else self.sum(sums)) / self.scaler.get_scale() ** 2
+    def local_sums(self, parameters: list[nn.Parameter], shadows: list[nn.Parameter]) -> Tensor:
+        """Return `largebatch.noise.partial_sums` of this rank's partitions."""
+        return self.partitions.power_sums(parameters, shadows)
+
+    def over_ranks(self, sums: Tensor) -> Tensor:
+        """Return sums over the whole model from those of each rank's partitions."""
+        return super().over_ranks(sums) if self.stage == 0 else self.sum(sums)
 
     def gradient_norm(self, grads: list[Tensor]) -> Tensor:
         """Return the Euclidean norm over all gradients of the model, from the parts on each rank."""

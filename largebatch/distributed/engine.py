@@ -55,6 +55,7 @@ class Engine(ABC):
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.wrapper: Any = None
         self.losses_finite = torch.ones((), dtype=torch.bool, device=device)
+        self._measured: tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]] | None = None
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # A process group that the caller opened (a test, a notebook) stays the caller's to close.
@@ -110,8 +111,23 @@ class Engine(ABC):
 
     def noise_sums(self, model: nn.Module) -> Tensor:
         """Return each trained parameter's |ghat|^2 and sum of tracked squares over all ranks, (2, P) in float64."""
+        if self._measured is None or self._measured[0] is not model:  # its modules are not walked at every update
+            self._measured = model, *tracked_parameters(model)
+        _, parameters, shadows = self._measured
         # Both carry the square of fp16's loss scale.
-        return partial_sums(*tracked_parameters(model)) / self.scaler.get_scale() ** 2
+        return self.over_ranks(self.local_sums(parameters, shadows)) / self.scaler.get_scale() ** 2
+
+    def local_sums(self, parameters: list[nn.Parameter], shadows: list[nn.Parameter]) -> Tensor:
+        """Return `largebatch.noise.partial_sums` of what lies on this rank."""
+        return partial_sums(parameters, shadows)
+
+    def over_ranks(self, sums: Tensor) -> Tensor:
+        """Return sums over the whole model from those of each rank, the same bits on every rank.
+
+        Where every rank holds all gradients, their mean: ranks on unlike hosts add up in another order, and what is
+        decided by the sums must be decided alike.
+        """
+        return self.sum(sums) / self.world_size
 
     def _gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         """Return the gradients and the squares that this rank holds, freed of the loss scale."""

@@ -74,7 +74,7 @@ class FullyShard(Engine):
         if self.compile_model and shadows(model):
             raise UserError(
                 "backend.compile: with tracked squares the compiler starts anew at every gathering of fsdp; "
-                "use --backend.name ddp, or optimizer.second_moment batch"
+                "use --backend.name ddp, or track none (optimizer.second_moment batch, noise.measure false)"
             )
         for module in (modules or [model]) if self.compile_model else ():
             module.forward = torch.compile(module.forward)  # without the hooks that gather
@@ -106,9 +106,9 @@ class FullyShard(Engine):
         with torch.no_grad():
             return gradient.to_local()
 
-    def noise_sums(self, model: nn.Module) -> Tensor:
-        """Return each trained parameter's |ghat|^2 and sum of tracked squares over all ranks, (2, P) in float64."""
-        return self.sum(super().noise_sums(model))
+    def over_ranks(self, sums: Tensor) -> Tensor:
+        """Return sums over the whole model from those of each rank's parts."""
+        return self.sum(sums)
 
     def gradient_norm(self, grads: list[Tensor]) -> Tensor:
         """Return the Euclidean norm over the parts of all ranks."""

@@ -125,15 +125,16 @@ class Partitions:
         """Return this rank's part of `largebatch.noise.partial_sums`, (2, P); between backward and step only."""
         place = {parameter: (0, column) for column, parameter in enumerate(parameters)}
         place |= {shadow: (1, column) for column, shadow in enumerate(shadows)}
-        sums = torch.zeros(2, len(parameters), dtype=torch.float64)
+        sums = torch.zeros(2, len(parameters), dtype=torch.float64, device=self.engine.device)
         for piece, gradient in self._gradient_pieces():
             row, column = place[piece.parameter]
-            sums[row, column] += float((gradient if row else gradient * gradient).sum())
-        return sums.to(self.engine.device)
+            sums[row, column] += (gradient if row else gradient * gradient).sum()
+        return sums
 
     def _gradient_pieces(self) -> Iterator[tuple[Piece, Tensor]]:
         """Yield each piece that has a gradient on this rank, and that."""
-        joined = [torch.cat([t.reshape(-1) for t in part]) if part else None for part in self.gradients()]
+        flat = [[tensor.reshape(-1) for tensor in part] for part in self.gradients()]
+        joined = [torch.cat(part) if len(part) > 1 else part[0] if part else None for part in flat]
         for piece in self.pieces:
             gradient = joined[piece.partition]
             if gradient is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from largebatch.moments import is_shadow
+from largebatch.optim import is_shadow_group
 from largebatch.section import UserError
 
 MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random."
@@ -51,9 +53,27 @@ def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def load_group_state(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Write back the counts that `group_state` returned; hyper-parameters are the config's and the schedule's."""
+    """Write back the counts that `group_state` returned; hyper-parameters are the config's and the schedule's.
+
+    A run that branched off may track squares where the other did not: the shadows' groups then take the counts of the
+    group they precede, or are dropped.
+
+    Raises:
+        UserError: if the groups of parameters are others.
+    """
     of_the_run = {*optimizer.defaults, "role", "used"}
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+    own = optimizer.param_groups
+    if len(own) != len(groups):
+        trained = [saved for saved in groups if not is_shadow_group(saved)]
+        places = [index for index, group in enumerate(own) if not is_shadow_group(group)]
+        if len(trained) != len(places):
+            raise UserError(
+                f"--resume: the checkpoint has {len(trained)} groups of parameters, this run {len(places)}; "
+                "weight_decay and decay_norm_and_bias say how many there are"
+            )
+        # The first trained group at or after each place.
+        groups = [trained[bisect_left(places, index)] for index in range(len(own))]
+    for group, saved in zip(own, groups, strict=True):
         group.update({key: value for key, value in saved.items() if key not in of_the_run})
 
 
