@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from largebatch.distributed.backend import Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.hook import SquaresReduction, reduce_bucket
-from largebatch.moments import is_shadow
+from largebatch.moments import shadows
 
 # The flag's name since torch 2.13; the old one warns there.
 _SYNC_BUFFERS: Any = (
@@ -53,6 +53,10 @@ class DataParallel(Engine):
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters."""
         model.to(self.device, self.dtype)
+        if self.compile_model and shadows(model):
+            # The compiler cuts its graph where DDP's buckets end, and fails on a size that crosses a cut, as that of a
+            # sample's gradient does once batches differ. Whole, the graph's gradients are reduced after its backward pass.
+            torch._dynamo.config.optimize_ddp = False
         called: nn.Module = torch.compile(model) if self.compile_model else model  # type: ignore[assignment]
         if self.world_size == 1:
             return called, build_optimizer(model)
@@ -63,7 +67,7 @@ class DataParallel(Engine):
             **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
             gradient_as_bucket_view=True,
         )
-        if any(is_shadow(p) for p in model.parameters()):
+        if shadows(model):
             self.wrapper.register_comm_hook(self.squares, reduce_bucket)
         return self.wrapper, build_optimizer(model)
 
