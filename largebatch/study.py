@@ -88,7 +88,7 @@ class Variant:
         cell: its place in the table.
         run: its config, of the first seed.
         summaries: summary.json of each seed.
-        epochs: where the curves stand, (p,).
+        epochs: where the curves stand, (p,); on AdaScale's clock where there is one.
         val_loss: validation loss of each seed at those epochs, (seeds, p); NaN after a run diverged.
     """
 
@@ -234,7 +234,9 @@ def read_variant(cell: Cell, runs: list[Run], seeds: list[int], out: Path) -> Va
         folder = out / slug(str(cell)) / f"seed-{seed}"
         variant.summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
         _, evaluations = read_metrics(folder / "metrics.jsonl")
-        curves.append(([row["epoch"] for row in evaluations], [row["val_loss"] for row in evaluations]))
+        # Where AdaScale has a clock of its own, the curve is read on it: there runs of all batch sizes are equally far.
+        clock = [row["epoch"] * row.get("clock_samples", row["samples"]) / row["samples"] for row in evaluations]
+        curves.append((clock, [row["val_loss"] for row in evaluations]))
     every = runs[0].evaluate.every_epochs
     variant.epochs = np.arange(1, int(runs[0].schedule.epochs / every + 1e-9) + 1) * every
     # A batch reaches up to one update past the epoch at which it is evaluated: interpolate back, and take the first
@@ -271,11 +273,18 @@ def _spread(values: np.ndarray, form: str) -> str:
     return f"{values.mean():{form}}{deviation}"
 
 
+def _counts(summaries: list[dict[str, Any]], name: str) -> str:
+    """Return a count that the seeds share, or its mean and deviation: a batch that follows the noise differs by seed."""
+    counts = np.array([s[name] for s in summaries if s["status"] == "finished"] or [s[name] for s in summaries])
+    return f"{counts[0]:,}" if (counts == counts[0]).all() else _spread(counts.astype(float), ",.0f")
+
+
 def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
     """Return the table of a study, a row for each variant; the numbers are means over seeds ± their standard deviation."""
     rows = []
     references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
     has_accuracy = any(s["val_accuracy"] is not None for variant in variants for s in variant.summaries)
+    finished = {s["samples"] for variant in variants for s in variant.summaries if s["status"] == "finished"}
     for variant in variants:
         reference = references[variant.cell.group]
         run, summaries = variant.run, variant.summaries
@@ -283,8 +292,10 @@ def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
         row = {
             "variant": variant.name,
             "batch size": f"{run.batch.size:,}",
-            "updates": f"{max(s['updates'] for s in summaries):,}",
+            "updates": _counts(summaries, "updates"),
         }
+        if len(finished) > 1:  # AdaScale ends on its own clock
+            row["samples"] = _counts(summaries, "samples")
         if has_accuracy:
             row["error at the end, %"] = _spread(100 - 100 * variant.finals("val_accuracy"), ".2f")
         row["val. loss at the end"] = _spread(variant.finals("val_loss"), ".4f")

@@ -269,3 +269,27 @@ def test_study(tmp_path, capsys):
     assert "batch.size: 4096 is more than the 1438 training samples" in capsys.readouterr().err
     assert main(["study", str(study), "--out", str(out), "--optimizer.lr", "0.01"]) == 2
     assert "holds a run of another config" in capsys.readouterr().err
+
+
+def test_a_study_reads_adascale_on_its_clock(tmp_path):
+    """The reference's 4 epochs are the other's too on its clock, of which it makes more in samples."""
+    (tmp_path / "base.yaml").write_text((ROOT / "configs" / "digits.yaml").read_text())
+    study = tmp_path / "clock.yaml"
+    study.write_text(
+        yaml.safe_dump(
+            {
+                "base": "base.yaml",
+                "seeds": [0, 1],
+                "set": {"schedule.epochs": 4, "warmup.name": "none", "warmup.epochs": 0, "evaluate.every_epochs": 0.5},
+                "variants": {"B 32": {"batch.size": 32}, "B 128": {"batch.size": 128, "scaling.rule": "adascale"}},
+            },
+            sort_keys=False,
+        )
+    )
+    out = tmp_path / "study"
+    assert main(["study", str(study), "--out", str(out)]) == 0
+    reference, ours = json.loads((out / "table.json").read_text())
+    assert reference["samples"] == "5,752" and float(ours["samples"].split()[0].replace(",", "")) > 5752
+    assert float(ours["distance of the curve"]) < 0.1
+    evaluations = read_metrics(out / "b-128" / "seed-0" / "metrics.jsonl")[1]
+    assert evaluations[-1]["clock_samples"] < evaluations[-1]["samples"]

@@ -150,6 +150,20 @@ def test_a_batch_is_changed_only_where_the_whole_band_speaks_for_it():
     assert meter.next_batch_size(8, 400, 392) == 8
 
 
+def test_a_last_batch_of_one_sample_is_left_out(tmp_path):
+    flags = {
+        "batch.reference_size": 8,
+        "batch.size": 8,
+        "optimizer.lr": 0.005,
+        "warmup.name": "none",
+        "warmup.epochs": 0,
+    }
+    run = digits(**flags, **{"noise.measure": True, "schedule.name": "constant", "schedule.epochs": 81 / 1438})
+    updates, _ = rows_of(run, tmp_path / "run")
+    assert [row["samples"] for row in updates[-2:]] == [80, 81]
+    assert all(updates[-1][name] == updates[-2][name] for name in ("gradient_variance", "gradient_signal"))
+
+
 def test_adascale_multiplies_the_rate_by_its_gain_and_ends_on_its_clock(tmp_path):
     step = {
         "schedule.name": "step",
