@@ -126,20 +126,18 @@ LAUNCHES = {
 @pytest.mark.parametrize(
     "engine", [pytest.param(name, marks=needs_deepspeed) if "ZeRO" in name else name for name in LAUNCHES]
 )
-def test_accelerate_launch_runs_the_first_config(engine, tmp_path):
+@pytest.mark.parametrize("example", ["digits", "gpt_text"])
+def test_accelerate_launch_runs_the_configs(example, engine, tmp_path):
     """Two processes reach what one does. The launcher takes distributed types of GPUs on a CPU too."""
     root, config = Path(__file__).parents[1], tmp_path / "accelerate.yaml"
     config.write_text(json.dumps(LAUNCHES[engine]))
-    flags = [
-        "train",
-        str(root / "configs" / "digits.yaml"),
-        "--schedule.epochs",
-        "4",
-        "--warmup.epochs",
-        "1",
-        "--backend.device",
-        "cpu",
-    ]
+    flags = ["train", str(root / "configs" / f"{example}.yaml"), "--backend.device", "cpu"]
+    if example == "digits":
+        flags += ["--schedule.epochs", "4", "--warmup.epochs", "1"]
+    else:  # a small one, on the repository's own documents
+        text = tmp_path / "input.txt"
+        text.write_text("".join(path.read_text() for path in sorted([*root.glob("*.md"), *root.glob("docs/*.md")])))
+        flags += ["--data.path", str(text), "--model.n_layer", "2", "--model.d_model", "32", "--schedule.epochs", "4"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     found = {}
     for name, command in {
