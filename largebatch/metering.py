@@ -13,7 +13,6 @@ from largebatch.adascale import AdaScale
 from largebatch.config import Run
 from largebatch.noise import NoiseScale, efficiency, noise_estimates, progress
 from largebatch.plan import Plan
-from largebatch.scaling import averaging_updates
 from largebatch.tracking import Row
 
 # Of an averaging length: how often it is asked whether another batch size is due.
@@ -45,7 +44,7 @@ class NoiseMeter:
         self.adascale = AdaScale(run.batch.reference_size) if run.scaling.rule == "adascale" else None
         self.is_adaptive, self.share = run.batch.growth == "adaptive", run.batch.critical_share
         self.smallest = run.batch.size
-        self.warned = False
+        self.warned, self.warns_from = False, plan.total_samples / 4
 
     @property
     def clock(self) -> float | None:
@@ -92,11 +91,13 @@ class NoiseMeter:
         scales = {name: noise.noise_scale for name, noise in self.noise.by_name.items()}
         return {name: scale if math.isfinite(scale) else None for name, scale in scales.items()}
 
-    def warning(self, batch_size: int) -> str | None:
-        """Return, once, that the batch is larger than the critical batch size: when an averaging length is full."""
+    def warning(self, batch_size: int, samples_seen: int) -> str | None:
+        """Return, once, that the batch is larger than the critical batch size.
+
+        Not in the first quarter of the run, where the noise is small and that of the averages out of date.
+        """
         whole = self.noise.whole
-        is_full = self.noise.count >= averaging_updates(self.length_samples, batch_size)
-        if self.warned or self.is_adaptive or not is_full or whole.high >= batch_size:
+        if self.warned or self.is_adaptive or samples_seen < self.warns_from or whole.high >= batch_size:
             return None
         self.warned = True
         return (

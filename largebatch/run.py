@@ -148,6 +148,7 @@ def train(
                     console.print(line, highlight=False)
                 observers.observers.append(create_progress(console, plan.total_samples, trainer.clock))
             summary = trainer.train()
+            plan = trainer.plan  # with the changes of an adaptive batch
             del trainer
         except SharedError:
             raise
@@ -184,7 +185,8 @@ def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> None
             export_weights(last, folder / "model.safetensors")
         # After the weights: who reads "finished" finds them.
         replace_text(folder / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
-        title = f"{folder.name}:  batch {run.batch.reference_size:,} → {run.batch.size:,}, {run.optimizer.name}"
+        largest = max(stage.batch_size for stage in plan.stages())
+        title = f"{folder.name}:  batch {run.batch.reference_size:,} → {largest:,}, {run.optimizer.name}"
         plot_run(folder, title, plan.samples_per_epoch)
     except OSError as error:
         raise UserError(

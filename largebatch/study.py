@@ -205,7 +205,7 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
                 todo.append((cell, seed, run, folder))
     total = sum(map(len, runs.values()))
     console.print(f"{path.stem}: {total} runs, {total - len(todo)} of them finished before; {jobs} at a time in {out}")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
     with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,)) as pool:
         futures = {pool.submit(_train_quietly, run, folder): (cell, seed) for cell, seed, run, folder in todo}
         try:

@@ -275,7 +275,7 @@ class Trainer:
                 f"batch size {full:,} → {size:,}: the critical batch size is {whole.noise_scale:,.0f} samples "
                 f"(99 % band {whole.low:,.0f} to {whole.high:,.0f})"
             )
-        if (warning := meter.warning(full)) is not None:
+        if (warning := meter.warning(full, progress.samples_seen)) is not None:
             self._tell(warning)
 
     def _change_batch(self, size: int) -> None:
