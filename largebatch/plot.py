@@ -129,11 +129,13 @@ def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
     matplotlib.use("Agg")
     panels = _panels(variants, title)
     by_method = any(variant.cell.method for variant in variants)
-    columns = max(1, len({v.cell.variant for v in variants}) - 1) if by_method else 1
+    columns = max(1, len({v.cell.variant for v in variants}) - 1) if by_method else min(2, -(-len(panels) // 2))
     rows = -(-len(panels) // columns)
     with plt.rc_context(STYLE):
-        size = (3.6 * columns + 1, 2.8 * rows) if by_method else (8.5, 5.0 * rows)
+        size = (3.6 * columns + 1, 2.8 * rows) if by_method else (7.0 * columns + 1.5, 5.0 * rows)
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
         for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
             shades = [
                 matplotlib.colors.to_hex(c)
