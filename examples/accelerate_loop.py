@@ -70,6 +70,8 @@ def main(dtype: torch.dtype, out: str | None) -> None:
         print(f"accuracy {accuracy:.4f}")
         if out:
             torch.save({"model": accelerator.get_state_dict(wrapped), "optimizer": optimizer.state_dict()}, out)
+    del wrapped, prepared, loader
+    accelerator.free_memory()  # a wrapper that outlives its process group may abort at exit
     accelerator.end_training()
 
 
