@@ -626,14 +626,44 @@ def test_the_command_runs_under_torchrun(stage, tmp_path):
 
 @needs_deepspeed
 @pytest.mark.slow
+@pytest.mark.parametrize("example", ["digits", "gpt_text"])
+def test_the_command_runs_under_deepspeeds_launcher(example, tmp_path):
+    """Its --local_rank argument is left out: the processes are told by the environment, as torchrun's are."""
+    root = Path(__file__).parents[1]
+    flags = ["--schedule.epochs", "4", "--warmup.epochs", "1"]
+    if example == "gpt_text":
+        text = tmp_path / "input.txt"
+        text.write_text("".join(path.read_text() for path in sorted([*root.glob("*.md"), *root.glob("docs/*.md")])))
+        flags += ["--data.path", str(text), "--model.n_layer", "2", "--model.d_model", "32"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--no_local_rank",
+        "--module",
+        "largebatch",
+    ]
+    words = ["train", root / "configs" / f"{example}.yaml", "--out", tmp_path / "run", *flags,
+             "--backend.name", "deepspeed", "--backend.device", "cpu"]  # fmt: skip
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *map(str, words)], env=variables, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["world_size"] == 2
+
+
+@needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
 def test_a_stopped_run_goes_on_under_other_engines(signal_number, tmp_path):
-    """DDP on two ranks, ZeRO-2 on one, FSDP on two, ZeRO-3 on two, DDP on one: the rows and weights of one DDP run."""
+    """Every engine is stopped in its turn, on one rank or two, and the next goes on: the rows and weights of one DDP run."""
     config = write_config(tmp_path)
     torchrun = write_torchrun(tmp_path)
-    zero_2, zero_3 = ("deepspeed", "--backend.zero_stage", 2), ("deepspeed", "--backend.zero_stage", 3)
-    stages = [(2, ("ddp",)), (1, zero_2), (2, ("fsdp",)), (2, zero_3), (1, ("ddp",))]
+    zero = [("deepspeed", "--backend.zero_stage", stage) for stage in range(4)]
+    stages = [(2, ("ddp",)), (1, zero[2]), (2, ("fsdp",)), (2, zero[3]), (1, zero[0]), (2, zero[1]), (2, ("accelerate",)), (1, ("ddp",))]  # fmt: skip
 
     def start(folder, world_size, engine, name, seconds):
         log = folder.with_name(f"{folder.name}-{name}.log")
