@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -43,9 +44,9 @@ class OptimizerBase(Section):
         names = ("momentum", "betas", "alpha", "eps")
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
+    @abstractmethod
     def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
         """Return the optimizer over parameter groups, which carry their weight decay."""
-        raise NotImplementedError
 
 
 class AdaptiveBase(OptimizerBase):
@@ -146,16 +147,21 @@ class RMSPropConfig(AdaptiveBase):
         )
 
 
-class AdamConfig(AdaptiveBase):
+class AdamBase(AdaptiveBase):
+    """What Adam and what is built on it have."""
+
+    betas: tuple[Coefficient, Coefficient] = (0.9, 0.999)
+    """Coefficients of the two running averages at the reference batch size."""
+    bias_correction: Literal["published", "running_mean"] = "published"
+    """published: divide by 1 - beta^t; running_mean: weights 1/min(t, N)."""
+
+
+class AdamConfig(AdamBase):
     """Adam, with L2 weight decay (adam) or a decoupled one (adamw)."""
 
     name: Annotated[Literal["adam", "adamw"], NAME] = "adamw"
-    betas: tuple[Coefficient, Coefficient] = (0.9, 0.999)
-    """Coefficients of the two running averages at the reference batch size."""
     eps: NonNegative = 1e-8
     """Added to the root of the second moment."""
-    bias_correction: Literal["published", "running_mean"] = "published"
-    """published: divide by 1 - beta^t; running_mean: weights 1/min(t, N)."""
 
     def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
         """Return the optimizer."""
@@ -170,16 +176,12 @@ class AdamConfig(AdaptiveBase):
         )
 
 
-class LAMBConfig(AdaptiveBase):
+class LAMBConfig(AdamBase):
     """LAMB: AdamW's direction, with a step that follows the length of a layer's weights (You et al. 2020)."""
 
     name: Annotated[Literal["lamb"], NAME] = "lamb"
-    betas: tuple[Coefficient, Coefficient] = (0.9, 0.999)
-    """Coefficients of the two running averages at the reference batch size."""
     eps: NonNegative = 1e-6
     """Added to the root of the second moment."""
-    bias_correction: Literal["published", "running_mean"] = "published"
-    """published: divide by 1 - beta^t; running_mean: weights 1/min(t, N)."""
     adapt_norm_and_bias: bool = False
     """Adapt norms and biases too; else they follow AdamW."""
 

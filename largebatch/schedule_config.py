@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -21,9 +22,9 @@ class ScheduleBase(Section):
     realize: Realization = "lr"
     """A falling temperature falls by the lr, by a growing batch, or by batch_then_lr (Smith et al. 2018)."""
 
+    @abstractmethod
     def build(self, samples_per_epoch: int) -> Schedule:
         """Return the factor of the temperature as a function of samples seen."""
-        raise NotImplementedError
 
     def total_samples(self, samples_per_epoch: int) -> int:
         """Return the samples of the whole run."""
