@@ -71,6 +71,13 @@ def write_config(folder: Path, **sections) -> Path:
     return path
 
 
+def small_gpt(folder: Path) -> list[str]:
+    """Return flags that make configs/gpt_text.yaml small, on the repository's own documents."""
+    text = folder / "input.txt"
+    text.write_text("".join(path.read_text() for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])))
+    return ["--data.path", str(text), "--model.n_layer", "2", "--model.d_model", "32", "--schedule.epochs", "4"]
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

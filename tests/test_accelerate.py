@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from jobs import small_gpt
 from test_deepspeed import needs_deepspeed
 
 from largebatch.distributed import BackendConfig, Ranks, create_backend
@@ -132,12 +133,7 @@ def test_accelerate_launch_runs_the_configs(example, engine, tmp_path):
     root, config = Path(__file__).parents[1], tmp_path / "accelerate.yaml"
     config.write_text(json.dumps(LAUNCHES[engine]))
     flags = ["train", str(root / "configs" / f"{example}.yaml"), "--backend.device", "cpu"]
-    if example == "digits":
-        flags += ["--schedule.epochs", "4", "--warmup.epochs", "1"]
-    else:  # a small one, on the repository's own documents
-        text = tmp_path / "input.txt"
-        text.write_text("".join(path.read_text() for path in sorted([*root.glob("*.md"), *root.glob("docs/*.md")])))
-        flags += ["--data.path", str(text), "--model.n_layer", "2", "--model.d_model", "32", "--schedule.epochs", "4"]
+    flags += small_gpt(tmp_path) if example == "gpt_text" else ["--schedule.epochs", "4", "--warmup.epochs", "1"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     found = {}
     for name, command in {

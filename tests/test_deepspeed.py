@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jobs import Job, assert_same_run, checkpoints, no_job_left, wait_until, write_config, write_torchrun  # noqa: F401
+from jobs import Job, assert_same_run, checkpoints, no_job_left, small_gpt, wait_until, write_config, write_torchrun  # noqa: F401
 from test_engines import CASES, OTHERS, config, distances, gathered, trajectory, whole
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -630,11 +630,7 @@ def test_the_command_runs_under_torchrun(stage, tmp_path):
 def test_the_command_runs_under_deepspeeds_launcher(example, tmp_path):
     """Its --local_rank argument is left out: the processes are told by the environment, as torchrun's are."""
     root = Path(__file__).parents[1]
-    flags = ["--schedule.epochs", "4", "--warmup.epochs", "1"]
-    if example == "gpt_text":
-        text = tmp_path / "input.txt"
-        text.write_text("".join(path.read_text() for path in sorted([*root.glob("*.md"), *root.glob("docs/*.md")])))
-        flags += ["--data.path", str(text), "--model.n_layer", "2", "--model.d_model", "32"]
+    flags = small_gpt(tmp_path) if example == "gpt_text" else ["--schedule.epochs", "4", "--warmup.epochs", "1"]
     launcher = [
         sys.executable,
         "-m",
