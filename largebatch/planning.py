@@ -199,7 +199,7 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
         highlight=False,
     )
     stages = stage_table(plan, world_size, run.batch.micro_size, norm_group_size(model))
-    console.print(reference_table(plan, run.second_moment()), stages)
+    console.print(reference_table(plan, run.second_moment(), run.optimizer.takes_rule), stages)
     if run.batch.growth == "adaptive":
         most = largest_batch(run, plan)
         console.print(f"batch size: adaptive, follows the measured critical batch size up to {most:,}", highlight=False)

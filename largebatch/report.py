@@ -46,8 +46,14 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def reference_table(plan: Plan, tracked: str | None = None) -> Table:
-    """Return the table: hyper-parameters at the reference batch size, and what they become at this run's."""
+def reference_table(plan: Plan, tracked: str | None = None, has_temperature: bool = True) -> Table:
+    """Return the table: hyper-parameters at the reference batch size, and what they become at this run's.
+
+    Args:
+        plan: the plan.
+        tracked: what second moments are taken from; None where they are plain.
+        has_temperature: whether lr is the rate of a step, which Quench's is not.
+    """
     reference = plan.reference
     size = plan.full_batch_size(0)
     derived = reference.at(size)
@@ -65,6 +71,8 @@ def reference_table(plan: Plan, tracked: str | None = None) -> Table:
         )
     for name, value in tuned.items():
         table.add_row(NAMES[name], number(value), number(derived[name]))
+    if not has_temperature:
+        return table
     temperatures = [
         temperature(values["lr"], batch, values.get("momentum", 0.0))
         for values, batch in ((tuned, reference.batch_size), (derived, size))

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from largebatch.checkpoint import CheckpointFolder, samples_of
+from largebatch.checkpoint import CheckpointFolder
 from largebatch.config import Run
 from largebatch.data import Source
 from largebatch.data.loader import MicroBatch, TrainLoader
 from largebatch.data.sampler import PlanSampler, effective_micro_batches
-from largebatch.distributed import Backend, CheckpointWriter, NonFiniteError, is_communication
+from largebatch.distributed import Backend, NonFiniteError, is_communication
 from largebatch.distributed.state import (
     group_state,
     load_group_state,
@@ -28,6 +28,7 @@ from largebatch.distributed.state import (
     tensor_metadata,
 )
 from largebatch.evaluation import evaluate
+from largebatch.keeping import Keeper
 from largebatch.metering import NoiseMeter
 from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
 from largebatch.moments import shadows, track
@@ -37,7 +38,7 @@ from largebatch.progress import Observer, Progress, Row, Standing, Summary
 from largebatch.resume import Found, find_checkpoint
 from largebatch.scaling import temperature
 from largebatch.section import UserError
-from largebatch.stopping import Agreement, Reason, StopRequest
+from largebatch.stopping import StopRequest
 
 # Updates skipped in a row, and returns to a checkpoint in a run, after which it is not bad luck.
 MOST_SKIPS, MOST_ROLLBACKS = 20, 10
@@ -93,12 +94,8 @@ class Trainer:
         self.message: str | None = None
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
         self.meter = NoiseMeter(run, plan, list(shadows(model))) if run.measures_noise() else None
-        self._save_due, self._best_due = False, False
-        self._stopped_by: Reason | None = None
-        self.agreement = Agreement(backend.sum, backend.rank, backend.world_size)
-        self._saved_time, self._saved_samples = time.monotonic(), -1
         self._started = time.perf_counter()
-        self.writer = self._create_writer() if folder is not None else None
+        self.keeper = Keeper(run, backend, plan.samples_per_epoch, folder)
         if found is None:
             self._start_loader()
         else:
@@ -108,19 +105,6 @@ class Trainer:
         config, squares = self.run.optimizer, self.run.second_moment() is not None
         groups = param_groups(model, config.weight_decay, config.decay_norm_and_bias, squares)
         return config.build(groups, self.run.batch.reference_size)
-
-    def _create_writer(self) -> CheckpointWriter:
-        assert self.folder is not None
-        config, epoch = self.run.checkpoint, self.plan.samples_per_epoch
-        return CheckpointWriter(
-            CheckpointFolder(self.folder / "checkpoints"),
-            self.backend.rank,
-            self.backend.world_size,
-            config.asynchronous,
-            config.keep_last,
-            None if config.keep_every_epochs is None else config.keep_every_epochs * epoch,
-            self.run.backend.timeout_seconds,
-        )
 
     def _start_loader(self) -> None:
         """Begin to load samples at where the run stands."""
@@ -141,7 +125,7 @@ class Trainer:
 
     def train(self) -> Summary:
         """Run the plan to its end, or to where it is stopped; return what it came to."""
-        status = "finished"
+        status, keeper = "finished", self.keeper
         with StopRequest(self.run.checkpoint.time_limit_minutes) as self.stop:
             try:
                 self._train()
@@ -150,23 +134,17 @@ class Trainer:
             except KeyboardInterrupt:
                 if self.backend.world_size > 1:  # the other ranks are no longer in step
                     raise
-                self._stopped_by, self._saved_samples = "interrupted", -1
+                keeper.interrupt()
             except Exception as error:
-                if self.writer is not None and not is_communication(error):
-                    self.writer.wait()  # a checkpoint that was begun is still worth having
+                if not is_communication(error):
+                    keeper.wait()  # a checkpoint that was begun is still worth having
                 raise
-            if self._stopped_by is not None:
-                status = "interrupted" if self._stopped_by == "interrupted" else "preempted"
-            failure, is_saved = None, False
-            if self.writer is not None:
-                if status == "finished":
-                    self.save()
-                self.writer.close()
-                failure, saved = self.backend.share((self.writer.failure(), self.writer.saved))
-                is_saved = self._saved_samples == self.progress.samples_seen
-                if failure is not None:
-                    is_saved = saved is not None and samples_of(saved) == self.progress.samples_seen
-            if self._stopped_by is not None:
+            if keeper.stopped_by is not None:
+                status = "interrupted" if keeper.stopped_by == "interrupted" else "preempted"
+            if status == "finished":
+                self.save()
+            failure, is_saved = keeper.close(self.progress.samples_seen)
+            if keeper.stopped_by is not None:
                 self.message = self._stop_message(is_saved)
             if failure is not None:
                 status = "unsaved" if status == "finished" and not is_saved else status
@@ -180,7 +158,7 @@ class Trainer:
         progress = self.progress
         self.model.train()
         clock = time.perf_counter()
-        while not self._is_done() and self._stopped_by is None:
+        while not self._is_done() and self.keeper.stopped_by is None:
             batch_size = self.plan.batch_size(progress.samples_seen)
             values = self.plan.at(progress.samples_seen, self.clock)
             losses = self._loss_sum.clone()
@@ -201,10 +179,15 @@ class Trainer:
                 self._follow_noise(self.meter, batch_size)
             if done or progress.step % self.run.log.every_updates == 0:
                 clock = self._log(values, batch_size, grad_norm, clock)
-            paused, is_best = time.perf_counter(), False
+            paused = time.perf_counter()
             if done or self._crossed(self.run.evaluate.every_epochs, batch_size):
-                is_best = self._evaluate_and_log()
-            self._keep(batch_size, is_best, done)
+                self._evaluate_and_log()
+            if (failure := self.keeper.failure()) is not None:
+                self._tell(f"{failure}; training goes on")
+            every = self.run.checkpoint.every_epochs
+            at_epoch = every is not None and self._crossed(every, batch_size)
+            if not done and self.keeper.is_due(progress.step, self.stop.reason(), at_epoch):
+                self.save()
             clock += time.perf_counter() - paused
 
     @property
@@ -309,8 +292,8 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint of where the run stands, unless there is one; every rank takes part."""
-        progress, backend, writer = self.progress, self.backend, self.writer
-        if writer is None or self._saved_samples == progress.samples_seen:
+        progress, backend = self.progress, self.backend
+        if self.keeper.has(progress.samples_seen):
             return
         now = time.perf_counter()
         progress.seconds += now - self._started
@@ -335,9 +318,7 @@ class Trainer:
             "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self.observer.sync()  # a checkpoint must not outlive the rows before it
-        writer.save(progress.samples_seen, tensors, state, self._best_due)
-        self._saved_time, self._saved_samples = time.monotonic(), progress.samples_seen
-        self._save_due, self._best_due = False, False
+        self.keeper.save(progress.samples_seen, tensors, state)
 
     def restore(self, found: Found, rollbacks: int | None = None) -> None:
         """Continue from a checkpoint, whatever number of ranks wrote it; every rank takes part.
@@ -363,10 +344,7 @@ class Trainer:
             within = min(max(size, self.meter.smallest), self.meter.largest)
             if size != within:  # a branch has other limits
                 self._change_batch(within)
-        is_own = self.writer is not None and path.resolve().parent == self.writer.folder.path.resolve()
-        self._saved_samples = self.progress.samples_seen if is_own else -1
-        self._save_due = not is_own  # a branch has a checkpoint of its own from its beginning
-        self.agreement.restart(self.progress.step)
+        self.keeper.restart(self.progress.step, self.progress.samples_seen, path)
         if self.run.batch.micro_size is None and backend.world_size < state["world_size"]:
             self.micro_size = state["micro_size"]  # what is known to fit a rank
         # Losses that wait for the next row: each rank its own, or the first one all where ranks came or went.
@@ -377,31 +355,6 @@ class Trainer:
             self._loss_sum.fill_(float(sum(losses.values())) if backend.rank == 0 else 0.0)
         self._start_loader()
         load_random_state(path, backend.rank)  # after the loader, which draws a seed for its workers
-
-    def _keep(self, batch_size: int, is_best: bool, done: bool) -> None:
-        """Save where a checkpoint is due; take note where the run is to stop."""
-        config = self.run.checkpoint
-        reason = self._agree()
-        if self.writer is not None and (failure := self.writer.failure()) is not None:
-            self._tell(f"{failure}; training goes on")
-        self._best_due = self._best_due or (is_best and config.keep_best)
-        if done:
-            return
-        if config.every_epochs is not None and self._crossed(config.every_epochs, batch_size):
-            self._save_due = True
-        # Not between two reductions of the squares, which each rank adds up by itself until then.
-        may_save = (self.progress.step - 1) % self.run.backend.squares_every == 0
-        if may_save and (reason or self._save_due or self._best_due):
-            self.save()
-            self._stopped_by = reason
-
-    def _agree(self) -> Reason | None:
-        """Return why the run should stop, and note whether a checkpoint is due; alike on every rank."""
-        every = self.run.checkpoint.every_minutes
-        overdue = every is not None and time.monotonic() - self._saved_time >= 60.0 * every
-        reason, save_due = self.agreement.ask(self.progress.step, self.stop.reason(), overdue)
-        self._save_due = self._save_due or save_due
-        return reason
 
     def _skips(self, error: NonFiniteError, batch_size: int) -> bool:
         """Deal with a non-finite gradient as the config says: True skips the update, False went back to a checkpoint.
@@ -440,9 +393,9 @@ class Trainer:
 
     def _roll_back(self, what: str) -> bool:
         """Continue from the newest checkpoint with other samples; return whether there is one."""
-        if self.writer is None or self.folder is None:
+        if self.folder is None:
             return False
-        self.writer.wait()
+        self.keeper.wait()
         self.backend.barrier()
         found = None
         if self.backend.rank == 0:
@@ -497,25 +450,22 @@ class Trainer:
         self.observer.log(row)
         return now
 
-    def _evaluate_and_log(self) -> bool:
-        """Evaluate; return whether the validation loss is the lowest so far."""
+    def _evaluate_and_log(self) -> None:
         scores, progress = self.evaluate(), self.progress
         progress.val_loss, progress.val_accuracy = scores["val_loss"], scores.get("val_accuracy")
         if progress.val_accuracy is not None:
             progress.best_val_accuracy = max(progress.best_val_accuracy or 0.0, progress.val_accuracy)
-        is_best = math.isfinite(scores["val_loss"]) and (
-            progress.best_val_loss is None or scores["val_loss"] < progress.best_val_loss
-        )
-        if is_best:
-            progress.best_val_loss = scores["val_loss"]
+        val_loss = scores["val_loss"]
+        if math.isfinite(val_loss) and (progress.best_val_loss is None or val_loss < progress.best_val_loss):
+            progress.best_val_loss = val_loss
+            self.keeper.note_best()
         if self.meter is not None:
             scores["noise_scale_by_layer"] = self.meter.by_layer()
         self.observer.log({**self._clock_row(), **scores})
-        return is_best
 
     def _stop_message(self, is_saved: bool) -> str:
         why = {"interrupted": "interrupted", "signal": "stopped by a signal", "time_limit": "time limit reached"}
-        message = f"{why[self._stopped_by or 'interrupted']} after update {self.progress.step}"
+        message = f"{why[self.keeper.stopped_by or 'interrupted']} after update {self.progress.step}"
         if is_saved:
             message += f"; everything is in {self.folder}: continue with --resume auto --out {self.folder}"
         return message
@@ -533,5 +483,5 @@ class Trainer:
             samples_per_second=progress.row_samples / progress.train_seconds if progress.train_seconds > 0 else 0.0,
             world_size=self.backend.world_size,
             message=self.message,
-            stopped_by=self._stopped_by,
+            stopped_by=self.keeper.stopped_by,
         )
