@@ -273,6 +273,7 @@ def test_what_cannot_be_is_refused_in_a_line(flags, message):
         ({"noise.per": "micro_batch"}, "noise.per is not used"),
         ({"optimizer.name": "adamw", "optimizer.lr": 0.01, "optimizer.betas": [0.9, 0.8]}, "kappa*(1-beta) = 1.25 > 1"),
         ({"optimizer.name": "adamw", "optimizer.lr": 0.01}, "was measured up to 0.016"),
+        ({"optimizer.name": "adamw", "optimizer.lr": 0.001}, "6.25 times the reference from the first update"),
     ],
 )
 def test_what_should_be_known_before_is_a_warning(flags, warning):
