@@ -13,8 +13,8 @@ from largebatch.plan import Plan
 # Scaled learning rate up to which RMSProp and Adam with second moments of the reference batch followed its curve within the
 # spread of the seeds: 1e-3 at 16 times the batch (Fashion-MNIST; docs/results.md).
 MEASURED_LR = 0.016
-# Multiple of the reference batch up to which a run may begin at it: a GPT did not follow its reference from there on, and did where
-# the batch rose to it (docs/results.md).
+# Multiple of the reference batch from which on a GPT that began at it did not follow its reference, and did where the batch
+# rose to it (docs/results.md).
 MEASURED_START = 4
 
 
@@ -82,10 +82,10 @@ def _on_the_batch(run: Run, plan: Plan, largest: int) -> Iterator[str]:
             f"depend on the batch size was measured up to {MEASURED_LR:g} (docs/results.md): expect less beyond"
         )
     begins_at = plan.full_batch_size(0) / run.batch.reference_size
-    if isinstance(optimizer, AdaptiveBase) and run.second_moment() and begins_at > MEASURED_START:
+    if isinstance(optimizer, AdaptiveBase) and run.second_moment() and begins_at >= MEASURED_START:
         yield (
             f"the batch is {begins_at:g} times the reference from the first update: there a GPT did not follow its reference's "
-            f"curve, measured beyond {MEASURED_START}; with warmup.realize batch it did (docs/results.md)"
+            f"curve, measured from {MEASURED_START} on; with warmup.realize batch it did (docs/results.md)"
         )
     if run.scaling.rule == "none" and optimizer.takes_rule and kappa != 1:
         yield f"scaling.rule none: lr {optimizer.lr:g} is kept although the batch is {kappa:g} times the reference"
