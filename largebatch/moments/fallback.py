@@ -283,7 +283,8 @@ def _replay(
     operation.operands = tuple(operands.values())
     token = scope.token(operation.operands)
     pairs = [t for operand in operation.operands for t in operand.targets()]
-    saved = [leaves[position] for position in where]
+    # Detached: through the operands autograd would go on and free the graph that the collector is to differentiate.
+    saved = [plain[position] for position in where]
     outputs = ReplayTap.apply(operation, len(results), len(saved), token, *results, *saved, *pairs)
     return tree_unflatten(list(outputs), output_specs[0])
 

@@ -443,3 +443,10 @@ class TestFallback:
 
     def test_operation_without_a_rule(self):
         assert_agrees(Apply(lambda x, w: torch.cdist(x, w), w=normal(5, 3)), normal(N, 2, 3))
+
+    def test_tensor_computed_after_the_first_use_of_its_parameter(self):
+        def function(x, w):
+            y = F.linear(x, w)
+            return y + torch.cdist(x, w.exp())
+
+        assert_agrees(Apply(function, w=normal(5, 3)), normal(N, 2, 3))
