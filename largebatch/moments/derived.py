@@ -122,7 +122,7 @@ def _shadows(scope: Scope, func: Any, args: Any, kwargs: Any, operands: list[Ope
     if func in _CASTING:
         return operands[0].shadow
     if func in _INDEXING:
-        if not _is_slice(args[1]):
+        if not is_slice(args[1]):
             return None
     elif func is torch.embedding:
         if not _is_distinct(scope, args[1] if len(args) > 1 else kwargs["indices"]):
@@ -140,7 +140,8 @@ def _swap(scope: Scope, value: Any) -> Any:
     return value if operand is None else operand.shadow
 
 
-def _is_slice(index: Any) -> bool:
+def is_slice(index: Any) -> bool:
+    """Whether an index of a tensor is made of integers and slices alone."""
     items = index if isinstance(index, tuple) else (index,)
     return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
 
@@ -156,7 +157,7 @@ def note_constant(scope: Scope, func: Any, args: Any, output: Any) -> None:
         # torch.zeros(batch, positions), positions.expand(batch, -1): a row for each sample, if all the same
         if output.ndim >= 2 and output.shape[dim] == scope.num_samples:
             output._largebatch_batched = True  # type: ignore[attr-defined]
-    elif func in _REARRANGING or func in _CASTING or (func in _INDEXING and _is_slice(args[1])):
+    elif func in _REARRANGING or func in _CASTING or (func in _INDEXING and is_slice(args[1])):
         source = args[0]
         if isinstance(source, Tensor) and _is_marked_distinct(scope, source):
             output._largebatch_distinct = True  # type: ignore[attr-defined]
@@ -180,11 +181,18 @@ def _expand_to_samples(scope: Scope, func: Any, args: Any, kwargs: Any, operand:
     with torch.no_grad():
         result = func(*[tensor.detach() if a is tensor else a for a in args], **kwargs)
     source = (1,) * (result.ndim - tensor.ndim) + tuple(tensor.shape)
-    if rows is None or result.ndim <= dim or result.shape[dim] != rows or source[dim] != 1:
+    if rows is None or result.ndim <= dim:
+        return None
+    is_copying = func in (Tensor.repeat, Tensor.tile, torch.tile)
+    if is_copying and source[dim] > 1 and result.shape[dim] == rows * source[dim]:  # several rows a sample
+        column = derive(scope, Tensor.reshape, (tensor, *source[:dim], 1, *source[dim:]), {}, [operand])
+        shape = (*result.shape[:dim], rows, source[dim], *result.shape[dim + 1 :])
+        laid_out = derive(scope, Tensor.expand, (column, shape), {}, [column._largebatch_operand])
+        return laid_out.flatten(dim, dim + 1)
+    if result.shape[dim] != rows or source[dim] != 1:
         return None
     expanded = scope.expand(operand, dim, rows, result.ndim, func.__name__)
     if expanded.shape == result.shape:
         return expanded
     rest = [size // have for size, have in zip(result.shape, expanded.shape, strict=True)]
-    is_copying = func in (Tensor.repeat, Tensor.tile, torch.tile)
     return expanded.repeat(rest) if is_copying else expanded.expand(result.shape)

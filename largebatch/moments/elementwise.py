@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from largebatch.moments.derived import derive
+from largebatch.moments.derived import derive, is_slice
 from largebatch.moments.scope import Scope, rule
 from largebatch.section import UserError
 
@@ -62,6 +63,8 @@ _DUNDERS = [
 FUNCTIONS: set[Any] = {getattr(space, name) for name in _NAMES for space in (torch, Tensor) if hasattr(space, name)}
 FUNCTIONS |= {getattr(Tensor, f"{name}_") for name in _NAMES if hasattr(Tensor, f"{name}_")}
 FUNCTIONS |= {getattr(Tensor, f"__{name}__") for name in _DUNDERS if hasattr(Tensor, f"__{name}__")}
+# Not elementwise, but they broadcast over leading dimensions: an attention bias, a learned query.
+FUNCTIONS |= {F.scaled_dot_product_attention, F.cosine_similarity, Tensor.copy_}
 
 
 def run(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
@@ -96,3 +99,28 @@ def prelu(scope: Scope, input: Tensor, weight: Tensor) -> Tensor:
         )._largebatch_operand
     slope = scope.expand(operand, scope.batch_dim, input.shape[scope.batch_dim], input.ndim, "prelu")
     return input.clamp(min=0) + slope * input.clamp(max=0)
+
+
+@rule(Tensor.__setitem__)
+def assign(scope: Scope, target: Tensor, index: Any, value: Any) -> None:
+    """Put a parameter at some places of every sample, as mask tokens are."""
+    operand = scope.operand(value)
+    if operand is not None and isinstance(index, Tensor) and index.dtype == torch.bool:
+        if index.ndim > scope.batch_dim and index.ndim + value.ndim <= target.ndim:
+            mask = index.reshape(*index.shape, *[1] * (target.ndim - index.ndim))
+            rows = target.shape[scope.batch_dim]
+            token = scope.expand(operand, scope.batch_dim, rows, target.ndim, "an assignment")
+            target.copy_(torch.where(mask, token.to(target.dtype), target))
+            return
+    elif operand is not None and is_slice(index):
+        first, *_ = index if isinstance(index, tuple) else (index,)
+        part = target[index]
+        if scope.batch_dim == 0 and first in (Ellipsis, slice(None)) and part.ndim >= value.ndim:
+            part._largebatch_batched = True  # type: ignore[attr-defined]
+            run(scope, Tensor.copy_, (part, value), {})
+            return
+    name = next(o for v in (target, value) if (o := scope.operand(v)) is not None).bases[0].name
+    raise UserError(
+        f"track: parameter '{name}' is assigned in a way that does not show which sample gets what; use torch.where, name "
+        "its module in track(model, fallback=[...]), or use per='micro_batch'"
+    )

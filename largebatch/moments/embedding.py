@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from largebatch.moments import fallback
+from largebatch.moments.derived import derive
 from largebatch.moments.scope import Scope, rule
 from largebatch.moments.tap import Operation, statistic_dtype
 from largebatch.section import UserError
@@ -98,6 +102,16 @@ def embedding(
     num_samples = scope.samples_in(indices.shape[scope.batch_dim], "embedding")
     operation = Lookup(num_samples, scope.batch_dim, len(weight), padding_idx, scale_grad_by_freq)
     return scope.tap(operation, output, (indices,), (operand,))
+
+
+@rule(Tensor.__getitem__)
+def rows_of(scope: Scope, weight: Tensor, index: Any) -> Tensor:
+    """weight[index]: with one tensor of row numbers a lookup."""
+    operand = scope.operand(weight)
+    if operand is None or not isinstance(index, Tensor) or index.dtype == torch.bool or index.ndim <= scope.batch_dim:
+        return fallback.run(scope, Tensor.__getitem__, (weight, index), {})
+    table = derive(scope, Tensor.reshape, (weight, len(weight), -1), {}, [operand])
+    return embedding(scope, table, index % len(weight)).view(*index.shape, *weight.shape[1:])
 
 
 class Bags(Operation):

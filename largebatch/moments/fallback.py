@@ -166,6 +166,13 @@ class ReplayTap(torch.autograd.Function):
 def run(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation without a rule."""
     name = getattr(func, "__name__", str(func))
+    if name.endswith("_") and not name.endswith("__"):
+        operand = next(o for value in (*args, *kwargs.values()) if (o := scope.operand(value)) is not None)
+        raise UserError(
+            f"track: parameter '{operand.bases[0].name}' is used by {name}, which changes a tensor in place, so that it "
+            f"cannot be run again for each sample; use {name.rstrip('_')}, name its module in track(model, fallback=[...]), "
+            "or use per='micro_batch'"
+        )
     if func in _RECURRENT:
         return _run_recurrent(scope, func, args, kwargs, name)
     if func in _CELLS:  # their states are a row for each sample, zeros included
@@ -237,6 +244,11 @@ def _replay(
     found = [(i, operand) for i, leaf in enumerate(leaves) if (operand := scope.operand(leaf)) is not None]
     known = {i for i, _ in found}
     dims = [dim_of(x) if isinstance(x, Tensor) and i not in known else None for i, x in enumerate(leaves)]
+    if not all(dim is None or leaf.ndim > dim for leaf, dim in zip(leaves, dims, strict=True)):
+        raise UserError(
+            f"track: parameter '{found[0][1].bases[0].name}' meets a tensor in {name} in which the samples can no longer be "
+            "told apart; name its module in track(model, fallback=[...]), or use per='micro_batch'"
+        )
     rows = [leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]
     num_samples = scope.samples_in(rows[0], name)
     if any(count != rows[0] for count in rows):

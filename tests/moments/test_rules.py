@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from oracle import assert_agrees
 from torch import nn
 
-from largebatch.moments import conv
+from largebatch.moments import conv, track
+from largebatch.section import UserError
 
 N = 4
 
@@ -315,7 +316,22 @@ BROADCASTS = {
     "split": (lambda x, p: x * p.chunk(2)[0] + p.chunk(2)[1], {"p": (6,)}, (N, 2, 3)),
     "split once": (lambda x, p: _scale_and_shift(x, p), {"p": (6,)}, (N, 2, 3)),
     "slices": (lambda x, p: x * p[:3] + p[3:], {"p": (6,)}, (N, 2, 3)),
+    "attention bias": (lambda x, p: F.scaled_dot_product_attention(x, x, x, p), {"p": (5, 5)}, (N, 5, 3)),
+    "learned queries": (lambda x, p: F.scaled_dot_product_attention(p, x, x), {"p": (1, 2, 3)}, (N, 5, 3)),
+    "mask token": (lambda x, p: _assigned(x.clone(), x[..., 0] > 0, p), {"p": (3,)}, (N, 5, 3)),
+    "token put in front": (lambda x, p: _assigned(x.clone(), (slice(None), 0), p), {"p": (3,)}, (N, 5, 3)),
+    "rows by sample": (lambda x, p: x + p[(x[..., 0] > 0).long() - 1], {"p": (3, 3)}, (N, 5, 3)),
+    "several rows a sample": (
+        lambda x, p: (x.view(-1, 2, 3) @ p.repeat(len(x), 1, 1)).view(len(x), -1),
+        {"p": (2, 3, 3)},
+        (N, 4, 3),
+    ),
 }
+
+
+def _assigned(x, index, p):
+    x[index] = p
+    return x
 
 
 def _augmented(x, p):
@@ -443,6 +459,11 @@ class TestFallback:
 
     def test_operation_without_a_rule(self):
         assert_agrees(Apply(lambda x, w: torch.cdist(x, w), w=normal(5, 3)), normal(N, 2, 3))
+
+    def test_assignment_in_place_is_refused(self):
+        model = track(Apply(lambda x, w: x.clone().index_put_((torch.tensor([0, 1]),), w), w=normal(3)))
+        with pytest.raises(UserError, match=r"parameter 'w' is used by index_put_"):
+            model(normal(N, 3))
 
     def test_tensor_computed_after_the_first_use_of_its_parameter(self):
         def function(x, w):
