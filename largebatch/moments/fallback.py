@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from largebatch.moments.scope import Scope, notes, state
-from largebatch.moments.tap import CHUNK_ELEMENTS, Operand, Operation, _deliver, statistic_dtype
+from largebatch.moments.tap import CHUNK_ELEMENTS, Operand, Operation, _deliver, refuse_double_backward, statistic_dtype
 from largebatch.section import UserError
 
 _VF = torch._C._VariableFunctions
@@ -157,6 +157,7 @@ class ReplayTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hand the gradients on and add the operands' gradients and squares."""
+        refuse_double_backward()
         ctx.operation.forget()
         with torch.autocast(grads[0].device.type, enabled=False):
             delivered = _deliver(ctx.operation, grads[0], (*grads[1:], *ctx.saved_tensors))

@@ -56,6 +56,11 @@ class Interception(TorchFunctionMode):
         if not is_batched:
             return derived.derive(scope, func, args, kwargs, operands)
         rule = RULES.get(func)
+        if any(operand.tensor.is_complex() for operand in operands):
+            raise UserError(
+                f"track: {func.__name__} uses parameter '{operands[0].bases[0].name}' as complex numbers, for which there are "
+                "no rules; name its module in track(model, fallback=[...]), or use per='micro_batch'"
+            )
         if rule is not None:
             output = rule(scope, *args, **kwargs)
         elif func in elementwise.FUNCTIONS:
@@ -162,6 +167,8 @@ _ATTENTION = {F.multi_head_attention_forward}
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Take the place of a tracked module's forward."""
     original = _own_forward(self)
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return original(*args, **kwargs)  # torch.func's gradients do not go to .grad, and squares have no place to go
     if state.is_replaying or not torch.is_grad_enabled():
         if state.scope is not None and not torch.compiler.is_compiling():
             _note_segment(state.scope, self)

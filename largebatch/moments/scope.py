@@ -177,6 +177,8 @@ class Scope:
             return self.num_samples
         if self.num_samples is None:
             self.num_samples = rows
+        if self.num_samples == 0:
+            raise UserError(f"track: {function} was given a batch without samples; skip an empty batch")
         if rows % self.num_samples or rows == 0:
             raise UserError(
                 f"track: an argument of {function} has {rows} rows along dimension {self.batch_dim}, where the model's "

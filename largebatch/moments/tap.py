@@ -133,6 +133,10 @@ class Base:
         if self.shadow.shape != self.parameter.shape:
             owner, name = self.home
             self.shadow = owner._parameters[name]  # type: ignore[assignment]
+        if self.shadow.shape != self.parameter.shape and self.shadow.numel() and self.parameter.numel():
+            raise UserError(
+                f"track: parameter '{self.name}' has another shape than when track() was called; call it again"
+            )
 
 
 class Operand:
@@ -211,6 +215,19 @@ def _operands(operation: Operation) -> tuple[Any, ...]:
     return operation.operands or (None,) * len(operation.roles)
 
 
+def refuse_double_backward() -> None:
+    """Raise under create_graph=True: the parameters were detached, so the gradients of gradients would lack them.
+
+    Raises:
+        UserError: with the ways out.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UserError(
+            "track: backward with create_graph=True through a model tracked per sample has no gradients of gradients for its "
+            "parameters; use track(model, per='micro_batch'), or an untracked copy for a gradient penalty"
+        )
+
+
 class Tap(torch.autograd.Function):
     """Identity on an operation's output; its backward is described at the head of this module."""
 
@@ -229,6 +246,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Hand `grad` on and add the operands' gradients and squares."""
+        refuse_double_backward()
         if not torch.compiler.is_compiling() and torch.is_autocast_enabled(grad.device.type):
             with torch.autocast(grad.device.type, enabled=False):
                 delivered = _deliver(ctx.operation, grad, ctx.saved_tensors)
@@ -258,6 +276,7 @@ class Expand(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Sum the samples' gradients, and their squares."""
+        refuse_double_backward()
         grad = pad_samples(grad.movedim(ctx.dim, 0), ctx.operation.part, ctx.operation.num_samples)
         if len(grad) != ctx.operation.num_samples:  # several rows a sample
             grad = grad.reshape(ctx.operation.num_samples, -1, *grad.shape[1:]).sum(1)

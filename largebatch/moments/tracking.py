@@ -41,7 +41,8 @@ def track(
     and `statistic_scale` turns either into a mean of squares. Gradients and squares accumulate over backward passes.
 
     How samples are found: they lie along `batch_dim` of the first tensor the model is called with, and of every
-    activation that meets a parameter; k times as many rows are k rows a sample, sample by sample. Each call of the
+    activation that meets a parameter, unless the model was seen to permute it; k times as many rows are k rows a sample,
+    sample by sample. Each call of the
     tracked model is a batch of its own: track the outermost module, not an encoder that is called twice on one sample.
     What a forward pass does to a parameter without any sample (a penalty on its norm) is no part of the statistic.
 
@@ -71,13 +72,18 @@ def track(
     slow = set(fallback)
     for name in {*dims, *slow} - set(modules):
         raise UserError(f"track: the model has no module '{name}'{nearest(name, modules)}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex() and parameter.requires_grad:
+            raise UserError(f"track: parameter '{name}' is complex; make it real and use torch.view_as_complex on it")
     times = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
     shadow_of: dict[int, nn.Parameter] = {}
     for path, module in modules.items():
         names = dict(notes(module).names) if hasattr(module, "_largebatch") else {}
-        for name, shadow_name in names.items():
-            parameter, shadow = module._parameters[name], module._parameters[shadow_name]
-            if parameter is not None and shadow is not None:
+        for name, shadow_name in list(names.items()):
+            parameter, shadow = module._parameters.get(name), module._parameters[shadow_name]
+            if parameter is None or shadow is None or parameter.shape != shadow.shape:  # replaced since
+                del names[name], module._parameters[shadow_name]
+            else:
                 shadow_of[id(parameter)] = shadow
         for name, parameter in list(module._parameters.items()):
             if parameter is None or not parameter.requires_grad or is_shadow(parameter) or name in names:
@@ -167,7 +173,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]
     for path, module in model.named_modules():
         tracked: Tracked | None = getattr(module, "_largebatch", None)
         for name, shadow_name in tracked.names.items() if tracked is not None else ():
-            parameter, shadow = module._parameters[name], module._parameters[shadow_name]
+            parameter, shadow = module._parameters.get(name), module._parameters[shadow_name]
             if parameter is None or shadow is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))

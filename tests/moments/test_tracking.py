@@ -427,6 +427,60 @@ def test_rows_that_stop_being_grouped_by_sample_are_warned_of(mix):
         track(Model())(torch.randn(N, 3))
 
 
+def test_gradients_of_gradients_are_refused():
+    model = track(mlp())
+    x = torch.randn(N, 6, requires_grad=True)
+    with pytest.raises(UserError, match="create_graph=True"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+def test_function_transforms_see_the_plain_model():
+    model = track(mlp())
+    x = torch.randn(N, 6)
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(values)
+    model(x).square().sum().backward()
+    torch.testing.assert_close(grads["0.weight"], model[0].weight.grad)
+    torch.testing.assert_close(torch.vmap(model)(x), model(x))
+
+
+def test_parameters_replaced_after_track():
+    model = track(mlp())
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    model[4].weight = nn.Parameter(torch.randn(5, 8))
+    model[4].bias = None
+    with pytest.raises(UserError, match=r"'4\.weight' has another shape"):
+        model(torch.randn(N, 6)).sum().backward()
+    assert "0.weight" not in shadows(model)
+    track(model)(torch.randn(N, 6)).sum().backward()
+    check_statistics(model)
+    assert len(list(untrack(model).parameters())) == 6
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises(UserError, match=r"'0\.weight' is complex"):
+        track(nn.Sequential(nn.Linear(3, 3, dtype=torch.cfloat)))
+
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+
+        def forward(self, x):
+            return torch.view_as_real(torch.fft.fft(x) * torch.view_as_complex(self.weight)).flatten(1)
+
+    x = torch.randn(N, 3, dtype=torch.float64)
+    with pytest.raises(UserError, match="parameter 'weight' as complex numbers"):
+        track(Spectral())(x)
+    with pytest.warns(UserWarning, match="has no rule"):
+        assert_agrees(nn.Sequential(Spectral()), x, fallback=["0"])
+
+
+def test_an_empty_batch():
+    with pytest.raises(UserError, match="a batch without samples"):
+        track(mlp())(torch.randn(0, 6))
+
+
 def test_scale():
     assert statistic_scale(12) == 12 and statistic_scale(12, world_size=4) == 3
 
