@@ -217,7 +217,7 @@ def _run_recurrent(scope: Scope, func: Any, args: Any, kwargs: Any, name: str) -
     outer = scope.batch_dim
     scope.batch_dim = batch_dim
     try:
-        return _replay(
+        results = _replay(
             scope,
             func,
             args,
@@ -228,6 +228,10 @@ def _run_recurrent(scope: Scope, func: Any, args: Any, kwargs: Any, name: str) -
         )
     finally:
         scope.batch_dim = outer
+    for result, dim in zip(results, (batch_dim, 1, 1), strict=False):
+        if dim != scope.batch_dim:
+            result._largebatch_dim = dim
+    return results
 
 
 def _replay(

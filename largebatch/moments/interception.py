@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
-from largebatch.moments import derived, elementwise, fallback
+from largebatch.moments import derived, elementwise, fallback, layout
 from largebatch.moments.scope import RULES, Scope, Tracked, notes, state
 from largebatch.moments.tap import Operand, Square
 from largebatch.section import UserError
@@ -45,6 +45,7 @@ class Interception(TorchFunctionMode):
             if is_batched:
                 _mark(output)
                 _note_parts(scope, func, args, kwargs, output)
+                layout.follow(scope, func, args, kwargs, output)
                 if func in _MIXING and not torch.compiler.is_compiling():
                     _warn_of_mixed_rows(scope, func, args, kwargs)
             elif not operands:
@@ -55,21 +56,50 @@ class Interception(TorchFunctionMode):
                 return attention(scope, func, args, kwargs) if func in _ATTENTION else _BODIES[func](*args, **kwargs)
         if not is_batched:
             return derived.derive(scope, func, args, kwargs, operands)
-        rule = RULES.get(func)
         if any(operand.tensor.is_complex() for operand in operands):
             raise UserError(
                 f"track: {func.__name__} uses parameter '{operands[0].bases[0].name}' as complex numbers, for which there are "
                 "no rules; name its module in track(model, fallback=[...]), or use per='micro_batch'"
             )
-        if rule is not None:
-            output = rule(scope, *args, **kwargs)
-        elif func in elementwise.FUNCTIONS:
-            output = elementwise.run(scope, func, args, kwargs)
-        else:
-            return fallback.run(scope, func, args, kwargs)
+        home, dim = scope.batch_dim, layout.marked_dim(scope, tree_leaves((args, tuple(kwargs.values()))))
+        if dim is not None:
+            _check_layout(func, dim, operands)
+            scope.batch_dim = dim
+        try:
+            output = _apply(scope, func, args, kwargs)
+        finally:
+            scope.batch_dim = home
+        layout.follow(scope, func, args, kwargs, output)
         if scope.parts:
             scope.hand_on_part((*args, *kwargs.values()), output)
         return output
+
+
+def _apply(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
+    rule = RULES.get(func)
+    if rule is not None:
+        return rule(scope, *args, **kwargs)
+    run = elementwise.run if func in elementwise.FUNCTIONS else fallback.run
+    return run(scope, func, args, kwargs)
+
+
+def _check_layout(func: Any, dim: int, operands: list[Operand]) -> None:
+    """Raise where no rule can tell the samples apart."""
+    if dim == layout.UNGROUPED:
+        raise UserError(
+            f"track: parameter '{operands[0].bases[0].name}' meets rows in {func.__name__} that are not grouped by sample "
+            "(they were flattened behind another dimension, repeated, or picked by number); name its module, or the one "
+            "around it that does so, in track(model, fallback=[...]), or use per='micro_batch'"
+        )
+    if func in _ROWS_FIRST:  # these have the samples along dimension 0, whatever the module's batch_dim
+        raise UserError(
+            f"track: {func.__name__} with parameter '{operands[0].bases[0].name}' has the samples along dimension {dim}; "
+            "permute them to the front, name its module in track(model, fallback=[...]), or use per='micro_batch'"
+        )
+
+
+_ROWS_FIRST = {torch.batch_norm, torch.group_norm, torch.instance_norm, torch.embedding_bag, torch.prelu}
+_ROWS_FIRST |= {getattr(torch, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
 
 
 def _inspect(scope: Scope, args: Any, kwargs: Any) -> tuple[list[Operand], bool]:
@@ -135,9 +165,12 @@ def attention(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
     if query.ndim == 3:
         scope.batch_dim, scope.width = 1, query.shape[1]
     try:
-        return _BODIES[func](*args, **kwargs)
+        output = _BODIES[func](*args, **kwargs)
     finally:
         scope.batch_dim, scope.width = outer
+    if query.ndim == 3 and scope.batch_dim != 1:
+        layout.mark(output[0], 1)
+    return output
 
 
 def _never(*_: Any) -> bool:
@@ -206,9 +239,14 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
         try:
             if tracked.use_fallback:
                 return fallback.run_module(scope, module, original, args, kwargs)
-            return original(*args, **kwargs)
+            output = original(*args, **kwargs)
         finally:
             scope.batch_dim, scope.width = outer
+        if tracked.batch_dim != scope.batch_dim and scope.width is None:
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and not hasattr(leaf, "_largebatch_dim"):
+                    layout.mark(leaf, tracked.batch_dim)
+        return output
     scope = _outermost(module, tracked, args, kwargs)
     state.scope = scope
     try:

@@ -160,6 +160,8 @@ def _linear(scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None, ro
     batch_dim = scope.batch_dim
     if batch_dim and input.ndim == 2:
         # Rows are either samples or flattened (time, batch).
+        if hasattr(input, "_largebatch_dim") and scope.width is None:
+            raise UserError("track: a linear map over a dimension of the samples mixes them; use per='micro_batch'")
         rows = scope.width or scope.num_samples or input.shape[0]
         num_samples = scope.samples_in(rows, "linear")
     else:

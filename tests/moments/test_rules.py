@@ -383,6 +383,37 @@ def test_time_first():
     assert_agrees(layer, normal(3, N, 8), batch_dim=1)
 
 
+MOVED = {
+    "linear": lambda x, w: F.linear(x.transpose(0, 1), w).transpose(0, 1),
+    "einsum": lambda x, w: torch.einsum("tbi,io->bto", x.mT.movedim(2, 0), w),
+    "on the right": lambda x, w: (w.t() @ x.sum(1).T).T,
+    "scale": lambda x, w: (x.transpose(0, 1).tanh() * w[0] + w[1]).mean(0),
+    "norm": lambda x, w: F.layer_norm(x.transpose(0, 1), (3,), w[0], w[1]).transpose(0, 1),
+    "stacked": lambda x, w: (torch.stack([x.sin(), x.cos(), x, x.exp()]) @ w).sum(0),
+    "a new dimension": lambda x, w: (x[None].expand(N, *x.shape) @ w).sum(0),
+    "heads": lambda x, w: (x.transpose(0, 1).reshape(len(x[0]), -1, 1).transpose(0, 1) * w[0, 0]).reshape(len(x), -1),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_samples_along_another_dimension(name):
+    assert_agrees(Apply(MOVED[name], w=normal(3, 3)), normal(N, N, 3))
+
+
+UNGROUPED = {
+    "time first, flattened": lambda x, w: F.linear(x.transpose(0, 1).flatten(0, 1), w),
+    "repeated": lambda x, w: F.linear(x.repeat(2, 1, 1), w),
+    "picked": lambda x, w: F.linear((x * w[0])[torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])], w),
+    "channels": lambda x, w: F.conv1d(x.transpose(0, 1), w.unsqueeze(-1).expand(3, 3, 1)[:, :1].expand(3, N, 1)),
+}
+
+
+@pytest.mark.parametrize("name", UNGROUPED)
+def test_rows_not_grouped_by_sample_are_refused(name):
+    with pytest.raises(UserError, match=r"parameter 'w'"):
+        track(Apply(UNGROUPED[name], w=normal(3, 3)))(normal(N, N, 3))
+
+
 SHARED = {
     "twice": lambda x, w: (x @ w).tanh() @ w,
     "twice, once transposed": lambda x, w: F.linear((x @ w).tanh(), w),
