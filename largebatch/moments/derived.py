@@ -77,6 +77,7 @@ _EXPANDING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch
 _EXPANDING |= {Tensor.broadcast_to}
 _FILLING = {torch.zeros, torch.ones, torch.full, torch.empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full}
 _INDEXING = {Tensor.__getitem__}
+_SHIFTING = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}  # by a number, as positions after a cache are
 
 
 def derive(scope: Scope, func: Any, args: Any, kwargs: Any, operands: list[Operand]) -> Any:
@@ -157,7 +158,12 @@ def note_constant(scope: Scope, func: Any, args: Any, output: Any) -> None:
         # torch.zeros(batch, positions), positions.expand(batch, -1): a row for each sample, if all the same
         if output.ndim >= 2 and output.shape[dim] == scope.num_samples:
             output._largebatch_batched = True  # type: ignore[attr-defined]
-    elif func in _REARRANGING or func in _CASTING or (func in _INDEXING and is_slice(args[1])):
+    elif (
+        func in _REARRANGING
+        or func in _CASTING
+        or (func in _INDEXING and is_slice(args[1]))
+        or (func in _SHIFTING and isinstance(args[1], int))
+    ):
         source = args[0]
         if isinstance(source, Tensor) and _is_marked_distinct(scope, source):
             output._largebatch_distinct = True  # type: ignore[attr-defined]

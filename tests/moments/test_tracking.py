@@ -92,7 +92,8 @@ def test_reentrant_checkpoints_that_share_a_weight_are_refused():
         model(torch.randn(N, 3, requires_grad=True))
 
 
-def test_compile_with_positions_in_a_buffer():
+@pytest.mark.parametrize("shifted", [False, True])
+def test_compile_with_positions_in_a_buffer(shifted):
     class Positions(nn.Module):
         def __init__(self):
             super().__init__()
@@ -100,7 +101,8 @@ def test_compile_with_positions_in_a_buffer():
             self.table = nn.Embedding(9, 3)
 
         def forward(self, x):
-            return x + self.table(self.indices[:, : x.shape[1]])
+            shift = torch.arange(x.shape[1]) + 2
+            return x + self.table(shift.unsqueeze(0) if shifted else self.indices[:, : x.shape[1]])
 
     torch._dynamo.reset()
     model, inputs = Positions().double(), torch.randn(N, 4, 3, dtype=torch.float64)
