@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from largebatch.moments import layout
 from largebatch.moments.scope import Scope, notes, state
 from largebatch.moments.tap import CHUNK_ELEMENTS, Operand, Operation, _deliver, refuse_double_backward, statistic_dtype
 from largebatch.section import UserError
@@ -230,7 +231,7 @@ def _run_recurrent(scope: Scope, func: Any, args: Any, kwargs: Any, name: str) -
         scope.batch_dim = outer
     for result, dim in zip(results, (batch_dim, 1, 1), strict=False):
         if dim != scope.batch_dim:
-            result._largebatch_dim = dim
+            layout.mark(scope, result, dim)
     return results
 
 

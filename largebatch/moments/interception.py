@@ -61,7 +61,7 @@ class Interception(TorchFunctionMode):
                 f"track: {func.__name__} uses parameter '{operands[0].bases[0].name}' as complex numbers, for which there are "
                 "no rules; name its module in track(model, fallback=[...]), or use per='micro_batch'"
             )
-        home, dim = scope.batch_dim, layout.marked_dim(scope, tree_leaves((args, tuple(kwargs.values()))))
+        home, dim = scope.batch_dim, layout.marked_dim(scope, args, kwargs)
         if dim is not None:
             _check_layout(func, dim, operands)
             scope.batch_dim = dim
@@ -169,7 +169,7 @@ def attention(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
     finally:
         scope.batch_dim, scope.width = outer
     if query.ndim == 3 and scope.batch_dim != 1:
-        layout.mark(output[0], 1)
+        layout.mark(scope, output[0], 1)
     return output
 
 
@@ -245,7 +245,7 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
         if tracked.batch_dim != scope.batch_dim and scope.width is None:
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and not hasattr(leaf, "_largebatch_dim"):
-                    layout.mark(leaf, tracked.batch_dim)
+                    layout.mark(scope, leaf, tracked.batch_dim)
         return output
     scope = _outermost(module, tracked, args, kwargs)
     state.scope = scope
@@ -287,6 +287,7 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > dim]
     rows = tensors[0].shape[dim] if tensors else None
     scope = Scope(num_samples=rows, batch_dim=dim)
+    scope.has_moved = any(hasattr(tensor, "_largebatch_dim") for tensor in tensors)  # a checkpoint's, run again
     for tensor in tensors:
         if tensor.shape[dim] == rows:
             scope.inputs.append(tensor)

@@ -23,6 +23,9 @@ for _name in ("unsqueeze", "squeeze", "select", "narrow", "unbind", "chunk", "sp
 _RESHAPING = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, torch.unflatten}
 _STACKING = {torch.stack}
 _REPEATING = {Tensor.repeat, Tensor.tile, torch.tile}
+_GROWING = {Tensor.__getitem__, Tensor.expand, Tensor.unsqueeze, torch.unsqueeze}
+# Where marks can begin.
+_BEGINNING = _PERMUTING | _STACKING | _REPEATING | _GROWING
 UNGROUPED = -1
 
 
@@ -31,24 +34,28 @@ def dim_of(scope: Scope, tensor: Tensor) -> int:
     return getattr(tensor, "_largebatch_dim", scope.batch_dim)
 
 
-def mark(tensor: Any, dim: int) -> None:
+def mark(scope: Scope, tensor: Any, dim: int) -> None:
     """Note the dimension of a tensor's samples."""
     if isinstance(tensor, Tensor):
         tensor._largebatch_dim = dim  # type: ignore[attr-defined]
+        scope.has_moved = True
 
 
-def marked_dim(scope: Scope, values: Any) -> int | None:
+def marked_dim(scope: Scope, args: Any, kwargs: Any) -> int | None:
     """Return where the samples lie in the first batched argument, None for where the module has them."""
-    for value in values:
-        if isinstance(value, Tensor) and scope.operand(value) is None and scope.is_batched(value):
-            dim = dim_of(scope, value)
-            return None if dim == scope.batch_dim else dim
+    if not scope.has_moved:
+        return None
+    for value in (*args, *kwargs.values()):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, Tensor) and scope.operand(item) is None and scope.is_batched(item):
+                dim = dim_of(scope, item)
+                return None if dim == scope.batch_dim else dim
     return None
 
 
 def follow(scope: Scope, func: Any, args: Any, kwargs: Any, output: Any) -> None:
     """Mark the results of an operation on batched tensors."""
-    if scope.width is not None or scope.num_samples in (None, 1):
+    if not (scope.has_moved or func in _BEGINNING) or scope.width is not None or scope.num_samples in (None, 1):
         return
     values: list[Any] = []
     for value in (*args, *kwargs.values()):
@@ -71,7 +78,7 @@ def follow(scope: Scope, func: Any, args: Any, kwargs: Any, output: Any) -> None
             continue
         new = UNGROUPED if dim == UNGROUPED else _new_dim(scope, func, args, kwargs, source, dim, piece)
         if new is not None and new != scope.batch_dim:
-            mark(piece, new)
+            mark(scope, piece, new)
 
 
 def _stays(source: Tensor, piece: Tensor, dim: int) -> bool:
@@ -83,7 +90,7 @@ def _stays(source: Tensor, piece: Tensor, dim: int) -> bool:
 
 def _may_begin(func: Any, args: Any, pieces: Any) -> bool:
     """Whether a view has more dimensions than its source, or rows were picked by their numbers."""
-    if func in (Tensor.__getitem__, Tensor.expand, Tensor.unsqueeze, torch.unsqueeze):
+    if func in _GROWING:
         return pieces[0].ndim > args[0].ndim or _picks_rows(func, args)
     return False
 
