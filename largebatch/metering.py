@@ -128,7 +128,7 @@ class NoiseMeter:
         return batch_size
 
     def start_at(self, samples_seen: int) -> None:
-        """Begin in the middle of a run that did not measure: AdaScale's clock stands where the run does."""
+        """Begin in the middle of a run that had no clock: AdaScale's stands where the run does."""
         if self.adascale is not None:
             self.adascale.updates = samples_seen / self.adascale.reference_batch_size
 

@@ -334,10 +334,10 @@ class Trainer:
         self.progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
         if rollbacks is not None:
             self.progress.rollbacks = rollbacks
-        if self.meter is not None and state.get("noise"):
-            self.meter.load_state_dict(state["noise"])
-        elif self.meter is not None:
+        if self.meter is not None:
             self.meter.start_at(self.progress.samples_seen)
+            if state.get("noise"):
+                self.meter.load_state_dict(state["noise"])
         if self.meter is not None and self.run.batch.growth == "adaptive":
             self.plan = replace(self.plan, growth=tuple((samples, size) for samples, size in state.get("growth", ())))
             size = self.plan.full_batch_size(self.progress.samples_seen)

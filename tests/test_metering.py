@@ -351,8 +351,9 @@ def test_a_branch_may_begin_or_cease_to_track_squares(before, after, half_runs, 
     assert summary.status == "finished" and summary.samples == 1438
 
 
-def test_a_branch_into_adascale_finds_its_clock_where_the_run_stands(half_runs, tmp_path):
-    folder = half_runs(BRANCHED)
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_branch_into_adascale_finds_its_clock_where_the_run_stands(measured, half_runs, tmp_path):
+    folder = half_runs(BRANCHED | {"noise.measure": measured})
     branch(folder, tmp_path / "new", BRANCHED | {"scaling.rule": "adascale"})
     updates, _ = read_metrics(tmp_path / "new" / "metrics.jsonl")
     begun = updates[0]["samples"] - 64
