@@ -113,7 +113,7 @@ def _check_noise(run: Run) -> None:
     why = "noise.measure"
     if run.batch.growth == "adaptive":
         why = "batch.growth adaptive"
-        if run.scaling.rule not in ("linear", "sqrt"):
+        if run.scaling.rule not in ("linear", "sqrt") and run.optimizer.takes_rule:
             raise UserError(
                 f"batch.growth: adaptive needs a scaling.rule that follows the batch (linear or sqrt), got {run.scaling.rule}"
             )

@@ -73,6 +73,13 @@ def test_no_rule_scales_quench():
     assert not any("scaling.rule" in line for line in warnings)
 
 
+def test_an_adaptive_batch_needs_no_rule_for_quench():
+    adaptive = {"schedule.name": "constant", "batch.size": 16, "batch.max_size": 64, "batch.growth": "adaptive",
+                "batch.critical_share": 20.0, "noise.average_samples": 400}  # fmt: skip
+    updates, _ = _train_on_rank(0, 1, digits(**adaptive | QUENCH))
+    assert {row["batch_size"] for row in updates[:-1]} == {16, 32, 64} and {row["lr"] for row in updates} == {0.01}
+
+
 def test_a_growing_batch_needs_no_rule_for_quench():
     """eta/B is per sample, so at K samples and beyond a growing batch lowers the temperature as a falling rate does."""
     growing = {
