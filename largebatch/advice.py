@@ -32,7 +32,7 @@ def advice(run: Run, plan: Plan, world_size: int, group_size: int) -> Iterator[s
     yield from _on_the_batch(run, plan, largest)
     yield from _on_averages(run, plan, largest)
     if run.measures_noise():
-        yield from _on_noise(run, largest, group_size)
+        yield from _on_noise(run, plan.samples_per_epoch, largest, group_size)
 
 
 def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _on_the_batch(run: Run, plan: Plan, largest: int) -> Iterator[str]:
         yield f"scaling.rule none: lr {optimizer.lr:g} is kept although the batch is {kappa:g} times the reference"
 
 
-def _on_noise(run: Run, largest: int, group_size: int) -> Iterator[str]:
+def _on_noise(run: Run, num_train: int, largest: int, group_size: int) -> Iterator[str]:
     """Yield where the noise is not measured as it should be, or what follows it cannot."""
     if group_size > 1 and run.tracked() == "sample":
         yield (
@@ -104,6 +104,9 @@ def _on_noise(run: Run, largest: int, group_size: int) -> Iterator[str]:
             f"noise.average_samples {length:,} is less than five updates of {largest:,} samples: too few for a confidence "
             "band, without which no batch grows and nothing is said of the batch size"
         )
+    most, tenth = run.batch.max_size, num_train // 10
+    if run.batch.growth == "adaptive" and most is not None and max(tenth, largest) < most:
+        yield f"batch.max_size {most:,} is not reached: an adaptive batch stops at a tenth of the training set, {tenth:,} samples"
     if run.batch.growth == "adaptive" and largest == run.batch.size:
         yield (
             f"batch.growth adaptive: the batch cannot double from {run.batch.size:,} within batch.max_size or a tenth of the "

@@ -35,7 +35,7 @@ class BatchConfig(Section):
     """carry: a batch reaches into the next epoch; cut: each epoch ends with a smaller batch, at that batch's own rate."""
     growth: Literal["schedule", "adaptive"] = "schedule"
     """schedule: as schedule.realize says; adaptive: doubles and halves with the measured critical batch size, from size up
-    to max_size or a tenth of the training set."""
+    to max_size, at most a tenth of the training set."""
     critical_share: Positive = 1.0
     """adaptive: batch size aimed at, in critical batch sizes."""
 

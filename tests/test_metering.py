@@ -13,7 +13,7 @@ from largebatch.bench import variants
 from largebatch.cli import main
 from largebatch.data.sampler import global_batch
 from largebatch.distributed import Ranks
-from largebatch.metering import NoiseMeter
+from largebatch.metering import NoiseMeter, largest_batch
 from largebatch.plan import Plan
 from largebatch.planning import build_plan
 from largebatch.run import build_model, train
@@ -382,12 +382,15 @@ def test_a_branch_brings_an_adaptive_batch_within_its_limits(key, value, half_ru
     [
         ({"noise.measure": True, "noise.average_samples": 900}, "is less than five updates of 200 samples"),
         ({"batch.growth": "adaptive", "batch.max_size": 300}, "the batch cannot double from 200"),
+        ({"batch.growth": "adaptive", "batch.max_size": 300, "batch.size": 16}, "stops at a tenth of the training set, 143"),
         ({"scaling.rule": "adascale", "optimizer.name": "adamw", "optimizer.lr": 1e-3}, "is derived for SGD"),
     ],
 )
 def test_what_the_noise_cannot_do_is_a_warning(flags, warning):
-    _, warnings = build_plan(digits(**flags), 1438)
+    run = digits(**flags)
+    plan, warnings = build_plan(run, 1438)
     assert any(warning in line for line in warnings), warnings
+    assert largest_batch(run, plan) == run.batch.size or largest_batch(run, plan) <= 143
 
 
 def test_samples_of_a_norm_group_are_not_independent():
