@@ -75,6 +75,13 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
             f"optimizer.K: the run's {total} samples end before {run.optimizer.name} takes its first step, after {still}; "
             "lower it to several times the batch size"
         )
+    # At the reference batch itself the squares have no part in Adam's second moment; Quench's sigma2 has no reference.
+    if run.second_moment() == "sample" and size < 2 and (reference.batch_size > 1 or not run.optimizer.takes_rule):
+        key, plain = ("second_moment", "batch") if run.optimizer.takes_rule else ("sigma2", "average")
+        raise UserError(
+            f"batch.size: optimizer.{key} sample needs at least 2 samples an update, got {size}; raise it, or set "
+            f"optimizer.{key} {plain}"
+        )
     units = effective_micro_batches(size, world_size, run.batch.micro_size, group_size)
     if run.tracked() == "micro_batch" and units <= 1:
         key = "optimizer.second_moment" if run.second_moment() else "noise.per"

@@ -252,6 +252,21 @@ def test_a_batch_above_the_critical_one_is_said_once(tmp_path):
             "batch.size: noise.measure needs at least 2",
         ),
         (
+            {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "batch.size": 1},
+            "batch.size: optimizer.second_moment sample needs at least 2 samples an update, got 1",
+        ),
+        (
+            {
+                "optimizer.name": "quench",
+                "optimizer.lr": 0.01,
+                "optimizer.sigma2": "sample",
+                "optimizer.K": 9,
+                "batch.size": 1,
+                "batch.reference_size": 1,
+            },
+            "batch.size: optimizer.sigma2 sample needs at least 2 samples an update, got 1",
+        ),
+        (
             {"warmup.name": "constant", "warmup.realize": "batch", "warmup.epochs": 0.5},
             "warmup.realize: batch needs warmup.name gradual",
         ),
@@ -382,7 +397,10 @@ def test_a_branch_brings_an_adaptive_batch_within_its_limits(key, value, half_ru
     [
         ({"noise.measure": True, "noise.average_samples": 900}, "is less than five updates of 200 samples"),
         ({"batch.growth": "adaptive", "batch.max_size": 300}, "the batch cannot double from 200"),
-        ({"batch.growth": "adaptive", "batch.max_size": 300, "batch.size": 16}, "stops at a tenth of the training set, 143"),
+        (
+            {"batch.growth": "adaptive", "batch.max_size": 300, "batch.size": 16},
+            "stops at a tenth of the training set, 143",
+        ),
         ({"scaling.rule": "adascale", "optimizer.name": "adamw", "optimizer.lr": 1e-3}, "is derived for SGD"),
     ],
 )
