@@ -102,7 +102,7 @@ def _on_noise(run: Run, num_train: int, largest: int, group_size: int) -> Iterat
     if length is not None and length < 5 * largest:
         yield (
             f"noise.average_samples {length:,} is less than five updates of {largest:,} samples: too few for a confidence "
-            "band, without which no batch grows and nothing is said of the batch size"
+            "band at that batch size, without which no batch grows and nothing is said of the batch size"
         )
     most, tenth = run.batch.max_size, num_train // 10
     if run.batch.growth == "adaptive" and most is not None and max(tenth, largest) < most:
@@ -112,7 +112,7 @@ def _on_noise(run: Run, num_train: int, largest: int, group_size: int) -> Iterat
             f"batch.growth adaptive: the batch cannot double from {run.batch.size:,} within batch.max_size or a tenth of the "
             "training set"
         )
-    if run.scaling.rule == "adascale" and isinstance(run.optimizer, AdaptiveBase):
+    if run.scaling.rule == "adascale" and run.optimizer.name != "sgd":
         yield f"scaling.rule adascale is derived for SGD; with {run.optimizer.name} it is an experiment"
 
 
@@ -133,9 +133,14 @@ def _on_averages(run: Run, plan: Plan, largest: int) -> Iterator[str]:
             "are of little more than one batch"
         )
     kappa, tuned, at_largest = largest / reference.batch_size, _averages(vars(reference)), reference.at(largest)
+    rules = {
+        "alpha": run.scaling.beta2,
+        **{name: getattr(run.scaling, name) for name in ("momentum", "beta1", "beta2")},
+    }
     for name, scaled in _averages(at_largest).items():
         beta = tuned[name]
-        if scaled != beta and kappa * (1.0 - beta) > 1.0:  # of fixed length in samples
+        in_samples = scaled != beta and not isinstance(rules[name], float)
+        if in_samples and kappa * (1.0 - beta) > 1.0:
             yield (
                 f"{name}: the running average spans {1.0 / (1.0 - beta):.4g} updates of the reference, the batch is up to "
                 f"{kappa:g} times the reference: kappa*(1-beta) = {kappa * (1.0 - beta):.3g} > 1, it no longer averages"

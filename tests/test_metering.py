@@ -402,6 +402,7 @@ def test_a_branch_brings_an_adaptive_batch_within_its_limits(key, value, half_ru
             "stops at a tenth of the training set, 143",
         ),
         ({"scaling.rule": "adascale", "optimizer.name": "adamw", "optimizer.lr": 1e-3}, "is derived for SGD"),
+        ({"scaling.rule": "adascale", "optimizer.name": "lars", "optimizer.lr": 1.0}, "is derived for SGD; with lars"),
     ],
 )
 def test_what_the_noise_cannot_do_is_a_warning(flags, warning):
@@ -409,6 +410,12 @@ def test_what_the_noise_cannot_do_is_a_warning(flags, warning):
     plan, warnings = build_plan(run, 1438)
     assert any(warning in line for line in warnings), warnings
     assert largest_batch(run, plan) == run.batch.size or largest_batch(run, plan) <= 143
+
+
+def test_a_coefficient_that_is_given_averages_whatever_the_batch():
+    adamw = {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.8]}  # 6.25 * (1 - 0.8) > 1
+    _, warnings = build_plan(digits(**adamw, **{"scaling.beta2": 0.95}), 1438)
+    assert not any("no longer averages" in line for line in warnings)
 
 
 def test_samples_of_a_norm_group_are_not_independent():
