@@ -104,13 +104,15 @@ def _on_noise(run: Run, num_train: int, largest: int, group_size: int) -> Iterat
             f"noise.average_samples {length:,} is less than five updates of {largest:,} samples: too few for a confidence "
             "band at that batch size, without which no batch grows and nothing is said of the batch size"
         )
-    most, tenth = run.batch.max_size, num_train // 10
-    if run.batch.growth == "adaptive" and most is not None and max(tenth, largest) < most:
-        yield f"batch.max_size {most:,} is not reached: an adaptive batch stops at a tenth of the training set, {tenth:,} samples"
     if run.batch.growth == "adaptive" and largest == run.batch.size:
         yield (
             f"batch.growth adaptive: the batch cannot double from {run.batch.size:,} within batch.max_size or a tenth of the "
             "training set"
+        )
+    elif run.batch.growth == "adaptive" and (run.batch.max_size or 0) > num_train // 10:
+        yield (
+            f"batch.max_size {run.batch.max_size:,}: an adaptive batch stops at a tenth of the training set, "
+            f"{num_train // 10:,} samples"
         )
     if run.scaling.rule == "adascale" and run.optimizer.name != "sgd":
         yield f"scaling.rule adascale is derived for SGD; with {run.optimizer.name} it is an experiment"
