@@ -41,7 +41,7 @@ class Plan:
 
     Args:
         reference: the hyper-parameters at the batch size they were tuned at.
-        batch_size_at_start: B of the first update, in samples.
+        batch_size_at_start: B of the first update, in samples; where the batch warms up, of the first after the warm-up.
         total_samples: samples of the whole run.
         samples_per_epoch: N_train.
         schedule: factor of the reference temperature.

@@ -55,7 +55,7 @@ def reference_table(plan: Plan, tracked: str | None = None, has_temperature: boo
         has_temperature: whether lr is the rate of a step, which Quench's is not.
     """
     reference = plan.reference
-    size = plan.full_batch_size(0)
+    size = plan.batch_size_at_start  # a warm-up's smaller batches are stages of the plan, as its learning rates are
     derived = reference.at(size)
     tuned = {name: getattr(reference, name) for name in derived}
     table = Table(title=f"Reference to this run (rule: {reference.rule})", title_justify="left")
@@ -159,7 +159,7 @@ def noise_table(rows: list[Row], by_layer: dict[str, float | None], batch_size: 
     Args:
         rows: of updates, with their noise.
         by_layer: noise scale of each layer at the end, in samples; None where it is infinite.
-        batch_size: B at the end.
+        batch_size: B at the end; of the run's last update, which may be smaller, the row says nothing.
     """
     table = Table(title="Gradient noise", title_justify="left")
     for heading in ("", "B_simple", "99 % band", "batch size", "progress per update", "efficiency per sample"):
@@ -177,7 +177,8 @@ def noise_table(rows: list[Row], by_layer: dict[str, float | None], batch_size: 
     for index in sorted({round((len(rows) - 1) * part / 5) for part in range(6)}):
         row = rows[index]
         band = f"{samples(row['noise_scale_low'])} – {samples(row['noise_scale_high'])}"
-        add(f"epoch {row['epoch']:.3g}", row["noise_scale"], band, row["batch_size"])
+        size = batch_size if row is rows[-1] else row["batch_size"]
+        add(f"epoch {row['epoch']:.3g}", row["noise_scale"], band, size)
     table.add_section()
     for name, scale in by_layer.items():
         add(name, scale, "", batch_size)
@@ -258,8 +259,8 @@ class ProgressLines:
             self.row = row
             if now - self.last < self.every:
                 return
-        done = _done(row) / self.total
-        left = (now - self.started) * (self.total - _done(row)) / max(1, _done(row) - self.first)
+        done = min(1.0, _done(row) / self.total)  # AdaScale's clock steps past the end
+        left = (now - self.started) * (1.0 - done) * self.total / max(1, _done(row) - self.first)
         scores = f"  {_scores(row)}" if "val_loss" in row else ""
         state = _state(self.row) if self.row else ""
         self.console.print(

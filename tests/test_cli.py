@@ -225,11 +225,14 @@ def test_variants_that_would_share_a_folder(tmp_path, capsys):
     assert "names that give one folder: a-b" in capsys.readouterr().err
 
 
-def test_the_reference_column_is_what_was_tuned(capsys):
-    flags = ["--batch.size", "3200", "--scaling.momentum", "0.98"]
+@pytest.mark.parametrize("warmup", [[], ["--warmup", "{name: gradual, epochs: 1, realize: batch}"]])
+def test_the_reference_column_is_what_was_tuned(warmup, capsys):
+    flags = ["--batch.size", "3200", "--scaling.momentum", "0.98", *warmup]
     assert main(["plan", str(ROOT / "configs" / "cifar10_smith.yaml"), *flags]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ learning rate "))
-    assert [word.strip() for word in line.split("│")[2:4]] == ["0.1", "0.5"]
+    lines = capsys.readouterr().out.splitlines()
+    for name, expected in (("batch size", ["128", "3,200"]), ("learning rate", ["0.1", "0.5"])):
+        line = next(line for line in lines if line.startswith(f"│ {name} "))
+        assert [word.strip() for word in line.split("│")[2:4]] == expected
 
 
 def test_study(tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from test_checkpoint import part_of_run
 from test_trainer import digits, rows_of
 
@@ -16,6 +17,7 @@ from largebatch.distributed import Ranks
 from largebatch.metering import NoiseMeter, largest_batch
 from largebatch.plan import Plan
 from largebatch.planning import build_plan
+from largebatch.report import ProgressLines
 from largebatch.run import build_model, train
 from largebatch.scaling import Reference
 from largebatch.schedules import Constant, Warmup
@@ -185,6 +187,12 @@ def test_adascale_multiplies_the_rate_by_its_gain_and_ends_on_its_clock(tmp_path
     assert first["gain"] == pytest.approx(adascale_gain(first["gradient_variance"], first["gradient_signal"], 16, 128))
 
 
+def test_progress_ends_at_100_percent_where_the_clock_steps_past_the_end(capsys):
+    lines = ProgressLines(Console(width=200), total_samples=1000)
+    lines.log({"val_loss": 0.5, "epoch": 2.0, "samples": 2560, "clock_samples": 1011.0})
+    assert capsys.readouterr().out.split() == ["100%", "epoch", "2", "val", "0.5000", "0.0", "s", "left"]
+
+
 def test_adascale_at_the_reference_batch_is_the_plain_run(tmp_path):
     flags = ADASCALE | {"batch.size": 16, "schedule.epochs": 0.5}
     ours, _ = rows_of(digits(**flags), tmp_path / "ours")
@@ -228,6 +236,8 @@ def test_the_noise_command_prints_and_draws_what_it_measured(tmp_path, capsys):
     assert (
         "Gradient noise" in printed and "B_simple = tr(Sigma)/|G|^2" in printed and "efficiency per sample" in printed
     )
+    last = next(line for line in printed.splitlines() if line.startswith("│ epoch 1 "))
+    assert [part.strip() for part in last.split("│")][4] == "200"  # not the 38 samples of the last update
     assert (tmp_path / "out" / "curve.png").stat().st_size > 10_000
     updates, evaluations = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert updates[-1]["noise_scale"] > 0 and len(evaluations[-1]["noise_scale_by_layer"]) == 2
