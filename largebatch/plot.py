@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from largebatch.tracking import read_metrics
 
@@ -38,6 +39,15 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     left = np.maximum(np.arange(len(values)) - half, 0)
     right = np.minimum(np.arange(len(values)) + half + 1, len(values))
     return (sums[right] - sums[left]) / (right - left)
+
+
+def _set_log(axis: Any) -> None:
+    """Give a low axis a logarithmic scale with a few plain numbers, where the library's would lie on one another."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
@@ -77,7 +87,7 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
         lrs = column(updates, "lr")
         lr_axis.plot(epochs, lrs, color=GREEN, linewidth=1.6)
         if lrs.min() > 0 and lrs.max() > 20 * np.quantile(lrs, 0.25):  # steps; a cosine reads better on a linear scale
-            lr_axis.set_yscale("log")
+            _set_log(lr_axis)
         else:
             lr_axis.set_ylim(0, lrs.max() * 1.1)
         lr_axis.set_ylabel("learning rate")
@@ -106,10 +116,10 @@ def _draw_noise(axis: Any, epochs: np.ndarray, scale: np.ndarray, low: np.ndarra
         epochs, np.where(known, scale, np.nan), color=ORANGE, linewidth=1.2, label="critical batch size (99 % band)"
     )
     axis.fill_between(epochs, low, high, where=known, color=ORANGE, alpha=0.25, linewidth=0)
-    axis.set_yscale("log")
     axis.autoscale(axis="y")
+    _set_log(axis)
     axis.set_ylabel("samples")
-    axis.legend(loc="upper left", ncols=2, fontsize=8)
+    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=8)  # above: a band may fill the axis
 
 
 class Curves(Protocol):

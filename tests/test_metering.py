@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from largebatch.distributed import Ranks
 from largebatch.metering import NoiseMeter, largest_batch
 from largebatch.plan import Plan
 from largebatch.planning import build_plan
+from largebatch.plot import _set_log
 from largebatch.report import ProgressLines
 from largebatch.run import build_model, train
 from largebatch.scaling import Reference
@@ -241,6 +243,18 @@ def test_the_noise_command_prints_and_draws_what_it_measured(tmp_path, capsys):
     assert (tmp_path / "out" / "curve.png").stat().st_size > 10_000
     updates, evaluations = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert updates[-1]["noise_scale"] > 0 and len(evaluations[-1]["noise_scale_by_layer"]) == 2
+
+
+@pytest.mark.parametrize(("low", "high"), [(17.0, 900.0), (0.7, 1e5), (40.0, 70.0)])
+def test_the_numbers_of_a_low_logarithmic_axis_stand_apart(low, high):
+    figure, axis = plt.subplots(figsize=(8, 1.5))
+    axis.set_ylim(low, high)
+    _set_log(axis)
+    figure.canvas.draw()
+    ticks = [tick for which in ("major", "minor") for tick in axis.get_yticklabels(which=which) if tick.get_text()]
+    boxes = [t.get_window_extent() for t in ticks if low <= t.get_position()[1] <= high]
+    assert boxes and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    plt.close(figure)
 
 
 def test_a_batch_above_the_critical_one_is_said_once(tmp_path):
