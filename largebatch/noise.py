@@ -113,7 +113,7 @@ def noise_estimates(
         scale: from the shadow's gradient to a mean of squares, n/W (`largebatch.moments.statistic_scale`); n by default.
 
     Returns:
-        tr(Sigma) of one sample, >= 0 up to rounding, and |G|^2, which may be negative; (P,) each.
+        tr(Sigma) of one sample, and |G|^2, (P,) each. |G|^2 may be negative, and tr(Sigma) where the weights differ.
 
     Raises:
         UserError: if there are fewer than two units: one alone does not vary.
@@ -154,9 +154,9 @@ class Noise:
     """The noise of a model or of one parameter, averaged over the last updates.
 
     Args:
-        trace: tr(Sigma), of one sample's gradient.
+        trace: tr(Sigma), of one sample's gradient; few estimates from unequal micro-batches may average below zero.
         signal: |G|^2; its estimate may be negative where noise drowns it.
-        noise_scale: B_simple in samples; infinite where |G|^2 is not above zero.
+        noise_scale: B_simple in samples, >= 0; infinite where |G|^2 is not above zero.
         low: lower end of the confidence band of B_simple, >= 0.
         high: upper end; infinite where |G|^2 = 0 cannot be excluded.
     """
@@ -196,7 +196,7 @@ def ratio_band(
         (X - rho*Y)^2 <= t^2 * (v_X - 2*rho*v_XY + rho^2*v_YY)
 
     a quadratic in rho. It is bounded above only where Y differs from 0 by more than t deviations; the delta method, a
-    symmetric band about X/Y, fails exactly there. A negative Y counts as 0, the least a squared norm can be.
+    symmetric band about X/Y, fails exactly there. A negative X or Y counts as 0, the least that either can be.
 
     Args:
         numerator: X.
@@ -208,11 +208,11 @@ def ratio_band(
         Fieller, "Some problems in interval estimation", J. Royal Statistical Society B 16 (1954).
     """
     of_numerator, of_denominator, joint = variances
-    y = max(denominator, 0.0)
+    x, y = max(numerator, 0.0), max(denominator, 0.0)
     # a*rho^2 - 2*b*rho + c <= 0
     a = y**2 - quantile**2 * of_denominator
-    b = numerator * y - quantile**2 * joint
-    c = numerator**2 - quantile**2 * of_numerator
+    b = x * y - quantile**2 * joint
+    c = x**2 - quantile**2 * of_numerator
     root = math.sqrt(max(b**2 - a * c, 0.0))
     # (b - root)/a, written so that a may pass through zero
     low = c / (b + root) if c > 0 and b + root > 0 else 0.0
@@ -285,7 +285,7 @@ class NoiseScale:
 
     def _noise(self, column: int) -> Noise:
         trace, signal = self.means[:, column].tolist()
-        scale = trace / signal if signal > 0 else math.inf
+        scale = max(trace, 0.0) / signal if signal > 0 else math.inf
         num_updates = 1.0 / self.weights_sq
         if num_updates < FEWEST_UPDATES - 1e-9:
             return Noise(trace, signal, scale, 0.0, math.inf)

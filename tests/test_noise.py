@@ -271,6 +271,16 @@ def test_too_few_updates_have_no_band():
     assert noise.whole.high < math.inf
 
 
+def test_a_negative_variance_of_unequal_micro_batches_is_no_negative_batch_size():
+    """3 samples and 1 whose sums are alike: the smaller batch's mean is three times the larger one's."""
+    noise = NoiseScale(["w"], 1000)
+    for _ in range(8):
+        noise.update(torch.tensor([[2.25], [2 * 0.75**2]], dtype=torch.float64), 4, 16 / 10, 16 / 10)
+    found = noise.whole
+    assert found.trace == pytest.approx(-3.0) and (found.noise_scale, found.low, found.high) == (0.0, 0.0, 0.0)
+    assert progress(4, found.noise_scale) == 1.0
+
+
 def test_an_overflow_is_left_out():
     noise = NoiseScale(["w"], 1000)
     noise.update(torch.tensor([[2.0], [1.0]]), 8)
