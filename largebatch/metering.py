@@ -94,10 +94,12 @@ class NoiseMeter:
     def warning(self, batch_size: int, samples_seen: int) -> str | None:
         """Return, once, that the batch is larger than the critical batch size.
 
-        Not in the first quarter of the run, where the noise is small and that of the averages out of date.
+        Not in the first quarter of the run, where the noise is small and that of the averages out of date, and of an
+        adaptive batch only where it can fall no further and lies above what it aims at.
         """
-        whole = self.noise.whole
-        if self.warned or self.is_adaptive or samples_seen < self.warns_from or whole.high >= batch_size:
+        whole, share = self.noise.whole, self.share if self.is_adaptive else 1.0
+        can_fall = self.is_adaptive and batch_size > self.smallest
+        if self.warned or can_fall or samples_seen < self.warns_from or share * whole.high >= batch_size:
             return None
         self.warned = True
         return (

@@ -257,8 +257,10 @@ def test_the_numbers_of_a_low_logarithmic_axis_stand_apart(low, high):
     plt.close(figure)
 
 
-def test_a_batch_above_the_critical_one_is_said_once(tmp_path):
-    run = digits(**{"noise.measure": True, "noise.average_samples": 2000, "batch.size": 400, "schedule.epochs": 6.0})
+@pytest.mark.parametrize("growth", ["schedule", "adaptive"])
+def test_a_batch_above_the_critical_one_is_said_once(growth, tmp_path):
+    flags = {"noise.measure": True, "noise.average_samples": 2000, "batch.growth": growth}
+    run = digits(**flags, **{"batch.size": 400, "schedule.epochs": 6.0})
     train(run, tmp_path / "run", ranks=Ranks())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     said = [row["event"] for row in rows if "is above the critical batch size of" in row.get("event", "")]
