@@ -209,7 +209,12 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
     console.print(reference_table(plan, run.second_moment(), run.optimizer.takes_rule), stages)
     if run.batch.growth == "adaptive":
         most = largest_batch(run, plan)
-        console.print(f"batch size: adaptive, follows the measured critical batch size up to {most:,}", highlight=False)
+        line = f"batch size: adaptive, follows the measured critical batch size up to {most:,}"
+        if run.batch.micro_size is None and most > run.batch.size:
+            line += (
+                f", a rank's forward pass with it up to {-(-most // world_size):,} samples (batch.micro_size bounds it)"
+            )
+        console.print(line, highlight=False)
     if run.scaling.rule == "adascale":
         size, kappa = run.batch.size, run.batch.size / run.batch.reference_size
         fewest, most = (-(-round(plan.total_samples * longer) // size) for longer in (min(1.0, kappa), max(1.0, kappa)))

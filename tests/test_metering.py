@@ -124,6 +124,15 @@ def test_an_adaptive_batch_follows_the_noise_within_its_bounds(tmp_path):
         assert row["lr"] == pytest.approx(0.005 * row["batch_size"] / 8)
 
 
+@pytest.mark.parametrize("micro_size", [None, 8])
+def test_the_plan_says_what_a_device_will_have_to_hold(micro_size, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(digits(**ADAPTIVE, **{"batch.micro_size": micro_size}).to_yaml())
+    assert main(["plan", str(config), "--world-size", "3"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("forward pass with it up to 22 samples" in printed) == (micro_size is None)
+
+
 def test_a_batch_is_changed_only_where_the_whole_band_speaks_for_it():
     run = digits(**ADAPTIVE)
     plan, _ = build_plan(run, 1438)
