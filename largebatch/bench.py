@@ -119,6 +119,8 @@ def bench(run: Run, updates: int, console: Console, ranks: Ranks | None = None) 
             }
             if -(-run.batch.size // size) < 2:
                 del runs["micro-batches"]  # one alone has no spread
+            if run.batch.size < 2:
+                del runs["samples"]
             seconds: dict[str, list[float]] = {name: [] for name in runs}
             peaks = dict.fromkeys(runs, 0)
             for _ in range(BLOCKS):

@@ -335,6 +335,9 @@ def test_what_should_be_known_before_is_a_warning(flags, warning):
 def test_bench_times_a_config_with_and_without_squares(flags, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(digits(**flags, **{"precision": "fp32", "batch.size": 20}).to_yaml())
+    assert main(["bench", str(config), "--updates", "1", "--batch.size", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("none") == 1 and "│ samples " not in printed and "micro-batches" not in printed
     assert main(["bench", str(config), "--updates", "1"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("none") == printed.count("│ samples ") == 2 and printed.count("micro-batches") == 1
