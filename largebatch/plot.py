@@ -79,7 +79,7 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
             if "val_accuracy" in last:
                 title += f"  ·  accuracy {last['val_accuracy']:.2%}"
         if losses.min() > 0 and losses.max() / losses.min() > 20:
-            loss_axis.set_yscale("log")
+            _set_log(loss_axis)
         loss_axis.set_ylabel("loss")
         loss_axis.legend(loc="upper right")
         loss_axis.set_title(title, loc="left", fontsize=11, color="#30343a")
@@ -161,7 +161,7 @@ def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
                 )
             finite = np.concatenate([v.val_loss[np.isfinite(v.val_loss)] for _, v in lines])
             if len(finite) and finite.max() > 5 * finite.min() > 0:
-                axis.set_yscale("log")
+                _set_log(axis)
             axis.set_title(name, loc="left", fontsize=9 if by_method else 11, color="#30343a")
             if not by_method:
                 axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
