@@ -39,8 +39,9 @@ class NoiseMeter:
         layers = list(dict.fromkeys(map(layer_of, names)))
         self.columns = torch.tensor([layers.index(layer_of(name)) for name in names])
         self.largest = largest_batch(run, plan)
-        self.length_samples = run.noise.average_samples or max(plan.total_samples // 20, LEAST_UPDATES * self.largest)
-        self.noise = NoiseScale(layers, self.length_samples)
+        given = run.noise.average_samples
+        self.length_samples = given or max(1, plan.total_samples // 20)
+        self.noise = NoiseScale(layers, self.length_samples, least_updates=1 if given else LEAST_UPDATES)
         self.adascale = AdaScale(run.batch.reference_size) if run.scaling.rule == "adascale" else None
         self.is_adaptive, self.share = run.batch.growth == "adaptive", run.batch.critical_share
         self.smallest = run.batch.size

@@ -39,7 +39,7 @@ class NoiseConfig(Section):
     per: Literal["sample", "micro_batch"] = "sample"
     """Squares of what, where the optimizer does not track any for its second moment."""
     average_samples: Count | None = None
-    """Samples that the averages span. None: a twentieth of the run."""
+    """Samples that the averages span. None: a twentieth of the run, and ten updates at least."""
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -231,6 +231,7 @@ class NoiseScale:
         names: of the columns of the sums: parameters, in the order of `partial_sums`, or layers they were added up for.
         length_samples: N0, samples that the averages span, >= 1.
         level: of the confidence band, in (0, 1).
+        least_updates: that the averages span however large a batch is, >= 1; `FEWEST_UPDATES` and more give a band.
 
     Example:
         >>> noise = NoiseScale(["weight"], length_samples=10_000)
@@ -239,12 +240,15 @@ class NoiseScale:
         (3.0, inf)
     """
 
-    def __init__(self, names: Sequence[str], length_samples: float, level: float = 0.99) -> None:
+    def __init__(
+        self, names: Sequence[str], length_samples: float, level: float = 0.99, least_updates: float = 1.0
+    ) -> None:
         if not length_samples >= 1:
             raise UserError(f"noise: length_samples: expected at least 1 sample, got {length_samples}")
         if not 0 < level < 1:
             raise UserError(f"noise: level: expected a value in (0, 1), got {level}")
         self.names, self.length_samples, self.level = list(names), length_samples, level
+        self.least_updates = least_updates
         self.count = 0.0
         # The sum of the squared weights: 1 over the number of equally weighted updates of the same variance.
         self.weights_sq = 1.0
@@ -265,7 +269,7 @@ class NoiseScale:
         estimates = torch.cat([per_parameter, per_parameter.sum(dim=1, keepdim=True)], dim=1)
         if not bool(estimates.isfinite().all()):
             return
-        self.count = min(self.count + 1.0, averaging_updates(self.length_samples, batch_size))
+        self.count = min(self.count + 1.0, max(self.least_updates, averaging_updates(self.length_samples, batch_size)))
         weight = 1.0 / self.count
         self.weights_sq = (1.0 - weight) ** 2 * self.weights_sq + weight**2
         deviations = estimates - self.means
