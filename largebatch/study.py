@@ -19,7 +19,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -38,7 +38,7 @@ from largebatch.distributed import Ranks
 from largebatch.report import create_console, duration
 from largebatch.run import train
 from largebatch.section import Section, UserError
-from largebatch.tracking import read_metrics
+from largebatch.tracking import Row, read_metrics
 
 
 class Study(Section):
@@ -90,6 +90,7 @@ class Variant:
         summaries: summary.json of each seed.
         epochs: where the curves stand, (p,); on AdaScale's clock where there is one.
         val_loss: validation loss of each seed at those epochs, (seeds, p); NaN after a run diverged.
+        train_loss: training loss of each seed at the end (`last_training_loss`).
     """
 
     cell: Cell
@@ -97,6 +98,7 @@ class Variant:
     summaries: list[dict[str, Any]] = field(default_factory=list)
     epochs: np.ndarray = field(default_factory=lambda: np.zeros(0))
     val_loss: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    train_loss: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -233,7 +235,8 @@ def read_variant(cell: Cell, runs: list[Run], seeds: list[int], out: Path) -> Va
     for seed in seeds:
         folder = out / slug(str(cell)) / f"seed-{seed}"
         variant.summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-        _, evaluations = read_metrics(folder / "metrics.jsonl")
+        updates, evaluations = read_metrics(folder / "metrics.jsonl")
+        variant.train_loss.append(last_training_loss(updates, evaluations))
         # Where AdaScale has a clock of its own, the curve is read on it: there runs of all batch sizes are equally far.
         clock = [row["epoch"] * row.get("clock_samples", row["samples"]) / row["samples"] for row in evaluations]
         curves.append((clock, [row["val_loss"] for row in evaluations]))
@@ -250,6 +253,15 @@ def read_variant(cell: Cell, runs: list[Run], seeds: list[int], out: Path) -> Va
         ]
     )
     return variant
+
+
+def last_training_loss(updates: Sequence[Row], evaluations: Sequence[Row]) -> float:
+    """Return the mean training loss of the samples since the last evaluation but one, each before it was learnt from."""
+    begin = evaluations[-2]["samples"] if len(evaluations) > 1 else 0
+    samples = np.diff([0, *(row["samples"] for row in updates)])
+    late = np.array([row["samples"] > begin for row in updates])
+    losses = np.array([row["loss"] for row in updates], dtype=float)
+    return float(np.average(losses[late], weights=samples[late])) if late.any() else float("nan")
 
 
 def curve_distance(variant: Variant, reference: Variant) -> float:
@@ -298,6 +310,8 @@ def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
             row["samples"] = _counts(summaries, "samples")
         if has_accuracy:
             row["error at the end, %"] = _spread(100 - 100 * variant.finals("val_accuracy"), ".2f")
+        ended = np.array([s["status"] == "finished" for s in summaries])
+        row["training loss at the end"] = _spread(np.array(variant.train_loss)[ended], ".4f")
         row["val. loss at the end"] = _spread(variant.finals("val_loss"), ".4f")
         row["distance of the curve"] = f"{curve_distance(variant, reference):.4f}" if variant is not reference else "-"
         row["seed sd of the curve"] = f"{seed_deviation(variant):.4f}"

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from largebatch.cli import main
+from largebatch.study import last_training_loss
 from largebatch.tracking import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -272,6 +273,12 @@ def test_study(tmp_path, capsys):
     assert "batch.size: 4096 is more than the 1438 training samples" in capsys.readouterr().err
     assert main(["study", str(study), "--out", str(out), "--optimizer.lr", "0.01"]) == 2
     assert "holds a run of another config" in capsys.readouterr().err
+
+
+def test_the_training_loss_at_the_end_is_a_mean_over_samples():
+    updates = [{"samples": samples, "loss": loss} for samples, loss in ((10, 5.0), (20, 4.0), (40, 2.0), (50, 1.0))]
+    assert last_training_loss(updates, [{"samples": 20}, {"samples": 50}]) == pytest.approx((20 * 2.0 + 10 * 1.0) / 30)
+    assert last_training_loss(updates, [{"samples": 50}]) == pytest.approx((50 + 40 + 40 + 10) / 50)
 
 
 def test_a_study_reads_adascale_on_its_clock(tmp_path):
