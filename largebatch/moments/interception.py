@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import sys
 import types
-import warnings
 from typing import Any
 
 import torch
@@ -46,8 +45,6 @@ class Interception(TorchFunctionMode):
                 _mark(output)
                 _note_parts(scope, func, args, kwargs, output)
                 layout.follow(scope, func, args, kwargs, output)
-                if func in _MIXING and not torch.compiler.is_compiling():
-                    _warn_of_mixed_rows(scope, func, args, kwargs)
             elif not operands:
                 derived.note_constant(scope, func, args, output)
             return output
@@ -88,8 +85,9 @@ def _check_layout(func: Any, dim: int, operands: list[Operand]) -> None:
     if dim == layout.UNGROUPED:
         raise UserError(
             f"track: parameter '{operands[0].bases[0].name}' meets rows in {func.__name__} that are not grouped by sample "
-            "(they were flattened behind another dimension, repeated, or picked by number); name its module, or the one "
-            "around it that does so, in track(model, fallback=[...]), or use per='micro_batch'"
+            "(they were joined along the samples, repeated, flattened behind another dimension, or picked by number or "
+            "mask); name its module, or the one around it that does so, in track(model, fallback=[...]), or use "
+            "per='micro_batch'"
         )
     if func in _ROWS_FIRST:  # these have the samples along dimension 0, whatever the module's batch_dim
         raise UserError(
@@ -133,29 +131,6 @@ def _note_parts(scope: Scope, func: Any, args: Any, kwargs: Any, output: Any) ->
         scope.note_split(source, kwargs.get("dim", args[2] if len(args) > 2 else 0), output)
     elif scope.parts:
         scope.hand_on_part((*args, *kwargs.values()), output)
-
-
-_MIXING = {torch.cat, torch.concat, Tensor.__getitem__}
-
-
-def _warn_of_mixed_rows(scope: Scope, func: Any, args: Any, kwargs: Any) -> None:
-    """Warn where rows stop being grouped by sample, which their number alone would not tell a later rule."""
-    source = args[0] if args else kwargs.get("tensors")
-    dim = scope.batch_dim
-    if func is Tensor.__getitem__:
-        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        is_mixed = dim == 0 and source.requires_grad and isinstance(first, Tensor) and first.dtype == torch.bool
-    else:
-        along = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        rows = [t.shape[dim] for t in source if t.ndim > dim and t.requires_grad]
-        is_mixed = along in (dim, dim - source[0].ndim) and rows.count(scope.num_samples) > 1
-    if is_mixed and not scope.has_warned:
-        scope.has_warned = True
-        warnings.warn(
-            f"{func.__name__} along the samples: the rows that follow are no longer grouped by sample. If parameters are "
-            "applied to them, their per-sample squares are wrong; use track(model, per='micro_batch')",
-            stacklevel=3,
-        )
 
 
 def attention(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:

@@ -24,8 +24,9 @@ _RESHAPING = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.
 _STACKING = {torch.stack}
 _REPEATING = {Tensor.repeat, Tensor.tile, torch.tile}
 _GROWING = {Tensor.__getitem__, Tensor.expand, Tensor.unsqueeze, torch.unsqueeze}
+_JOINING = {torch.cat, torch.concat, torch.concatenate}
 # Where marks can begin.
-_BEGINNING = _PERMUTING | _STACKING | _REPEATING | _GROWING
+_BEGINNING = _PERMUTING | _STACKING | _REPEATING | _GROWING | _JOINING
 UNGROUPED = -1
 
 
@@ -63,6 +64,9 @@ def follow(scope: Scope, func: Any, args: Any, kwargs: Any, output: Any) -> None
     tensors = [value for value in values if isinstance(value, Tensor)]
     found = [tensor for tensor in tensors if hasattr(tensor, "_largebatch_dim")]
     pieces = output if isinstance(output, (list, tuple)) else (output,)
+    if _mixes(scope, func, args, kwargs, tensors):
+        mark(scope, output, UNGROUPED)
+        return
     if not found and func in _PERMUTING and _stays(tensors[0], pieces[0], scope.batch_dim):
         return
     if not found and (func in _PERMUTING or func in _STACKING or func in _REPEATING or _may_begin(func, args, pieces)):
@@ -93,6 +97,20 @@ def _may_begin(func: Any, args: Any, pieces: Any) -> bool:
     if func in _GROWING:
         return pieces[0].ndim > args[0].ndim or _picks_rows(func, args)
     return False
+
+
+def _mixes(scope: Scope, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> bool:
+    """Whether whole batches are joined along the samples, or rows picked by a mask, as many as there are of each sample."""
+    if func is Tensor.__getitem__:
+        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        is_mask = isinstance(first, Tensor) and first.dtype == torch.bool
+        return is_mask and args[0].requires_grad and dim_of(scope, args[0]) == 0
+    batched = [tensor for tensor in tensors if tensor.requires_grad]
+    if func not in _JOINING or len(batched) < 2:
+        return False
+    along, dim = kwargs.get("dim", args[1] if len(args) > 1 else 0), dim_of(scope, batched[0])
+    is_along = along in (dim, dim - batched[0].ndim)
+    return is_along and sum(t.ndim > dim and t.shape[dim] == scope.num_samples for t in batched) > 1
 
 
 def _picks_rows(func: Any, args: Any) -> bool:

@@ -81,7 +81,6 @@ class Scope:
         segments: for each re-entrant checkpoint, the ids of its parameters.
         is_used: whether a tap was put anywhere yet.
         has_moved: whether any tensor has its samples elsewhere than along `batch_dim` (`layout`).
-        has_warned: whether the user was told of rows that are not grouped by sample.
         parts: the pieces of the last split of the batch and what came of them, each with its run of samples; compared by
             identity, as the inputs.
     """
@@ -96,7 +95,6 @@ class Scope:
         self.segments: dict[int, set[int]] = {}
         self.is_used = False
         self.has_moved = False
-        self.has_warned = False
         self.parts: list[tuple[Tensor, Part]] = []
 
     def enter(self, module: nn.Module) -> None:

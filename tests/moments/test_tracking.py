@@ -415,18 +415,21 @@ class TestErrors:
             model(torch.randn(N, 3))
 
 
-@pytest.mark.parametrize("mix", [lambda x: torch.cat([x, x.sin()]), lambda x: x[x[:, 0] > 0]], ids=["cat", "mask"])
-def test_rows_that_stop_being_grouped_by_sample_are_warned_of(mix):
+@pytest.mark.parametrize("mix", [lambda x: torch.cat([x, x.sin()]), lambda x: x[x[:, 0] > -9]], ids=["cat", "mask"])
+def test_rows_that_stop_being_grouped_by_sample_meet_no_parameter(mix):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = nn.Linear(3, 3)
+            self.inner, self.outer = nn.Linear(3, 3), nn.Linear(3, 3)
 
-        def forward(self, x):
-            return mix(self.inner(x))
+        def forward(self, x, goes_on):
+            mixed = mix(self.inner(x))
+            return self.outer(mixed) if goes_on else mixed
 
-    with pytest.warns(UserWarning, match="no longer grouped by sample"):
-        track(Model())(torch.randn(N, 3))
+    model = track(Model())
+    model(torch.randn(N, 3), False).sum().backward()  # as a contrastive loss has them
+    with pytest.raises(UserError, match=r"'outer\.weight' meets rows in linear that are not grouped by sample"):
+        model(torch.randn(N, 3), True)
 
 
 def test_gradients_of_gradients_are_refused():
