@@ -94,9 +94,7 @@ def _stays(source: Tensor, piece: Tensor, dim: int) -> bool:
 
 def _may_begin(func: Any, args: Any, pieces: Any) -> bool:
     """Whether a view has more dimensions than its source, or rows were picked by their numbers."""
-    if func in _GROWING:
-        return pieces[0].ndim > args[0].ndim or _picks_rows(func, args)
-    return False
+    return func in _GROWING and (pieces[0].ndim > args[0].ndim or _picks_rows(func, args))
 
 
 def _mixes(scope: Scope, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> bool:
@@ -128,7 +126,8 @@ def _new_dim(scope: Scope, func: Any, args: Any, kwargs: Any, source: Tensor, di
         aligned = dim + piece.ndim - source.ndim
         return aligned if piece.shape[aligned] == source.shape[dim] else UNGROUPED
     if func in _PERMUTING or func in _VIEWING:
-        return _through_view(func, args, kwargs, source, dim)
+        new = _through_view(func, args, kwargs, source, dim)
+        return UNGROUPED if new is None and dim != scope.batch_dim else new
     if func in _STACKING:
         along = kwargs.get("dim", args[1] if len(args) > 1 else 0) % piece.ndim
         return dim + (along <= dim)
@@ -162,12 +161,12 @@ def _in_picked_rows(num_samples: int, source: Tensor, rows: Tensor) -> int | Non
 
 
 def _through_view(func: Any, args: Any, kwargs: Any, source: Tensor, dim: int) -> int | None:
-    """Run the function on a tensor without data in which the samples' dimension alone has a stride."""
+    """Run the function on a tensor without data in which the samples' dimension alone has a stride; None for no view."""
     strides = [int(d == dim) for d in range(source.ndim)]
     probe = torch.empty_strided(source.shape, strides, device="meta")
     try:
         result = func(*[probe if a is source else a for a in args], **kwargs)
-    except (RuntimeError, NotImplementedError):  # an index by tensors
+    except (RuntimeError, NotImplementedError):  # an index of tensors makes a copy, and does not take one without data
         return None
     result = next(iter(result)) if not isinstance(result, Tensor) else result
     found = [d for d, stride in enumerate(result.stride()) if stride and result.shape[d] > 1]

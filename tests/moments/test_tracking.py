@@ -415,7 +415,16 @@ class TestErrors:
             model(torch.randn(N, 3))
 
 
-@pytest.mark.parametrize("mix", [lambda x: torch.cat([x, x.sin()]), lambda x: x[x[:, 0] > -9]], ids=["cat", "mask"])
+def pick_in_time(x):
+    """Rows of (time, batch), by numbers of both."""
+    return x.unsqueeze(0).expand(N, N, 3)[torch.arange(N), torch.arange(N).flip(0)]
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [lambda x: torch.cat([x, x.sin()]), lambda x: x[x[:, 0] > -9], pick_in_time],
+    ids=["cat", "mask", "picked in time"],
+)
 def test_rows_that_stop_being_grouped_by_sample_meet_no_parameter(mix):
     class Model(nn.Module):
         def __init__(self):
