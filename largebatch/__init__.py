@@ -7,10 +7,10 @@ from largebatch.scaling import Reference
 
 if TYPE_CHECKING:
     from largebatch import optim
-    from largebatch.moments import grad_sample_sq, track
+    from largebatch.moments import grad_sample_sq, track, verify
     from largebatch.optim import param_groups
 
-__all__ = ["Reference", "grad_sample_sq", "optim", "param_groups", "scaling", "track"]
+__all__ = ["Reference", "grad_sample_sq", "optim", "param_groups", "scaling", "track", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
     if name == "optim":
         return import_module("largebatch.optim")
-    if name in ("track", "grad_sample_sq"):
+    if name in ("track", "grad_sample_sq", "verify"):
         return getattr(import_module("largebatch.moments"), name)
     if name == "param_groups":
         return import_module("largebatch.optim").param_groups

@@ -54,6 +54,8 @@ def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str
     share = -(-largest // world_size)
     if run.batch.micro_size is not None and run.batch.micro_size > share:
         yield f"batch.micro_size {run.batch.micro_size} is not used: no rank has more than {share} samples of an update"
+    if getattr(run.model, "fallback", ()) and run.tracked() != "sample":
+        yield "model.fallback is not used: no squares of samples are tracked"
     if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
         yield "backend.squares_every and squares_dtype are not used: no squares are tracked"
 

@@ -17,10 +17,12 @@ from torch import nn
 from largebatch.checkpoint import CheckpointFolder, locked, replace_text
 from largebatch.config import Run
 from largebatch.data import Source
+from largebatch.data.sampler import SampleKeys
 from largebatch.distributed import Backend, Ranks, create_backend, is_communication, launched_ranks
 from largebatch.distributed.saving import cause_of
 from largebatch.distributed.state import export_weights
-from largebatch.models import norm_group_size
+from largebatch.models import FactoryModel, norm_group_size
+from largebatch.moments import verify
 from largebatch.plan import Plan
 from largebatch.planning import build_plan, say_plan, say_warnings
 from largebatch.plot import plot_run
@@ -30,7 +32,7 @@ from largebatch.resume import Found, choose_checkpoint
 from largebatch.section import LostRankError, UserError
 from largebatch.task import Task
 from largebatch.tracking import Observers, check_trackers, create_trackers
-from largebatch.trainer import Trainer
+from largebatch.trainer import Trainer, track_squares
 
 
 def build_model(run: Run, task: Task) -> nn.Module:
@@ -128,6 +130,8 @@ def train(
             if folder_here is not None and not is_new:
                 held.enter_context(locked(folder_here))
             found, notes = _agree_on_checkpoint(run, folder, resume, len(source.train), backend)
+            if found is None:
+                notes += _verify_squares(run, model, source, backend)
             if console is not None:
                 data = (
                     f"{len(source.train):,} training and {len(source.val):,} validation samples; {backend.describe()}"
@@ -171,6 +175,26 @@ def train(
     if console is not None:
         console.print(summary_table(summary.as_dict(), str(folder_here) if folder_here else None))
     return Result(summary, folder_here)
+
+
+def _verify_squares(run: Run, model: nn.Module, source: Source, backend: Backend) -> tuple[str, ...]:
+    """Hold the squares of a model from elsewhere against single samples; return what to tell where that cannot be done.
+
+    Raises:
+        UserError: if they are wrong.
+    """
+    if run.tracked() != "sample" or not isinstance(run.model, FactoryModel) or len(source.train) < 2:
+        return ()
+    track_squares(run, model)
+    numbers = np.arange(min(4, len(source.train)))
+    model.to(backend.device, backend.dtype)
+    fetched = source.train.__getitems__(SampleKeys(np.zeros_like(numbers), numbers))
+    batch = [part.to(backend.device, backend.dtype if part.is_floating_point() else None) for part in fetched]
+    try:
+        reason = verify(model, lambda batch: source.task.losses(model(batch[0]), batch[1]).sum(), batch)
+    except UserError as error:
+        raise SharedError(str(error)) from None
+    return () if reason is None else (f"the squares of {run.model.name} could not be verified: {reason}",)
 
 
 def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> None:

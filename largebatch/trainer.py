@@ -48,6 +48,12 @@ class Diverged(Exception):
     """The run cannot go on after a gradient that was NaN or infinite; the message says why."""
 
 
+def track_squares(run: Run, model: nn.Module) -> None:
+    """Track the squares that the config asks for, if any."""
+    if per := run.tracked():
+        track(model, per=per, fallback=getattr(run.model, "fallback", ()))
+
+
 class Trainer:
     """Trains a model along a plan on whatever backend it is given.
 
@@ -81,11 +87,10 @@ class Trainer:
             observer,
             folder,
         )
-        self.dtype = torch.float64 if run.precision == "fp64" else torch.float32
+        self.dtype = backend.dtype
         self.tracked = run.tracked()
         self._unchecked = self.tracked is not None
-        if self.tracked:
-            track(model, per=self.tracked)
+        track_squares(run, model)
         self.bare_model = model
         self.model, self.optimizer = backend.prepare(model, self._build_optimizer)
         self.batch_norms = batch_norms(model)

@@ -91,11 +91,13 @@ class Backend(Protocol):
     """Prepare, accumulate, backward, step, and the state for a checkpoint. The trainer never asks which engine it has.
 
     A loss handed to `backward` is this rank's share of the mean over the global batch: sum of its samples' losses over B.
+    `dtype` is that of weights and inputs; autocast computes in a lower one.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    dtype: torch.dtype
     watch: RankWatch
 
     def describe(self) -> str:

@@ -86,6 +86,9 @@ class FactoryModel(Section):
     """Samples whose statistics the model's batch norms use, whatever the batch size; null leaves them as they are, with
     statistics over whatever a micro-batch holds."""
 
+    fallback: tuple[str, ...] = ()
+    """Modules whose squares are taken by differentiating them sample by sample, exact and slow: those that tracking refuses."""
+
     def build(self, task: Task) -> nn.Module:
         """Return the model, its batch norms converted.
 

@@ -11,6 +11,7 @@ from largebatch.moments.tracking import (
     tracked_parameters,
     untrack,
 )
+from largebatch.moments.verify import verify
 
 __all__ = [
     "check_statistics",
@@ -25,4 +26,5 @@ __all__ = [
     "track",
     "tracked_parameters",
     "untrack",
+    "verify",
 ]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from largebatch.moments.derived import derive, is_slice
-from largebatch.moments.scope import Scope, rule
+from largebatch.moments.scope import FALLBACK, Scope, rule
 from largebatch.section import UserError
 
 _NAMES = [
@@ -122,5 +122,5 @@ def assign(scope: Scope, target: Tensor, index: Any, value: Any) -> None:
     name = next(o for v in (target, value) if (o := scope.operand(v)) is not None).bases[0].name
     raise UserError(
         f"track: parameter '{name}' is assigned in a way that does not show which sample gets what; use torch.where, name "
-        "its module in track(model, fallback=[...]), or use per='micro_batch'"
+        f"its module in {FALLBACK}, or use per='micro_batch'"
     )

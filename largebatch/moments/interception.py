@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
 from largebatch.moments import derived, elementwise, fallback, layout
-from largebatch.moments.scope import RULES, Scope, Tracked, notes, state
+from largebatch.moments.scope import FALLBACK, RULES, Scope, Tracked, notes, state
 from largebatch.moments.tap import Operand, Square
 from largebatch.section import UserError
 
@@ -56,7 +56,7 @@ class Interception(TorchFunctionMode):
         if any(operand.tensor.is_complex() for operand in operands):
             raise UserError(
                 f"track: {func.__name__} uses parameter '{operands[0].bases[0].name}' as complex numbers, for which there are "
-                "no rules; name its module in track(model, fallback=[...]), or use per='micro_batch'"
+                f"no rules; name its module in {FALLBACK}, or use per='micro_batch'"
             )
         home, dim = scope.batch_dim, layout.marked_dim(scope, args, kwargs)
         if dim is not None:
@@ -86,13 +86,12 @@ def _check_layout(func: Any, dim: int, operands: list[Operand]) -> None:
         raise UserError(
             f"track: parameter '{operands[0].bases[0].name}' meets rows in {func.__name__} that are not grouped by sample "
             "(they were joined along the samples, repeated, flattened behind another dimension, or picked by number or "
-            "mask); name its module, or the one around it that does so, in track(model, fallback=[...]), or use "
-            "per='micro_batch'"
+            f"mask); name its module, or the one around it that does so, in {FALLBACK}, or use per='micro_batch'"
         )
     if func in _ROWS_FIRST:  # these have the samples along dimension 0, whatever the module's batch_dim
         raise UserError(
             f"track: {func.__name__} with parameter '{operands[0].bases[0].name}' has the samples along dimension {dim}; "
-            "permute them to the front, name its module in track(model, fallback=[...]), or use per='micro_batch'"
+            f"permute them to the front, name its module in {FALLBACK}, or use per='micro_batch'"
         )
 
 

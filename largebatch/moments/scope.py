@@ -22,6 +22,9 @@ from largebatch.section import UserError
 
 Rule = Callable[..., Any]
 
+# Where messages send who needs the exact, slow way.
+FALLBACK = "track(model, fallback=[...]) or a config's model.fallback"
+
 # Filled by `rule`: a rule takes (scope, *args, **kwargs of the operation).
 RULES: dict[Any, Rule] = {}
 
@@ -182,8 +185,8 @@ class Scope:
         if rows % self.num_samples or rows == 0:
             raise UserError(
                 f"track: an argument of {function} has {rows} rows along dimension {self.batch_dim}, where the model's "
-                f"input has {self.num_samples} samples; give track() the batch_dim of this module, name it in fallback="
-                "..., or use per='micro_batch'"
+                f"input has {self.num_samples} samples; give track() the batch_dim of this module, name it in "
+                f"{FALLBACK}, or use per='micro_batch'"
             )
         return self.num_samples
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.moments.interception import Intercepted, forward
-from largebatch.moments.scope import Tracked, notes
+from largebatch.moments.scope import FALLBACK, Tracked, notes
 from largebatch.moments.tap import statistic_dtype
 from largebatch.section import UserError, nearest
 
@@ -45,6 +45,8 @@ def track(
     sample by sample. Each call of the
     tracked model is a batch of its own: track the outermost module, not an encoder that is called twice on one sample.
     What a forward pass does to a parameter without any sample (a penalty on its norm) is no part of the statistic.
+
+    A model that hides its samples from that is refused where it shows; `verify` finds the rest.
 
     Cast the model first (`model.bfloat16()` would cast the shadows too). Call it before wrapping the model (DDP, FSDP2,
     DeepSpeed) and before building the optimizer. Calling it again is allowed: it takes in what was added or unfrozen
@@ -261,5 +263,5 @@ def check_statistics(model: nn.Module, has_gradient: Callable[[nn.Parameter], bo
             f"no second-moment statistic for '{listed}, which got a gradient. Either the parameter was added or unfrozen "
             "after track() (call it again), or it is used outside the tracked module's forward or by an operation that "
             "PyTorch does not show (a custom autograd function, a fused kernel of an engine): name its module in "
-            "track(model, fallback=[...]), or use track(model, per='micro_batch')"
+            f"{FALLBACK}, or use track(model, per='micro_batch')"
         )
