@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from largebatch.moments.derived import derive, is_slice
-from largebatch.moments.scope import FALLBACK, Scope, rule
+from largebatch.moments.scope import WAY_OUT, Scope, rule
 from largebatch.section import UserError
 
 _NAMES = [
@@ -76,7 +76,7 @@ def run(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
         name = next(operand for value in values if (operand := scope.operand(value))).bases[0].name
         raise UserError(
             f"track: parameter '{name}' meets a tensor of shape {list(batched.shape)} in {func.__name__}, in which the "
-            "samples can no longer be told apart; use per='micro_batch'"
+            f"samples can no longer be told apart; {WAY_OUT}"
         )
     dim = scope.batch_dim + ndim - batched.ndim
     rows, part = batched.shape[scope.batch_dim], scope.part(batched)
@@ -121,6 +121,6 @@ def assign(scope: Scope, target: Tensor, index: Any, value: Any) -> None:
             return
     name = next(o for v in (target, value) if (o := scope.operand(v)) is not None).bases[0].name
     raise UserError(
-        f"track: parameter '{name}' is assigned in a way that does not show which sample gets what; use torch.where, name "
-        f"its module in {FALLBACK}, or use per='micro_batch'"
+        f"track: parameter '{name}' is assigned in a way that does not show which sample gets what; use torch.where, "
+        f"{WAY_OUT}"
     )

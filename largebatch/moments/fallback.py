@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from largebatch.moments import layout
-from largebatch.moments.scope import FALLBACK, Scope, notes, state
+from largebatch.moments.scope import WAY_OUT, Scope, notes, state
 from largebatch.moments.tap import CHUNK_ELEMENTS, Operand, Operation, _deliver, refuse_double_backward, statistic_dtype
 from largebatch.section import UserError
 
@@ -172,8 +172,7 @@ def run(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
         operand = next(o for value in (*args, *kwargs.values()) if (o := scope.operand(value)) is not None)
         raise UserError(
             f"track: parameter '{operand.bases[0].name}' is used by {name}, which changes a tensor in place, so that it "
-            f"cannot be run again for each sample; use {name.rstrip('_')}, name its module in {FALLBACK}, "
-            "or use per='micro_batch'"
+            f"cannot be run again for each sample; use {name.rstrip('_')}, {WAY_OUT}"
         )
     if func in _RECURRENT:
         return _run_recurrent(scope, func, args, kwargs, name)
@@ -253,12 +252,12 @@ def _replay(
     if not all(dim is None or leaf.ndim > dim for leaf, dim in zip(leaves, dims, strict=True)):
         raise UserError(
             f"track: parameter '{found[0][1].bases[0].name}' meets a tensor in {name} in which the samples can no longer be "
-            f"told apart; name its module in {FALLBACK}, or use per='micro_batch'"
+            f"told apart; {WAY_OUT}"
         )
     rows = [leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]
     num_samples = scope.samples_in(rows[0], name)
     if any(count != rows[0] for count in rows):
-        raise UserError(f"track: {name} has arguments of {sorted(set(rows))} rows; use per='micro_batch'")
+        raise UserError(f"track: {name} has arguments of {sorted(set(rows))} rows; {WAY_OUT}")
     if name not in _warned:
         _warned.add(name)
         warnings.warn(

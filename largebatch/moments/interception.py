@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
 from largebatch.moments import derived, elementwise, fallback, layout
-from largebatch.moments.scope import FALLBACK, RULES, Scope, Tracked, notes, state
+from largebatch.moments.scope import FALLBACK, RULES, WAY_OUT, Scope, Tracked, notes, state
 from largebatch.moments.tap import Operand, Square
 from largebatch.section import UserError
 
@@ -56,7 +56,7 @@ class Interception(TorchFunctionMode):
         if any(operand.tensor.is_complex() for operand in operands):
             raise UserError(
                 f"track: {func.__name__} uses parameter '{operands[0].bases[0].name}' as complex numbers, for which there are "
-                f"no rules; name its module in {FALLBACK}, or use per='micro_batch'"
+                f"no rules; {WAY_OUT}"
             )
         home, dim = scope.batch_dim, layout.marked_dim(scope, args, kwargs)
         if dim is not None:
@@ -91,7 +91,7 @@ def _check_layout(func: Any, dim: int, operands: list[Operand]) -> None:
     if func in _ROWS_FIRST:  # these have the samples along dimension 0, whatever the module's batch_dim
         raise UserError(
             f"track: {func.__name__} with parameter '{operands[0].bases[0].name}' has the samples along dimension {dim}; "
-            f"permute them to the front, name its module in {FALLBACK}, or use per='micro_batch'"
+            f"permute them to the front, {WAY_OUT}"
         )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from largebatch.moments.derived import derive
-from largebatch.moments.scope import Scope, rule
+from largebatch.moments.scope import WAY_OUT, Scope, rule
 from largebatch.moments.tap import CHUNK_ELEMENTS, Operand, Operation, statistic_dtype, sums
 from largebatch.section import UserError
 
@@ -150,10 +150,10 @@ def _linear(scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None, ro
     if scope.operand(input) is not None:
         raise UserError(
             f"track: parameter '{scope.operand(input).bases[0].name}' is the input of a linear map whose weight is "  # type: ignore[union-attr]
-            "data; use per='micro_batch'"
+            f"data; {WAY_OUT}"
         )
     if input.ndim < 2:
-        raise UserError("track: a linear map of a vector has no dimension for the samples; use per='micro_batch'")
+        raise UserError(f"track: a linear map of a vector has no dimension for the samples; {WAY_OUT}")
     found = {role: scope.operand(weight), "bias": scope.operand(bias)}
     operands = {name: operand for name, operand in found.items() if operand is not None}
     output = F.linear(input, plain(weight if role == "weight" else weight.t(), found[role]), plain(bias, found["bias"]))
@@ -161,7 +161,7 @@ def _linear(scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None, ro
     if batch_dim and input.ndim == 2:
         # Rows are either samples or flattened (time, batch).
         if hasattr(input, "_largebatch_dim") and scope.width is None:
-            raise UserError("track: a linear map over a dimension of the samples mixes them; use per='micro_batch'")
+            raise UserError(f"track: a linear map over a dimension of the samples mixes them; {WAY_OUT}")
         rows = scope.width or scope.num_samples or input.shape[0]
         num_samples = scope.samples_in(rows, "linear")
     else:
@@ -286,7 +286,7 @@ def einsum(scope: Scope, equation: str, *factors: Any) -> Tensor:
     letter = inputs[batched][scope.batch_dim]
     num_samples = scope.samples_in(factors[batched].shape[scope.batch_dim], "einsum")
     if letter not in output or letter in inputs[index] or factors[batched].shape[scope.batch_dim] != num_samples:
-        raise UserError(f"track: cannot tell the samples apart in einsum '{equation}'; use per='micro_batch'")
+        raise UserError(f"track: cannot tell the samples apart in einsum '{equation}'; {WAY_OUT}")
     known = {letter, *output, *(c for i in others for c in inputs[i])}
     if not set(inputs[index]) <= known:
         raise UserError(f"track: einsum '{equation}' sums a parameter over an index of its own; sum it before")

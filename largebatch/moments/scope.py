@@ -24,6 +24,7 @@ Rule = Callable[..., Any]
 
 # Where messages send who needs the exact, slow way.
 FALLBACK = "track(model, fallback=[...]) or a config's model.fallback"
+WAY_OUT = f"name its module in {FALLBACK}, or use per='micro_batch'"
 
 # Filled by `rule`: a rule takes (scope, *args, **kwargs of the operation).
 RULES: dict[Any, Rule] = {}
@@ -280,7 +281,7 @@ class Scope:
         if shape[dim] != 1:
             raise UserError(
                 f"track: {function} meets a parameter of shape {list(operand.tensor.shape)} whose own dimension lies "
-                f"along the samples ({rows} rows); use per='micro_batch'"
+                f"along the samples ({rows} rows); {WAY_OUT}"
             )
         tensor, shadow = operand.targets()
         expanded = Expand.apply(operation, dim, rows, token, tensor.reshape(shape), shadow.reshape(shape))
