@@ -46,8 +46,8 @@ def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str
     if run.noise.per != "sample" and (run.second_moment() or not run.measures_noise()):
         why = "the optimizer's second moment says what is tracked" if run.second_moment() else "noise.measure is false"
         yield f"noise.per is not used: {why}"
-    if run.warmup.name == "none" and (run.warmup.epochs or run.warmup.start is not None):
-        yield "warmup.epochs and warmup.start are not used: warmup.name is none"
+    if run.warmup.name == "none" and (run.warmup.epochs or run.warmup.start is not None or run.warmup.realize != "lr"):
+        yield "warmup.epochs, start and realize are not used: warmup.name is none"
     if run.warmup.name != "none" and plan.warmup.start == 1.0:
         full = "batch size" if run.warmup.realize == "batch" else "learning rate"
         yield f"the warm-up starts at the full {full}, which is not above the reference's: it does nothing"

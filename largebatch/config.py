@@ -210,8 +210,7 @@ class Run(Section):
 
     def grows(self) -> bool:
         """Return whether the batch size changes during the run."""
-        grows_first = self.warmup.name != "none" and self.warmup.realize == "batch"
-        return self.schedule.realize != "lr" or self.batch.growth == "adaptive" or grows_first
+        return self.schedule.realize != "lr" or self.batch.growth == "adaptive" or self.warmup.grows_batch()
 
     def to_yaml(self) -> str:
         """Return the resolved config, every default written out."""

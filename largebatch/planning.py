@@ -90,7 +90,7 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
             f"set batch.micro_size to at most {max(group_size, size // world_size // 2)}"
         )
     start = run.warmup.start
-    if start is None and run.warmup.realize == "batch":
+    if start is None and run.warmup.grows_batch():
         kappa = max(1.0, size / reference.batch_size)
         start = 0.5 ** int(math.log2(kappa))  # from the halving of the batch next above the reference's
     elif start is None:
@@ -103,7 +103,9 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         run.schedule.total_samples(num_train),
         num_train,
         schedule,
-        Warmup(run.warmup.name, round(run.warmup.epochs * num_train), start, run.warmup.realize),
+        Warmup(
+            run.warmup.name, round(run.warmup.epochs * num_train), start, "batch" if run.warmup.grows_batch() else "lr"
+        ),
         realize,
         run.batch.max_size if realize != "lr" else None,
         group_size,
@@ -124,13 +126,13 @@ def _check_noise(run: Run) -> None:
             raise UserError(
                 f"batch.growth: adaptive needs a scaling.rule that follows the batch (linear or sqrt), got {run.scaling.rule}"
             )
-        if run.schedule.realize != "lr" or run.warmup.realize != "lr":
+        if run.schedule.realize != "lr" or run.warmup.grows_batch():
             raise UserError(
                 "batch.growth: adaptive decides the batch size by itself; schedule.realize and warmup.realize must be lr"
             )
     if run.scaling.rule == "adascale":
         why = "scaling.rule adascale"
-        if run.schedule.realize != "lr" or run.warmup.realize != "lr":
+        if run.schedule.realize != "lr" or run.warmup.grows_batch():
             raise UserError(
                 "scaling.rule: adascale keeps the batch size; schedule.realize and warmup.realize must be lr"
             )
@@ -142,7 +144,7 @@ def _check_noise(run: Run) -> None:
 
 def _check_batch_warmup(run: Run, plan: Plan, least: int) -> None:
     """Refuse a batch size that cannot rise from where it is to begin."""
-    if run.warmup.realize == "lr":
+    if not run.warmup.grows_batch():
         return
     if run.warmup.name != "gradual":
         raise UserError(f"warmup.realize: batch needs warmup.name gradual, got {run.warmup.name}")

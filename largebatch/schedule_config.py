@@ -158,6 +158,10 @@ class WarmupConfig(Section):
     realize: Literal["lr", "batch"] = "lr"
     """What rises: lr, or batch, in doublings up to batch.size, with the lr following it (Merrill et al. 2025)."""
 
+    def grows_batch(self) -> bool:
+        """Return whether it is the batch that rises."""
+        return self.name != "none" and self.realize == "batch"
+
 
 SCHEDULES = (
     ConstantConfig,

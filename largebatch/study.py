@@ -221,7 +221,8 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
                     highlight=False,
                 )
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # the runs not begun; a later call trains them
+            if sum(future.cancel() for future in futures):  # a later call trains them
+                console.print("stopping once the runs under way are done")
             raise
     variants = [read_variant(cell, by_seed, study.seeds, out) for cell, by_seed in runs.items()]
     write_results(variants, out, path.stem, console)

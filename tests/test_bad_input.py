@@ -290,5 +290,5 @@ def test_a_setting_that_is_not_used_is_a_warning(config, tmp_path, capsys):
     assert main(["train", str(config), "--out", str(tmp_path / "out"), *flags]) == 0
     out = capsys.readouterr().out
     assert "batch.micro_size 300 is not used: no rank has more than 256" in out
-    assert "batch.max_size is not used" in out and "warmup.epochs and warmup.start are not used" in out
+    assert "batch.max_size is not used" in out and "warmup.epochs, start and realize are not used" in out
     assert "'cnn' has no hidden; left out" in out

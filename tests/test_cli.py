@@ -212,6 +212,19 @@ def test_trackers(tmp_path, monkeypatch):
         assert [event.value for event in logged] == pytest.approx([row[name] for row in rows], rel=1e-6)
 
 
+def test_a_study_stops_at_its_first_mistake(tmp_path, capsys):
+    """What waits is not begun: the fourth run asks for a batch beyond the data, a hundred wait behind it."""
+    (tmp_path / "base.yaml").write_text((ROOT / "configs" / "digits.yaml").read_text())
+    variants = {f"v {k}": {"batch.size": 64, "optimizer.lr": 0.001 * (k + 1)} for k in range(100)}
+    variants["v 3"]["batch.size"] = 1_000_000
+    study, flags = tmp_path / "study.yaml", ["--schedule.epochs", "0.1"]
+    study.write_text(yaml.safe_dump({"base": "base.yaml", "seeds": [0], "variants": variants}, sort_keys=False))
+    assert main(["study", str(study), "--out", str(tmp_path / "out"), *flags]) == 2
+    said = capsys.readouterr()
+    assert "batch.size: 1000000 is more than" in said.err and "stopping once the runs under way are done" in said.out
+    assert 3 <= len(list((tmp_path / "out").glob("*/seed-0/summary.json"))) < 20
+
+
 def test_study_help_trains_nothing(tmp_path, capsys):
     path = ROOT / "configs" / "studies" / "smith_small.yaml"
     assert main(["study", str(path), "--help", "--out", str(tmp_path / "out")]) == 0
