@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from largebatch.moments.scope import FALLBACK, notes, state
-from largebatch.moments.tracking import shadows
+from largebatch.moments.tracking import check_statistics, shadows
 from largebatch.section import UserError
 
 # Rounding moves squares in float32 by 1e-5 of a parameter's largest; rows given to the wrong sample, by a tenth and more.
@@ -38,7 +38,8 @@ def verify(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any, batch_di
         random numbers in evaluation mode, or fails there.
 
     Raises:
-        UserError: if they differ, naming the parameters and the way out; or if the model is not tracked per sample.
+        UserError: if they differ or one is missing, naming the parameters and the way out; or if the model is not tracked
+            per sample.
     """
     pairs = shadows(model)
     if not pairs or notes(model).per != "sample":
@@ -66,6 +67,7 @@ def verify(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any, batch_di
     with _undisturbed(model):
         try:
             whole = gradients(batch)
+            check_statistics(model)
             squares = {n: torch.zeros_like(whole[n]) if s.grad is None else s.grad.clone() for n, s in pairs.items()}
             singles = {name: torch.zeros_like(value) for name, value in whole.items()}
             expected = {name: torch.zeros_like(value) for name, value in squares.items()}

@@ -78,6 +78,16 @@ def test_wrong_squares_are_found_and_the_way_out_works(between):
     assert verify(whole, squared_error(whole), batch()) is None
 
 
+def test_a_square_that_is_missing_is_named():
+    class Vectorized(nn.Linear):
+        def forward(self, x):
+            return torch.vmap(lambda row: row @ self.weight.t())(x)
+
+    model = track(Vectorized(WIDTH, 2))
+    with pytest.raises(UserError, match="no second-moment statistic for 'weight'"):
+        verify(model, squared_error(model), batch())
+
+
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
