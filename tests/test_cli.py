@@ -87,6 +87,7 @@ def test_torchrun_gives_the_curve_of_one_process(tmp_path):
         assert [row[name] for row in evals2] == pytest.approx([row[name] for row in evals], rel=1e-10)
 
 
+@pytest.mark.slow  # the next one does the same on two nodes
 def test_launch_script(tmp_path):
     out = tmp_path / "run"
     flags = ["--schedule.epochs", "4", "--out", out]

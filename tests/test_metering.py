@@ -83,10 +83,19 @@ def test_measuring_changes_nothing(optimizer, tmp_path):
     assert set(evaluations[-1]["noise_scale_by_layer"]) == {"1", "3"}
 
 
+SLOW_NOISE = {("fsdp", "measured"), ("fsdp", "adascale")}
+WITH_NOISE = {"measured": {"noise.measure": True}, "adascale": ADASCALE, "adaptive": ADAPTIVE}
+
+
 @pytest.mark.parametrize(
-    "flags", [{"noise.measure": True}, ADASCALE, ADAPTIVE], ids=["measured", "adascale", "adaptive"]
+    ("engine", "flags"),
+    [
+        # fsdp's ranks come slowly into being: the adaptive batch, which measures too, speaks for all by default.
+        pytest.param(engine, flags, id=f"{engine}-{name}", marks=[pytest.mark.slow] * ((engine, name) in SLOW_NOISE))
+        for engine in ("ddp", "fsdp")
+        for name, flags in WITH_NOISE.items()
+    ],
 )
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_ranks_and_micro_batches_change_nothing(engine, flags, rank_pool, tmp_path):
     run = digits(**flags)
     expected, _ = rows_of(run, tmp_path / "one")
@@ -331,7 +340,10 @@ def test_what_should_be_known_before_is_a_warning(flags, warning):
     assert any(warning in line for line in warnings), warnings
 
 
-@pytest.mark.parametrize("flags", [{}, {"optimizer.name": "adamw", "optimizer.lr": 1e-3}], ids=["sgd", "adamw"])
+SGD, ADAMW = {}, {"optimizer.name": "adamw", "optimizer.lr": 1e-3}
+
+
+@pytest.mark.parametrize("flags", [pytest.param(SGD, marks=pytest.mark.slow), ADAMW], ids=["sgd", "adamw"])
 def test_bench_times_a_config_with_and_without_squares(flags, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(digits(**flags, **{"precision": "fp32", "batch.size": 20}).to_yaml())

@@ -83,7 +83,11 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model", MODELS)
+# They take the paths of others: sgd, convolutions, squares of samples.
+SLOW = ("mlp", "cnn", "cnn, adagrad, squares of samples")
+
+
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in MODELS])
 def test_ranks_and_micro_batches_do_not_change_the_run(model, rank_pool, tmp_path):
     """The same curve to rounding in float64 for 1 to 4 ranks and micro-batches of 16, 48 and a whole share."""
     expected = rows_of(digits(**MODELS[model]), tmp_path / "one")
