@@ -87,7 +87,6 @@ class Trainer:
             observer,
             folder,
         )
-        self.dtype = backend.dtype
         self.tracked = run.tracked()
         self._unchecked = self.tracked is not None
         track_squares(run, model)
@@ -126,7 +125,8 @@ class Trainer:
             norm_group_size(self.bare_model),
             self.progress.samples_seen,
         )
-        self.loader = TrainLoader(self.source.train, self.sampler, self.run.loader, self.backend.device, self.dtype)
+        backend = self.backend
+        self.loader = TrainLoader(self.source.train, self.sampler, self.run.loader, backend.device, backend.dtype)
 
     def train(self) -> Summary:
         """Run the plan to its end, or to where it is stopped; return what it came to."""
@@ -292,8 +292,8 @@ class Trainer:
 
     def evaluate(self) -> Row:
         """Return the exact mean loss, and accuracy, over the whole validation set."""
-        run = self.run
-        return evaluate(self.bare_model, self.source, self.backend, run.evaluate.batch_size, run.loader, self.dtype)
+        size, loader, backend = self.run.evaluate.batch_size, self.run.loader, self.backend
+        return evaluate(self.bare_model, self.source, backend, size, loader, backend.dtype)
 
     def save(self) -> None:
         """Begin to write a checkpoint of where the run stands, unless there is one; every rank takes part."""

@@ -166,7 +166,7 @@ def _through_view(func: Any, args: Any, kwargs: Any, source: Tensor, dim: int) -
     probe = torch.empty_strided(source.shape, strides, device="meta")
     try:
         result = func(*[probe if a is source else a for a in args], **kwargs)
-    except (RuntimeError, NotImplementedError):  # an index of tensors makes a copy, and does not take one without data
+    except (RuntimeError, NotImplementedError):  # an index of tensors makes a copy, which needs the data
         return None
     result = next(iter(result)) if not isinstance(result, Tensor) else result
     found = [d for d, stride in enumerate(result.stride()) if stride and result.shape[d] > 1]
