@@ -8,9 +8,9 @@ from largebatch.scaling import Reference
 if TYPE_CHECKING:
     from largebatch import optim
     from largebatch.moments import grad_sample_sq, track, verify
-    from largebatch.optim import param_groups
+    from largebatch.optim import batch_size_invariant, param_groups
 
-__all__ = ["Reference", "grad_sample_sq", "optim", "param_groups", "scaling", "track", "verify"]
+__all__ = ["Reference", "batch_size_invariant", "grad_sample_sq", "optim", "param_groups", "scaling", "track", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +21,6 @@ def __getattr__(name: str) -> Any:
         return import_module("largebatch.optim")
     if name in ("track", "grad_sample_sq", "verify"):
         return getattr(import_module("largebatch.moments"), name)
-    if name == "param_groups":
-        return import_module("largebatch.optim").param_groups
+    if name in ("param_groups", "batch_size_invariant"):
+        return getattr(import_module("largebatch.optim"), name)
     raise AttributeError(f"module 'largebatch' has no attribute {name!r}")

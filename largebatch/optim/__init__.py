@@ -9,6 +9,7 @@ from largebatch.optim.groups import (
     scale_gradients,
     set_hyperparameters,
 )
+from largebatch.optim.invariant import BatchSizeInvariant, batch_size_invariant
 from largebatch.optim.layerwise import LAMB, LARS
 from largebatch.optim.quench import Quench
 from largebatch.optim.sgd import SGD
@@ -20,8 +21,10 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "BatchSizeInvariant",
     "Quench",
     "RMSProp",
+    "batch_size_invariant",
     "clip_grad_norm_",
     "gradients_and_squares",
     "is_shadow_group",

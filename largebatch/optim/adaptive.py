@@ -34,6 +34,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
     """Walks the groups, hands gradients and state to `update`, and leaves gradients untouched."""
 
     state_names: tuple[str, ...] = ("exp_avg_sq",)
+    moment_source: Callable[[list[Tensor]], Moment] | None = None
+    """Says how an update's second moment is estimated, where no shadows do."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -147,7 +149,10 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
                     paired[index].copy_(self.state[p]["exp_avg_sq"])
                     self.state[p]["exp_avg_sq"] = paired[index]
             state = {name: [self.state[p][name] for p in params] for name in names}
-            self.update(group, params, grads, state, self._moment(group, paired) if paired else Moment())
+            moment = self._moment(group, paired) if paired else Moment()
+            if self.moment_source is not None:
+                moment = self.moment_source(params)
+            self.update(group, params, grads, state, moment)
         return loss
 
 

@@ -1,0 +1,533 @@
+"""An optimizer that trains at whatever batch its loop makes as if at the batch size it was tuned at."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils.data import DataLoader
+
+from largebatch.moments import is_shadow
+from largebatch.moments.micro_batches import MicroBatchSquares, Units
+from largebatch.noise import Noise, NoiseScale
+from largebatch.optim.adaptive import AdaptiveOptimizer
+from largebatch.optim.averages import Moment
+from largebatch.optim.layerwise import LARS
+from largebatch.optim.quench import Quench
+from largebatch.optim.sgd import SGD
+from largebatch.optim.shift import Row, Shift, move_second_moments
+from largebatch.scaling import second_moment_coefficient
+from largebatch.section import UserError
+
+# The state that holds the second moment, of torch's optimizers.
+SECOND_MOMENTS: dict[type, str | None] = {
+    torch.optim.Adam: "exp_avg_sq",
+    torch.optim.AdamW: "exp_avg_sq",
+    torch.optim.RMSprop: "square_avg",
+    torch.optim.Adagrad: "sum",
+    torch.optim.SGD: None,
+}
+OURS = (AdaptiveOptimizer, LARS, SGD)
+KEY = "batch_size_invariant"  # in a state dict
+
+# Updates at the reference that the averages of the noise scale span, and how often the batch size is held against them.
+NOISE_UPDATES, NOISE_EVERY = 1000, 16
+
+
+@dataclass
+class Count:
+    """How far the second moment of one parameter has come, where its bias is corrected by a count of updates.
+
+    Args:
+        updates: k, of torch's own count.
+        log_decay: log of the product of the coefficients used, whose 1 - exp() is what the average is to be divided by.
+        stretch: (1 - beta^k) / (1 - exp(log_decay)): by what torch, which divides by 1 - beta^k with the last beta, finds the
+            average multiplied. 1 while the batch size is constant.
+    """
+
+    updates: float = 0.0
+    log_decay: float = 0.0
+    stretch: float = 1.0
+
+    def advance(self, beta: float) -> float:
+        """Count an update; return the ratio of the new stretch to the one before."""
+        before = self.stretch
+        self.updates += 1.0
+        self.log_decay += math.log(beta)
+        self.stretch = self.at(beta)
+        return self.stretch / before
+
+    def at(self, beta: float) -> float:
+        """Return what the stretch is for an optimizer that divides by 1 - beta^k."""
+        if not self.updates or self.log_decay == 0.0:
+            return 1.0
+        stretch = -math.expm1(self.updates * math.log(beta)) / -math.expm1(self.log_decay)
+        return 1.0 if abs(stretch - 1.0) < 1e-12 else stretch
+
+
+def batch_size_invariant(
+    optimizer: torch.optim.Optimizer,
+    *,
+    reference_batch_size: int,
+    micro_batch_size: int | DataLoader[Any],
+    loss: Literal["mean", "sum"] = "mean",
+    process_group: ProcessGroup | None = None,
+) -> BatchSizeInvariant:
+    """Let an optimizer train at any batch size as if at the one that its hyper-parameters were tuned at.
+
+        kappa = B / B_ref
+        lr    = kappa * lr_ref                              momentum and beta1 are kept
+        beta2 = max(beta2_ref**kappa, min(beta2_ref, 0.95))
+        s     = beta2*s + (1-beta2)*s_ref,   s_ref = ghat^2 + (kappa-1)*V
+
+    with V the variance of the mean gradient between the micro-batches of the update, so that s_ref estimates without bias the
+    square that the optimizer would have seen at the reference batch size. At B = B_ref it is the optimizer itself.
+
+    Nothing of the model is touched: hooks on the parameters add up squared gradients in the backward pass, and under torch's
+    DistributedDataParallel they are summed over the ranks in `step`. The groups keep the values of the reference: schedulers
+    write them, and `step` scales what they wrote.
+
+    Args:
+        optimizer: torch.optim's Adam, AdamW, RMSprop, Adagrad or SGD, or one of `largebatch.optim` over untracked parameters; new
+            or trained, before or after the model is wrapped by DistributedDataParallel.
+        reference_batch_size: B_ref, the global batch size in samples that it was tuned at, >= 1.
+        micro_batch_size: samples of one backward pass on one rank, or the DataLoader that says so. B is this times the backward
+            passes since the last update, over all ranks; see `BatchSizeInvariant.micro_batch` and `set_batch` for what cannot
+            be counted. A smaller last batch counts as a full one unless it is announced.
+        loss: ``mean`` where the gradients at the update are the mean over all samples of the batch, so that losses of
+            micro-batches are means and divided by their number; ``sum`` where losses are sums over samples, in the reference
+            too. Then `step` first scales the gradients in place to the sum over a reference batch.
+        process_group: the data-parallel ranks, whose mean the gradients are; None for all.
+
+    Returns:
+        An optimizer that shares groups and state with the one given, which is not to be stepped any more.
+
+    Raises:
+        UserError: for an optimizer it does not know, sharded or complex parameters, or sizes below 1.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = batch_size_invariant(
+        ...     torch.optim.AdamW(model.parameters(), lr=3e-4), reference_batch_size=32, micro_batch_size=64
+        ... )
+        >>> for micro_batch in torch.randn(2, 64, 4):
+        ...     (model(micro_batch).square().mean() / 2).backward()
+        >>> optimizer.step()
+        >>> optimizer.batch_size, optimizer.lr_scale
+        (128, 4.0)
+    """
+    return BatchSizeInvariant(
+        optimizer,
+        reference_batch_size=reference_batch_size,
+        micro_batch_size=micro_batch_size,
+        loss=loss,
+        process_group=process_group,
+    )
+
+
+class BatchSizeInvariant(torch.optim.Optimizer):
+    """What `batch_size_invariant` returns.
+
+    Attributes:
+        base: the optimizer that was given; it holds the groups and the state.
+        batch_size: B of the last update, in samples; of the reference before the first.
+        lr_scale: kappa, by which the last update multiplied the groups' learning rates; 1 for `Quench`, which needs no rule.
+        samples_seen: samples of all updates, over all ranks.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        reference_batch_size: int,
+        micro_batch_size: int | DataLoader[Any],
+        loss: Literal["mean", "sum"] = "mean",
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        self.base = optimizer
+        self._moment_name = _second_moment(optimizer)
+        micro = micro_batch_size if isinstance(micro_batch_size, int | float) else _loader_size(micro_batch_size)
+        for name, value in (("reference_batch_size", reference_batch_size), ("micro_batch_size", micro)):
+            if not value >= 1:
+                raise UserError(f"{name}: expected at least 1 sample, got {value}")
+        if loss not in ("mean", "sum"):
+            raise UserError(f"loss: expected 'mean' or 'sum', got {loss!r}")
+        self.reference_batch_size, self.micro_batch_size, self.loss = reference_batch_size, micro, loss
+        self.batch_size, self.lr_scale, self.samples_seen = reference_batch_size, 1.0, 0
+        self._announced: int | None = None
+        self._previous_batch_size = 0.0
+        self._warned = False
+        self._noise = NoiseScale(["all"], NOISE_UPDATES * reference_batch_size, least_updates=NOISE_EVERY)
+        self._squares = MicroBatchSquares([], process_group)
+        self._squares.settings = {"reference_batch_size": int(reference_batch_size), "micro_batch_size": int(micro)}
+        super().__setstate__({})  # hooks and profiling; groups and state are those of the base
+        self._hook_parameters()
+        self._counts = self._counts_of_state()
+
+    # Shared with the base
+
+    @property  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups, with the values of the reference."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property  # type: ignore[override]
+    def state(self) -> Any:
+        """The optimizer's state by parameter."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
+        """The base's defaults."""
+        return self.base.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.optim."""
+        self.base.add_param_group(param_group)
+        self._hook_parameters()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and the squares with them."""
+        self.base.zero_grad(set_to_none)
+        self._squares.restart()
+
+    # What is said to it, and what it says
+
+    def micro_batch(self, size: int | None = None) -> AbstractContextManager[None]:
+        """Return a context whose backward passes are of one micro-batch, of another size than announced if one is given.
+
+        For several losses of the same samples (of a GAN, say), and for a smaller last micro-batch. The gradient has to be the
+        mean over the samples of the batch: each micro-batch weighs as much as its size.
+
+        Args:
+            size: samples of the micro-batch, >= 1; None for the announced size.
+        """
+        if size is not None and not size >= 1:
+            raise UserError(f"micro_batch: expected a size of at least 1 sample, got {size}")
+        return self._squares.joined(1.0 if size is None else size / self.micro_batch_size)
+
+    def set_batch(self, batch_size: int) -> None:
+        """Announce B of the coming update, in samples over all ranks, in place of what is counted."""
+        if not batch_size >= 1:
+            raise UserError(f"set_batch: expected at least 1 sample, got {batch_size}")
+        self._announced = batch_size
+
+    @property
+    def critical_batch_size(self) -> Noise:
+        """The batch size at which an update makes half of a noiseless one's progress, with its band (`largebatch.noise.Noise`).
+
+        Averaged over the samples of a thousand updates at the reference; NaN before the first update. Where updates have one
+        backward pass alone, the change of the gradient from one to the next counts as noise, and the value is too large.
+        """
+        return self._noise.whole
+
+    # The update
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Do one update; ``closure`` as in torch.optim.
+
+        Raises:
+            UserError: if a gradient is not what the backward passes left, times one factor for all.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        units = self._squares.collect()
+        if units is None:
+            self.base.step()
+            return loss
+        size = self.micro_batch_size * units.size if self._announced is None else self._announced
+        self.batch_size, self._announced = round(size), None
+        kappa = size / self.reference_batch_size
+        if self.loss == "sum":
+            self._to_reference_sum(units, units.world_size / kappa)
+        self._update(units, size, kappa)
+        self.samples_seen += self.batch_size
+        self._previous_batch_size = size
+        return loss
+
+    def _to_reference_sum(self, units: Units, factor: float) -> None:
+        """Scale gradients, which the ranks' mean of sums is, to the sum over a reference batch."""
+        torch._foreach_mul_([slot.parameter.grad for slot in units.slots], factor)  # type: ignore[misc]
+        units.factor *= factor
+
+    def _update(self, units: Units, size: float, kappa: float) -> None:
+        # The variance between two successive gradients is sigma^2/B_t + sigma^2/B_{t-1}, and V = sigma^2/B_t.
+        spread = 1.0 / (1.0 + size / self._previous_batch_size) if self._previous_batch_size else 1.0
+        written = [dict(group) for group in self.param_groups]
+        rows = self._rows(units, kappa)
+        self.lr_scale = 1.0 if isinstance(self.base, Quench) else kappa
+        try:
+            for group in self.param_groups:
+                group.update(self._scaled(group, kappa))
+            if isinstance(self.base, AdaptiveOptimizer):
+                self.base.moment_source = lambda params: self._moment(params, units, spread, kappa)
+                if isinstance(self.base, Quench):
+                    for group in self.param_groups:
+                        group["batch_size"], group["num_units"] = self.batch_size, units.num_units
+                self.base.step()
+                sums = move_second_moments(rows, units, spread)
+            else:
+                sums = move_second_moments(rows, units, spread)
+                self.base.step()
+        finally:
+            self.base.__dict__.pop("moment_source", None)
+            for group, values in zip(self.param_groups, written, strict=True):
+                group.update({name: values[name] for name in ("lr", "betas", "alpha") if name in values})
+        signal, variance = sums
+        self._noise.update(torch.tensor([[signal], [signal + variance]], dtype=torch.float64), self.batch_size, 2, 1.0)
+        if not self._warned and self._noise.count % NOISE_EVERY == 0:
+            self._compare_with_noise()
+
+    def _scaled(self, group: dict[str, Any], kappa: float) -> dict[str, Any]:
+        """Return a group's values at this batch size; those that stay are left out."""
+        if isinstance(self.base, Quench) or kappa == 1.0:
+            return {}
+        values = {"lr": group["lr"] * kappa}
+        if "betas" in group:
+            values["betas"] = (group["betas"][0], self._coefficient(group, kappa))
+        if "alpha" in group:
+            values["alpha"] = self._coefficient(group, kappa)
+        return values
+
+    def _coefficient(self, group: dict[str, Any], kappa: float) -> float:
+        """Return beta2 or alpha at this batch size."""
+        return second_moment_coefficient(float(group["betas"][1] if "betas" in group else group["alpha"]), kappa)
+
+    def _rows(self, units: Units, kappa: float) -> list[Row]:
+        """Return how the second moment of each parameter is moved, and count the update."""
+        slots = {slot.parameter: slot for slot in units.slots}
+        name = self._moment_name
+        if name is None:
+            return [Row(slot) for slot in units.slots]
+        rows = []
+        bounded = kappa < 1.0 or not units.equal
+        for group in self.param_groups:
+            present = [p for p in group["params"] if p in slots]
+            if any(not self.state[p] for p in present):
+                self.base._init_group(group, [], [], [], [], [], [])  # type: ignore[attr-defined]
+            decay = 0.0 if _is_decoupled(self.base, group) else group["weight_decay"]
+            for p in present:
+                state = self.state[p]
+                shift = self._shift(group, p, kappa, bounded)
+                rows.append(
+                    Row(slots[p], state[name], shift, decay, group.get("maximize", False), state.get("exp_avg"))
+                )
+        return rows
+
+    def _shift(self, group: dict[str, Any], parameter: Tensor, kappa: float, bounded: bool) -> Shift:
+        if isinstance(self.base, torch.optim.Adagrad):
+            return Shift(
+                of_square=kappa - 1.0,
+                of_variance=kappa * (kappa - 1.0),
+                least=kappa * min(1.0, kappa) if bounded else 0.0,
+            )
+        beta = self._coefficient(group, kappa)
+        ratio = (1.0 - beta) / beta
+        if isinstance(self.base, torch.optim.RMSprop):
+            least = (1.0 - beta) * min(1.0, kappa) if bounded else 0.0
+            return Shift(of_variance=ratio * (kappa - 1.0), beta=beta, weight=1.0 - beta, least=least)
+        count = self._counts.setdefault(parameter, Count())
+        keep = count.advance(beta)
+        beta1 = float(group["betas"][0])
+        # Cauchy-Schwarz, in the limit of many updates: (sum v_i g_i)^2 <= sum(v_i^2/w_i) * sum(w_i g_i^2) for weights v, w.
+        bound = (1.0 - beta) * max(1.0 - beta1, 1.0 - beta1**2 / beta) / (1.0 - beta1) ** 2
+        return Shift(
+            keep=keep,
+            of_square=ratio * (count.stretch - 1.0),
+            of_variance=ratio * count.stretch * (kappa - 1.0),
+            beta=beta,
+            weight=1.0 - beta,
+            least=bound * min(1.0, kappa) if bounded else 0.0,
+            beta1=beta1,
+        )
+
+    def _moment(self, params: list[Tensor], units: Units, spread: float, kappa: float) -> Moment:
+        """Return the second moment of the reference batch, for an optimizer of this package."""
+        slots = [self._squares.slots[p] for p in params]
+        regions: list[Tensor] = [slot.region for slot in slots if slot.region is not None]
+        if units.num_units > 1:
+            return Moment(regions, (kappa - 1.0) / (units.num_units - 1.0), units.scale, kappa)
+        estimates = []
+        for slot, region in zip(slots, regions, strict=True):
+            gradient = slot.parameter.grad.to(region.dtype)  # type: ignore[union-attr]
+            change = torch.add(gradient, region, alpha=-units.factor) if slot.holds == "previous" else gradient
+            weight = spread if slot.holds == "previous" else 1.0
+            estimates.append(gradient.square().addcmul_(change, change, value=weight))
+        return Moment(estimates, kappa - 1.0, 1.0, kappa)
+
+    def _compare_with_noise(self) -> None:
+        noise = self.critical_batch_size
+        if self.batch_size > noise.high:
+            self._warned = True
+            warnings.warn(
+                f"the batch of {self.batch_size:,} samples is above the critical batch size, {noise.noise_scale:,.0f} with a 99 % "
+                f"band of {noise.low:,.0f} to {noise.high:,.0f}: fewer samples an update would come about as far with each",
+                stacklevel=2,
+            )
+
+    # Hooks, copies and checkpoints
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [""] * len(group["params"])
+            for index, (name, parameter) in enumerate(zip(names, group["params"], strict=True)):
+                shape = "x".join(map(str, parameter.shape)) or "scalar"
+                yield f"'{name}'" if name else f"{index} of group {number} ({shape})", parameter
+
+    def _hook_parameters(self) -> None:
+        named = list(self._parameters())
+        if any(is_shadow(p) for _, p in named) or any(group.get("role") == "shadow" for group in self.param_groups):
+            raise UserError(
+                "batch_size_invariant: the model is tracked, and its shadows are among the parameters; call largebatch.untrack "
+                "first: this optimizer needs nothing of the model"
+            )
+        for group in self.param_groups:
+            if group.get("lr_decay"):
+                raise UserError(f"lr_decay: expected 0, got {group['lr_decay']}; use a scheduler")
+            coefficient = group["betas"][1] if "betas" in group else group.get("alpha", 1.0)
+            if self._moment_name and not coefficient > 0:
+                raise UserError("beta2 (alpha): expected more than 0: a second moment that keeps nothing cannot be estimated")
+        self._squares.add(named)
+
+    def _counts_of_state(self) -> dict[Tensor, Count]:
+        """Return counts for the state of an optimizer that has trained at its reference."""
+        counts = {}
+        if self._moment_name == "exp_avg_sq":
+            for group in self.param_groups:
+                for p in group["params"]:
+                    updates = float(self.state[p]["step"]) if p in self.state and "step" in self.state[p] else 0.0
+                    counts[p] = Count(updates, updates * math.log(float(group["betas"][1])))
+        return counts
+
+    def to_torch(self) -> torch.optim.Optimizer:
+        """Return the plain optimizer with its groups and state, for training at the reference batch size; this one ends."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                count = self._counts.get(p)
+                if count is not None and count.updates:
+                    ratio = count.at(float(group["betas"][1])) / count.stretch
+                    if ratio != 1.0:
+                        self.state[p]["exp_avg_sq"].mul_(ratio)
+        self._squares.close()
+        return self.base
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state dict, and under ``batch_size_invariant`` what is needed to go on exactly."""
+        return {**self.base.state_dict(), KEY: self._own_state()}
+
+    def _own_state(self) -> dict[str, Any]:
+        parameters = [p for _, p in self._parameters()]
+        slots = [self._squares.slots[p] for p in parameters]
+        counts = [self._counts.get(p, Count()) for p in parameters]
+        return {
+            "reference_batch_size": self.reference_batch_size,
+            "batch_size": self.batch_size,
+            "previous_batch_size": self._previous_batch_size,
+            "samples_seen": self.samples_seen,
+            "counts": [[count.updates, count.log_decay, count.stretch] for count in counts],
+            "noise": self._noise.state_dict(),
+            # Where updates have one backward pass: the gradient before, half of the next estimate.
+            "previous": {index: slot.region for index, slot in enumerate(slots) if slot.holds == "previous"},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned, or the state of the plain optimizer, trained at the reference.
+
+        Raises:
+            UserError: if it was saved with another reference batch size.
+        """
+        own = state_dict.get(KEY)
+        if own is not None and own["reference_batch_size"] != self.reference_batch_size:
+            raise UserError(
+                f"reference_batch_size: the state was saved with {own['reference_batch_size']}, this optimizer has "
+                f"{self.reference_batch_size}; expected the same"
+            )
+        self.base.load_state_dict({name: value for name, value in state_dict.items() if name != KEY})
+        self._squares.restart()
+        self._counts = self._counts_of_state()
+        if own is not None:
+            self._load_own_state(own)
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        parameters = [p for _, p in self._parameters()]
+        self.batch_size, self.samples_seen = own["batch_size"], own["samples_seen"]
+        self._previous_batch_size = own["previous_batch_size"]
+        self._noise.load_state_dict(own["noise"])
+        if self._moment_name == "exp_avg_sq":
+            self._counts = {p: Count(*count) for p, count in zip(parameters, own["counts"], strict=True)}
+        self._squares.take_previous({parameters[index]: tensor for index, tensor in own["previous"].items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        arguments = {
+            "reference_batch_size": self.reference_batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "loss": self.loss,
+            "process_group": self._squares.process_group,
+        }
+        return {"base": self.base, "arguments": arguments, "own": self._own_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["base"], **state["arguments"])  # type: ignore[misc]
+        self._load_own_state(state["own"])
+
+    def __repr__(self) -> str:
+        return f"BatchSizeInvariant(reference_batch_size={self.reference_batch_size}, {self.base!r})"
+
+
+def _second_moment(optimizer: torch.optim.Optimizer) -> str | None:
+    """Return the name of an optimizer's second moment that is to be moved; None where there is none, or it takes a `Moment`.
+
+    Raises:
+        UserError: for an optimizer whose update is not known.
+    """
+    for cls, name in SECOND_MOMENTS.items():
+        if type(optimizer) is cls:
+            return name
+    if isinstance(optimizer, OURS):
+        return None
+    known = ", ".join(cls.__name__ for cls in SECOND_MOMENTS)
+    raise UserError(
+        f"batch_size_invariant: expected {known} of torch.optim or an optimizer of largebatch.optim, got "
+        f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    )
+
+
+def _is_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    return isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+
+
+def _loader_size(loader: DataLoader[Any]) -> int:
+    """Return the samples of a loader's batches; warn where the last of an epoch has fewer."""
+    sampler = getattr(loader, "batch_sampler", None)
+    size = getattr(sampler, "batch_size", None) or getattr(loader, "batch_size", None)
+    if not isinstance(size, int):
+        raise UserError(f"micro_batch_size: expected a number of samples or a DataLoader with a batch size, got {loader!r}")
+    if not (getattr(loader, "drop_last", False) or getattr(sampler, "drop_last", False)):
+        inner = getattr(sampler, "sampler", None)
+        length = len(inner) if hasattr(inner, "__len__") else None  # type: ignore[arg-type]
+        if length is None or length % size:
+            rest = "a smaller number of" if length is None else f"{length % size} of {size}"
+            warnings.warn(
+                f"the loader's last batch of an epoch has {rest} samples and will be counted as {size}; expected "
+                "drop_last=True, or `with optimizer.micro_batch(size):` around its backward pass",
+                stacklevel=4,
+            )
+    return size

@@ -1,0 +1,58 @@
+"""Sums over the data-parallel ranks, for a training loop of one's own: the library's one place that speaks torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from largebatch.section import UserError
+
+
+def num_ranks(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of data-parallel ranks: 1 where no process group was initialized.
+
+    Args:
+        group: the data-parallel ranks; None for all of them.
+
+    Raises:
+        UserError: if this process is no member of the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise UserError("process_group: this rank is not a member; give each rank the group of its own data-parallel ranks")
+    return size
+
+
+def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Add tensors up over the ranks, in place; every rank gets the same bits."""
+    works = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]
+    for work in works:
+        work.wait()
+
+
+def require_equal(values: dict[str, int], device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every rank if one of the values differs between ranks.
+
+    Args:
+        values: what is compared, by name.
+        device: where the process group's tensors live.
+        group: the data-parallel ranks.
+
+    Raises:
+        UserError: naming the value and what each rank has.
+    """
+    mine = torch.tensor(list(values.values()), dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    for index, name in enumerate(values):
+        found = [int(row[index]) for row in gathered]
+        if len(set(found)) > 1:
+            raise UserError(
+                f"{name}: expected the same on every data-parallel rank, got {found} by rank; where ranks hold different "
+                "parameters (pipeline or expert parallelism), give process_group= the ranks that hold the same ones"
+            )
