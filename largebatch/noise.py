@@ -82,12 +82,12 @@ def partial_sums(params: Iterable[Tensor], shadows: Iterable[Tensor]) -> Tensor:
     if not indices:
         return sums
     columns = torch.tensor(indices, device=device)
-    sums[0, columns] = _power_sums(grads, 2)
-    sums[1, columns] = _power_sums(squares, 1)
+    sums[0, columns] = power_sums(grads, 2)
+    sums[1, columns] = power_sums(squares, 1)
     return sums
 
 
-def _power_sums(tensors: list[Tensor], power: int) -> Tensor:
+def power_sums(tensors: list[Tensor], power: int) -> Tensor:
     """Return sum |x|^power of each tensor, power 1 (of tensors that are not negative) or 2: (len(tensors),), float64."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     if tensors[0].device.type == "cpu":

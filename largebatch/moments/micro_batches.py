@@ -28,7 +28,7 @@ from largebatch.reduce import num_ranks, require_equal, sum_over_ranks
 from largebatch.section import UserError
 
 # Elements of a parameter that its projection reads, evenly spread.
-PROJECTED = 16_384
+PROJECTED = 4_096
 # Change of a parameter's gradient, relative to its norm, that counts as rounding: of half-precision all-reduces, say.
 TOLERANCE = 0.01
 
@@ -48,6 +48,9 @@ class Slot:
         projection: 0-dimensional, the sum over units.
         partial: sum over the passes of one micro-batch, where it has several.
         order: the parameter's dimensions from the slowest in memory to the fastest.
+        strides: of the parameter and of its gradients, as a rule.
+        sampled: number and stride in memory of the elements that the projection reads.
+        dense: whether the parameter lies in memory without gaps.
     """
 
     parameter: Tensor
@@ -60,6 +63,19 @@ class Slot:
     projection: Tensor | None = None
     partial: Tensor | None = None
     order: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    sampled: tuple[int, int] = (0, 1)
+    dense: bool = True
+
+    def gradient(self) -> Tensor:
+        """Return the parameter's gradient, in the type of its region."""
+        assert self.parameter.grad is not None and self.region is not None
+        return self.parameter.grad.detach().to(self.region.dtype)
+
+    def keep_gradient(self, factor: float) -> None:
+        """Keep the gradient for the next update's estimate, as the backward pass left it."""
+        torch.div(self.gradient(), factor or 1.0, out=self.region)
+        self.holds = "previous"
 
 
 @dataclass
@@ -154,7 +170,7 @@ class MicroBatchSquares:
 
     def _hook(self, slot: Slot) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
-            self._observe(slot, gradient.detach())
+            self._observe(slot, gradient.detach() if gradient.requires_grad else gradient)
 
         hook.__torch_unserializable__ = True  # type: ignore[attr-defined]  # it is put on again where it belongs
         return hook
@@ -188,10 +204,10 @@ class MicroBatchSquares:
             slot.update, slot.count, slot.first = self._update, 0, len(self._sizes) - 1
             if slot.holds == "squares":
                 slot.holds = ""
-            assert slot.projection is not None
-            slot.projection.zero_()
+            self._project(self._sample(slot, gradient), out=slot.projection)
+        else:
+            slot.projection += self._project(self._sample(slot, gradient))
         slot.count += 1
-        slot.projection += self._project(self._sample(slot, gradient))
         if self._joint is not None:
             if slot.partial is None:
                 slot.partial = torch.empty_like(slot.region)
@@ -215,7 +231,8 @@ class MicroBatchSquares:
     def _square(self, slot: Slot, gradient: Tensor) -> None:
         region = slot.region
         assert region is not None
-        gradient = gradient.to(region.dtype)
+        if gradient.dtype != region.dtype:
+            gradient = gradient.to(region.dtype)
         if slot.holds == "squares":
             region.addcmul_(gradient, gradient)
         else:
@@ -279,24 +296,32 @@ class MicroBatchSquares:
                 back = [slot.order.index(dim) for dim in range(parameter.ndim)]
                 slot.region = part.view([parameter.shape[dim] for dim in slot.order]).permute(back)
                 slot.projection = buffer[length + index]
+                numel = parameter.numel()
+                # Odd, so that no column of a matrix is read alone.
+                stride = -(-numel // PROJECTED) | 1
+                slot.dense = parameter.permute(slot.order).is_contiguous()
+                slot.strides, slot.sampled = parameter.stride(), (-(-numel // stride), stride)
                 offset += parameter.numel()
             self._buffers.append((buffer, buffer[length : length + len(slots)], slots))
 
-    def _sample(self, slot: Slot, gradient: Tensor) -> Tensor:
+    @staticmethod
+    def _sample(slot: Slot, gradient: Tensor) -> Tensor:
         """Return at most `PROJECTED` elements of a gradient, always the same ones."""
-        values = flat(gradient, slot.order) if gradient.ndim > 1 else gradient.reshape(-1)
-        stride = -(-values.numel() // PROJECTED)
-        # Odd, so that no column of a matrix is read alone.
-        return (values[:: stride | 1] if stride > 1 else values).to(statistic_dtype(gradient.dtype))
+        number, stride = slot.sampled
+        if gradient.stride() == slot.strides and slot.dense:
+            values = gradient.as_strided((number,), (stride,))
+        else:
+            values = flat(gradient, slot.order)[::stride]
+        return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
-    def _project(self, values: Tensor) -> Tensor:
+    def _project(self, values: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the product of a sample with fixed random numbers, ()."""
         signs = self._signs.get((values.device, values.dtype))
         if signs is None:
             generator = torch.Generator().manual_seed(0)
             signs = torch.randn(PROJECTED, generator=generator, dtype=torch.float64).to(values.device, values.dtype)
             self._signs[values.device, values.dtype] = signs
-        return torch.dot(values, signs[: values.numel()])
+        return torch.dot(values, signs[: values.numel()], out=out)
 
     # At the update
 
@@ -394,22 +419,24 @@ class MicroBatchSquares:
             UserError: if it is not one factor for all.
         """
         samples = [self._sample(slot, slot.parameter.grad) for slot in live]  # type: ignore[arg-type]
-        rows = [
-            torch.stack([slot.projection for slot in live]).double() / self._world_size,  # type: ignore[misc]
-            torch.stack([self._project(sample) for sample in samples]).double(),
-            torch.stack([torch.dot(sample, sample) for sample in samples]).double().sqrt(),
-        ]
-        left, found, norms = torch.stack(rows).cpu()
+        found_and_left = [self._project(sample) for sample in samples] + [slot.projection for slot in live]
+        if len({value.device for value in found_and_left} | {value.dtype for value in found_and_left}) > 2:
+            found_and_left = [value.double().cpu() for value in found_and_left]
+        found, left = torch.stack(found_and_left).double().cpu().view(2, -1)  # type: ignore[arg-type]
+        left = left / self._world_size
         if not bool((left.isfinite() & found.isfinite()).all()):
             return 1.0  # as torch: what is not finite is passed on
-        total = float(left.square().sum())
-        factor = float((left * found).sum()) / total if total > 0 else 1.0
+        total = float(left.dot(left))
+        factor = float(left.dot(found)) / total if total > 0 else 1.0
         types = [torch.finfo(dtype) for dtype in {slot.parameter.dtype for slot in live}]
         rounding = max(of_type.eps for of_type in types)
-        # A sum over n units may be much smaller than they are, and the smallest numbers have few digits.
+        # A sum over n units may be much smaller than they are.
         tolerance = TOLERANCE + 4.0 * rounding * max(1.0, num_units) ** 0.5
-        lost = max(of_type.tiny * of_type.eps for of_type in types) * PROJECTED
-        wrong = (found - factor * left).abs() > tolerance * torch.maximum(norms, abs(factor) * left.abs()) + lost
+        wrong = (found - factor * left).abs() > tolerance * abs(factor) * left.abs()
+        if bool(wrong.any()):  # or orthogonal to the random numbers; and the smallest numbers have few digits
+            norms = torch.stack([torch.linalg.vector_norm(sample).double().cpu() for sample in samples])
+            lost = max(of_type.tiny * of_type.eps for of_type in types) * PROJECTED
+            wrong = (found - factor * left).abs() > tolerance * torch.maximum(norms, abs(factor) * left.abs()) + lost
         if bool(wrong.any()):
             index = int(wrong.nonzero()[0])
             slot = live[index]

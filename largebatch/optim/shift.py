@@ -10,16 +10,14 @@ which is ghat^2 at B = B_ref: there nothing is moved, and at a larger B the move
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from largebatch.moments.micro_batches import Slot, Units, flat
-
-# Elements that are worked on together on a CPU, so that what is read twice is in its cache the second time.
-CHUNK = 65_536
+from largebatch.moments.micro_batches import Slot, Units
+from largebatch.noise import power_sums
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Row:
 
     Args:
         slot: its squares.
-        moment: the second moment s, or None where the optimizer has none.
+        moment: the second moment s.
         shift: how s is moved.
         weight_decay: L2 coefficient of the gradient that the optimizer squares.
         maximize: whether the optimizer takes the negative gradient.
@@ -66,108 +64,82 @@ class Row:
     """
 
     slot: Slot
-    moment: Tensor | None = None
-    shift: Shift = Shift()
+    moment: Tensor
+    shift: Shift
     weight_decay: float = 0.0
     maximize: bool = False
     average: Tensor | None = None
 
     def taken(self) -> Tensor:
         """Return x, the gradient as the optimizer takes it."""
-        gradient = self.slot.parameter.grad
-        assert gradient is not None and self.slot.region is not None
-        gradient = gradient.detach().to(self.slot.region.dtype)
+        gradient = self.slot.gradient()
         gradient = -gradient if self.maximize else gradient
         return gradient.add(self.slot.parameter.detach(), alpha=self.weight_decay) if self.weight_decay else gradient
 
 
-def _pieces(row: Row) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Yield (gradient, region, second moment) in one dimension: chunks on a CPU, the whole elsewhere."""
-    slot = row.slot
-    assert slot.parameter.grad is not None and slot.region is not None
-    gradient, region = flat(slot.parameter.grad.detach(), slot.order), flat(slot.region, slot.order)
-    moment = None if row.moment is None else row.moment.permute(slot.order)
-    if moment is not None and not moment.is_contiguous():  # another layout than its parameter's
-        yield gradient.view(moment.shape), region.view(moment.shape), moment
-        return
-    moment = None if moment is None else moment.view(-1)
-    if gradient.device.type != "cpu" or gradient.numel() <= CHUNK:
-        yield gradient, region, moment
-        return
-    for first in range(0, gradient.numel(), CHUNK):
-        part = slice(first, first + CHUNK)
-        yield gradient[part], region[part], None if moment is None else moment[part]
-
-
 @torch.no_grad()
-def move_second_moments(rows: list[Row], units: Units, spread: float) -> tuple[float, float]:
-    """Move the second moments of an update, and return the sums that the noise scale is made of.
+def move_second_moments(rows: Iterable[Row], units: Units, spread: float) -> None:
+    """Move the second moments of an update.
 
     Args:
         rows: the parameters with a gradient.
         units: n, and the scale of the squares.
         spread: with one unit alone, V = spread * (g_t - g_{t-1})^2.
-
-    Returns:
-        |ghat|^2 and the sum of V over all parameters, of the gradients as the backward passes left them.
     """
-    signals: list[Tensor] = []
-    variances: list[Tensor] = []
-    alone = units.num_units <= 1
+    alike: dict[tuple[Shift, bool, torch.dtype], list[Row]] = {}
     for row in rows:
-        for gradient, region, moment in _pieces(row):
-            gradient = gradient.to(region.dtype)
-            signal = torch.dot(gradient.view(-1), gradient.view(-1))
-            moment = moment if row.shift.moves else None
-            if moment is not None and row.shift.keep != 1.0:
-                moment.mul_(row.shift.keep)
-            take = _one_unit if alone else _many_units
-            signals.append(signal)
-            variances.append(take(row, units, spread, gradient, region, moment, signal))
-        if alone:
-            row.slot.holds = "previous"
-        if row.moment is not None and row.shift.of_square:
-            taken = row.taken()
-            row.moment.addcmul_(taken, taken, value=row.shift.of_square)
-        if row.moment is not None and row.shift.least:
-            _bound(row, row.moment)
-    factor = units.factor**2 or 1.0
-    both = torch.stack([torch.stack(signals).double().sum(), torch.stack(variances).double().sum()])
-    signal_sum, variance_sum = (both / factor).tolist()
+        if row.shift.moves:
+            alike.setdefault((row.shift, row.slot.holds == "previous", row.moment.dtype), []).append(row)
+    for (shift, _, _), group in alike.items():
+        moments = [row.moment for row in group]
+        if shift.keep != 1.0:
+            torch._foreach_mul_(moments, shift.keep)
+        if shift.of_square:
+            taken = [row.taken() for row in group]
+            torch._foreach_addcmul_(moments, taken, taken, value=shift.of_square)
+        _add_variances(moments, [row.slot for row in group], units, spread, shift.of_variance)
+        if shift.least:
+            for row in group:
+                _bound(row)
+
+
+def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, spread: float, weight: float) -> None:
+    """Add weight * V to second moments."""
+    regions = [slot.region for slot in slots if slot.region is not None]
+    grads = [slot.gradient() for slot in slots]
+    if units.num_units <= 1:
+        # The variance of a difference of two is the sum of theirs; without an older gradient all of this one counts as noise.
+        if slots[0].holds == "previous":
+            grads, weight = list(torch._foreach_add(grads, regions, alpha=-units.factor)), weight * spread
+        torch._foreach_addcmul_(moments, grads, grads, value=weight)
+        return
+    weight /= units.num_units - 1.0
+    if moments[0].dtype == regions[0].dtype:
+        torch._foreach_add_(moments, regions, alpha=weight * units.scale)
+        torch._foreach_addcmul_(moments, grads, grads, value=-weight)
+    else:  # narrower: rounded once
+        moved = torch._foreach_mul(regions, weight * units.scale)
+        torch._foreach_addcmul_(moved, grads, grads, value=-weight)
+        torch._foreach_add_(moments, moved)
+
+
+@torch.no_grad()
+def noise_sums(slots: list[Slot], units: Units, spread: float) -> tuple[float, float]:
+    """Return |ghat|^2 and the sum of V over all parameters, of the gradients as the backward passes left them."""
+    grads = [slot.gradient() for slot in slots]
+    regions = [slot.region for slot in slots if slot.region is not None]
+    signal = power_sums(grads, 2).sum()
+    if units.num_units > 1:
+        variance = (units.scale * power_sums(regions, 1).sum() - signal) / (units.num_units - 1.0)
+    elif all(slot.holds == "previous" for slot in slots):
+        variance = spread * power_sums(list(torch._foreach_add(grads, regions, alpha=-units.factor)), 2).sum()
+    else:
+        variance = signal
+    signal_sum, variance_sum = (torch.stack([signal, variance]) / (units.factor**2 or 1.0)).tolist()
     return signal_sum, variance_sum
 
 
-def _many_units(
-    row: Row, units: Units, spread: float, gradient: Tensor, region: Tensor, moment: Tensor | None, signal: Tensor
-) -> Tensor:
-    """Take V from the squares of the update's units."""
-    of_variance = row.shift.of_variance / (units.num_units - 1.0)
-    if moment is not None and moment.dtype == region.dtype:
-        moment.add_(region, alpha=of_variance * units.scale)
-        moment.addcmul_(gradient, gradient, value=-of_variance)
-    elif moment is not None:  # narrower: rounded once
-        moved = torch.mul(region, of_variance * units.scale)
-        moment.add_(moved.addcmul_(gradient, gradient, value=-of_variance))
-    return (units.scale * region.sum() - signal) / (units.num_units - 1.0)
-
-
-def _one_unit(
-    row: Row, units: Units, spread: float, gradient: Tensor, region: Tensor, moment: Tensor | None, signal: Tensor
-) -> Tensor:
-    """Take V from the last two gradients, and keep the newer one; without an older one all of it counts as noise."""
-    change = gradient
-    if row.slot.holds == "previous":
-        change = torch.add(gradient, region, alpha=-units.factor)
-    else:
-        spread = 1.0
-    if moment is not None:
-        moment.addcmul_(change, change, value=row.shift.of_variance * spread)
-    variance = spread * torch.dot(change.view(-1), change.view(-1))
-    torch.div(gradient, units.factor or 1.0, out=region)
-    return variance
-
-
-def _bound(row: Row, moment: Tensor) -> None:
+def _bound(row: Row) -> None:
     """Keep the second moment above what an average of squares cannot fall below.
 
     Below the reference batch s_ref is a difference, and so it is where units differ in size: single estimates may be
@@ -177,4 +149,4 @@ def _bound(row: Row, moment: Tensor) -> None:
     direction = taken if row.average is None else torch.lerp(row.average.to(taken.dtype), taken, 1.0 - shift.beta1)
     lowest = direction.square_().mul_(shift.least) if direction is not taken else taken.square().mul_(shift.least)
     lowest.addcmul_(taken, taken, value=-shift.weight).div_(shift.beta)
-    torch.maximum(moment, lowest.to(moment.dtype), out=moment)
+    torch.maximum(row.moment, lowest.to(row.moment.dtype), out=row.moment)
