@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from largebatch.scaling import Reference, temperature
-from largebatch.schedules import Constant, Realization, Schedule, Warmup, realized_batch_size
+from largebatch.schedules import Constant, Realization, Schedule, Warmup, batch_size_at
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,14 @@ class Plan:
         decided = bisect_right(self.growth, samples_seen, key=lambda change: change[0])
         if decided:
             return self.growth[decided - 1][1]
-        size, factor = self.batch_size_at_start, self.warmup.of_batch(samples_seen)
-        if factor != 1.0:
-            size = max(1, round(size * factor / self.multiple_of)) * self.multiple_of
-        return realized_batch_size(
-            self.schedule(samples_seen), self.realize, size, self.max_batch_size, self.multiple_of
+        return batch_size_at(
+            samples_seen,
+            self.batch_size_at_start,
+            self.schedule,
+            self.warmup,
+            self.realize,
+            self.max_batch_size,
+            self.multiple_of,
         )
 
     def batch_size(self, samples_seen: int) -> int:

@@ -241,3 +241,33 @@ def realized_batch_size(
         raise ValueError("factor: a temperature of 0 needs an infinite batch; set max_batch_size, or realize it by lr")
     rounded = max(1, round(wanted / multiple_of)) * multiple_of
     return rounded if rounded <= limit else rounded - multiple_of
+
+
+def batch_size_at(
+    samples_seen: float,
+    batch_size: int,
+    schedule: Schedule,
+    warmup: Warmup,
+    realize: Realization = "lr",
+    max_batch_size: int | None = None,
+    multiple_of: int = 1,
+) -> int:
+    """Return the batch size of the update that starts after ``samples_seen`` samples.
+
+    Args:
+        samples_seen: by the updates before it.
+        batch_size: B after the warm-up, where the schedule is 1.
+        schedule: factor of the reference temperature.
+        warmup: which the batch size takes where it is to (``realize="batch"``).
+        realize: whether the learning rate or the batch size takes the schedule, as in `realized_batch_size`.
+        max_batch_size: the most samples of an update.
+        multiple_of: B is rounded to a multiple of this.
+
+    Example:
+        >>> batch_size_at(500, 64, Step((400,), 0.5), Warmup(), "batch")
+        128
+    """
+    factor = warmup.of_batch(samples_seen)
+    if factor != 1.0:
+        batch_size = max(1, round(batch_size * factor / multiple_of)) * multiple_of
+    return realized_batch_size(schedule(samples_seen), realize, batch_size, max_batch_size, multiple_of)

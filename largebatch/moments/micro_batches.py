@@ -133,7 +133,7 @@ class MicroBatchSquares:
         self._signs: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._update, self._over, self._checked = 0, True, False
         self._task, self._sizes, self._nested = -1, list[float](), False
-        self._joint: list[Slot] | None = None
+        self._joint: set[Slot] | None = None
         self._joint_size: float | None = None
         self._world_size = 1
         self.add(named)
@@ -207,21 +207,30 @@ class MicroBatchSquares:
             self._project(self._sample(slot, gradient), out=slot.projection)
         else:
             slot.projection += self._project(self._sample(slot, gradient))
-        slot.count += 1
-        if self._joint is not None:
-            if slot.partial is None:
-                slot.partial = torch.empty_like(slot.region)
-            if slot in self._joint:
-                slot.count -= 1
-                slot.partial += gradient
-            else:
-                self._joint.append(slot)
-                slot.partial.copy_(gradient)
+        further = self._joint is not None and slot in self._joint
+        slot.count += not further
+        # Alone, the first unit's gradient is p.grad, and the only one's square is not needed.
+        if slot.count == 1 and self._world_size == 1:
+            if self._joint is not None:
+                self._joint.add(slot)
+        elif self._joint is not None:
+            self._add_part(slot, gradient, further)
         elif self._world_size > 1:
             self._square(slot, gradient)
-        elif slot.count > 1:  # alone, the first unit's gradient is p.grad, and the only one's square is not needed
+        else:
             self._square_first(slot)
             self._square(slot, gradient)
+
+    def _add_part(self, slot: Slot, gradient: Tensor, further: bool) -> None:
+        """Add a pass's gradient to those of the same micro-batch."""
+        assert self._joint is not None and slot.region is not None
+        if slot.partial is None:
+            slot.partial = torch.empty_like(slot.region)
+        if further:
+            slot.partial += gradient
+        else:
+            self._joint.add(slot)
+            slot.partial.copy_(gradient)
 
     def _square_first(self, slot: Slot) -> None:
         if slot.holds != "squares":
@@ -267,12 +276,13 @@ class MicroBatchSquares:
         for slot in self.slots.values():  # what is p.grad so far will not be after these passes
             if not self._over and slot.update == self._update and slot.count == 1 and slot.parameter.grad is not None:
                 self._square_first(slot)
-        self._joint, self._joint_size, self._task = [], size, -1
+        self._joint, self._joint_size, self._task = set(), size, -1
         try:
             yield
             for slot in self._joint:
-                assert slot.partial is not None
-                self._square(slot, slot.partial)
+                if slot.count > 1 or self._world_size > 1:
+                    assert slot.partial is not None
+                    self._square(slot, slot.partial)
         except BaseException:
             self._over = True
             raise

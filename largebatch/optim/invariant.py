@@ -538,7 +538,7 @@ def _may_fuse(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
 
     Equal to the others but for the last digits.
     """
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad):
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return False
     chosen = group.get("foreach") is not None or group.get("fused") is not None or isinstance(group["lr"], Tensor)
     if chosen or group.get("differentiable") or group.get("capturable"):

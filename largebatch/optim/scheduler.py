@@ -1,0 +1,66 @@
+"""torch's scheduler interface over schedules of samples, for a loop of one's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from largebatch.optim.invariant import BatchSizeInvariant
+from largebatch.schedules import Realization, Schedule, Warmup, batch_size_at
+from largebatch.section import UserError
+
+
+class SampleScheduler(torch.optim.lr_scheduler.LRScheduler):
+    """Writes the reference's learning rate as a function of the samples that the optimizer has seen.
+
+        lr = lr_ref * schedule(samples_seen) * warmup(samples_seen)
+
+    in the groups, and `BatchSizeInvariant.step` multiplies it by the batch size over the reference. So a schedule means the same at
+    any batch size, and while the batch grows. Calling `step` more than once between updates changes nothing.
+
+    Args:
+        optimizer: what `batch_size_invariant` returned.
+        schedule: of `largebatch.schedules`, in samples.
+        warmup: of the learning rate, in samples; its ``start`` is a factor of the scaled rate, so B_ref/B begins at the reference's.
+            With ``realize="batch"`` the batch size takes it.
+
+    Example:
+        >>> import largebatch
+        >>> from largebatch.schedules import Cosine
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = largebatch.batch_size_invariant(
+        ...     torch.optim.SGD([weight], lr=0.1), reference_batch_size=1, micro_batch_size=2
+        ... )
+        >>> scheduler = SampleScheduler(optimizer, Cosine(total_samples=4))
+        >>> weight.sum().backward()
+        >>> optimizer.step(); scheduler.step()
+        >>> round(optimizer.param_groups[0]["lr"], 6), round(weight.item(), 6)
+        (0.05, 0.8)
+    """
+
+    def __init__(self, optimizer: BatchSizeInvariant, schedule: Schedule, warmup: Warmup | None = None) -> None:
+        seen = getattr(optimizer, "samples_seen", None)
+        if seen is None:
+            raise UserError(
+                f"SampleScheduler: expected what batch_size_invariant returned, which counts samples, got {type(optimizer).__name__}"
+            )
+        self.schedule, self.warmup = schedule, warmup or Warmup()
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        """Return the reference's learning rate of each group."""
+        seen = self.optimizer.samples_seen  # type: ignore[attr-defined]
+        factor = self.schedule(seen) * self.warmup.of_lr(seen)
+        return [base * factor for base in self.base_lrs]
+
+    def batch_size(
+        self, batch_size: int, realize: Realization = "lr", max_batch_size: int | None = None, multiple_of: int = 1
+    ) -> int:
+        """Return the batch size of the coming update, as `largebatch.schedules.batch_size_at`; the learning rate follows it."""
+        seen = self.optimizer.samples_seen  # type: ignore[attr-defined]
+        return batch_size_at(seen, batch_size, self.schedule, self.warmup, realize, max_batch_size, multiple_of)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what torch's schedulers keep; schedule and warm-up are given anew."""
+        return {name: value for name, value in super().state_dict().items() if name not in ("schedule", "warmup")}
