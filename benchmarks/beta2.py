@@ -28,7 +28,8 @@ import largebatch
 from largebatch.models.gpt import GPT
 from largebatch.schedules import Warmup
 
-REFERENCE, SAMPLES, MARK, VALIDATION = 16, 49_152, 3_072, 1_024
+REFERENCE, VALIDATION, MARKS = 16, 1_024, 16
+SAMPLES = {"bytes": 196_608, "words": 196_608, "gpt": 49_152}
 BETAS, KAPPAS = (0.95, 0.98, 0.99, 0.999), (8, 16, 32, 64)
 METHODS = ("2 units", "8 units", "square root", "square root, betas kept")
 
@@ -53,7 +54,7 @@ def problem(name: str, text: bytes) -> tuple[nn.Module, Tensor, int, bool]:
     if name == "words":
         words = text.decode().split()
         kept = {word: index + 1 for index, (word, _) in enumerate(Counter(words).most_common(4_999))}
-        return MLP(5_000, 4, 32, 128), torch.tensor([kept.get(word, 0) for word in words]), 4, False
+        return MLP(5_000, 4, 32, 64), torch.tensor([kept.get(word, 0) for word in words]), 4, False
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     if name == "bytes":
         return MLP(128, 16, 16, 256), tokens, 16, False
@@ -65,9 +66,11 @@ def run(setting: dict[str, Any], text: bytes) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(setting["seed"])
     model, tokens, context, everywhere = problem(setting["model"], text)
+    samples = SAMPLES[setting["model"]]
+    mark = samples // MARKS
     split = len(tokens) * 9 // 10
     generator = torch.Generator().manual_seed(1000 + setting["seed"])
-    starts = torch.randint(split - context - 1, (SAMPLES,), generator=generator)
+    starts = torch.randint(split - context - 1, (samples,), generator=generator)
     held_out = split + torch.randint(len(tokens) - split - context - 1, (VALIDATION,), generator=torch.Generator().manual_seed(1))
 
     def loss(first: Tensor) -> Tensor:
@@ -81,9 +84,9 @@ def run(setting: dict[str, Any], text: bytes) -> dict[str, Any]:
     units = int(method.split()[0]) if method.endswith("units") else 1
     if not method.endswith("units"):
         plain = invariant.to_torch()
-    warmup = Warmup("gradual", SAMPLES // 2, 1.0 / kappa, "batch") if setting["model"] == "gpt" else Warmup()
+    warmup = Warmup("gradual", samples // 2, 1.0 / kappa, "batch") if setting["model"] == "gpt" else Warmup()
     seen, curve = 0, []
-    while seen < SAMPLES:
+    while seen < samples:
         size = max(REFERENCE, round(kappa * REFERENCE * warmup.of_batch(seen)))
         if method.startswith("square root"):
             rule = {} if method == "square root" else {"beta1_rule": "keep", "beta2_rule": "keep"}
@@ -99,7 +102,7 @@ def run(setting: dict[str, Any], text: bytes) -> dict[str, Any]:
             plain.step()
         plain.zero_grad()
         seen += size
-        if seen % MARK < size and seen // MARK > len(curve):
+        if seen // mark > len(curve):
             with torch.no_grad():
                 curve.append(float(loss(held_out)))
             if not math.isfinite(curve[-1]):
