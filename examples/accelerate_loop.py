@@ -3,12 +3,11 @@
     python examples/accelerate_loop.py
     torchrun --nproc-per-node 2 examples/accelerate_loop.py        (or accelerate launch)
 
-11 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
+2 lines are this library's: its import, and the one between ``# >>>`` and ``# <<<``. The others are any script's.
 
-Two settings of the script make the gradient the mean over the batch. ``drop_last=True``: at the end of the data Accelerate
-would hand out samples twice to even out the ranks. ``sync_with_dataloader=False``: there it would end the update after
-fewer micro-batches, and still divide by the full number. With both, every update is over exactly ``BATCH_SIZE`` samples;
-those that are left at the end of an epoch go into the first update of the next.
+Accelerate divides losses by its accumulation steps. Where the number of micro-batches is no multiple of them, it ends the last
+update of an epoch after fewer, and still divides by all; at the end of the data it hands out samples twice to even out the
+ranks. Both are as they would be without the line; here 1,536 samples are 12 updates of 128.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import argparse
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,22 +31,16 @@ def main(dtype: torch.dtype, out: str | None) -> None:
     torch.manual_seed(0)
     on_cpu = not torch.cuda.is_available()
     world_size = PartialState(cpu=on_cpu).num_processes
-    accumulation = GradientAccumulationPlugin(BATCH_SIZE // (MICRO_SIZE * world_size), sync_with_dataloader=False)
-    accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_plugin=accumulation)
+    accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=BATCH_SIZE // (MICRO_SIZE * world_size))
     digits = load_digits()
     order = torch.randperm(len(digits.target))  # shuffled once
     inputs, targets = torch.tensor(digits.data, dtype=dtype)[order] / 16, torch.tensor(digits.target)[order]
-    loader = DataLoader(TensorDataset(inputs[:1600], targets[:1600]), MICRO_SIZE, drop_last=True)
+    loader = DataLoader(TensorDataset(inputs[:1536], targets[:1536]), MICRO_SIZE, drop_last=True)
 
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     # >>> largebatch
-    largebatch.track(model)  # before prepare and before the optimizer
-    reference = largebatch.Reference(batch_size=16, lr=1e-3, betas=(0.9, 0.999))
-    optimizer = largebatch.optim.AdamW(
-        largebatch.param_groups(model, weight_decay=0.01),
-        **reference.at(BATCH_SIZE),
-        reference_batch_size=reference.batch_size,
-    )
+    optimizer = largebatch.batch_size_invariant(optimizer, reference_batch_size=16, micro_batch_size=MICRO_SIZE)
     # <<<
     wrapped, prepared, loader = accelerator.prepare(model, optimizer, loader)
 
@@ -56,17 +48,13 @@ def main(dtype: torch.dtype, out: str | None) -> None:
         for batch_inputs, batch_targets in loader:
             with accelerator.accumulate(wrapped):
                 accelerator.backward(F.cross_entropy(wrapped(batch_inputs), batch_targets))
-                # >>> largebatch
                 if accelerator.sync_gradients:
-                    # accelerator.clip_grad_norm_ would count squares as gradients
-                    largebatch.optim.clip_grad_norm_(optimizer, MAX_NORM)
-                    optimizer.set_batch(BATCH_SIZE, world_size=world_size)  # which the prepared one does not have
-                # <<<
+                    accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
                 prepared.step()
                 prepared.zero_grad()
 
     if accelerator.is_main_process:
-        accuracy = (model(inputs[1600:].to(accelerator.device)).argmax(1).cpu() == targets[1600:]).double().mean()
+        accuracy = (model(inputs[1536:].to(accelerator.device)).argmax(1).cpu() == targets[1536:]).double().mean()
         print(f"accuracy {accuracy:.4f}")
         if out:
             torch.save({"model": accelerator.get_state_dict(wrapped), "optimizer": optimizer.state_dict()}, out)

@@ -3,11 +3,10 @@
     python examples/ddp.py
     torchrun --nproc-per-node 2 examples/ddp.py
 
-10 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
+2 lines are this library's: its import, and the one between ``# >>>`` and ``# <<<``. The others are any script's.
 
-Every rank takes its share of the batch, adds up gradients over micro-batches of the summed loss, and divides by what makes
-DDP's average over ranks the mean over the batch. So all samples have one weight, in a last batch of another size too, and
-the squares need to know of two numbers: samples in the batch, and ranks that DDP averages over.
+Learning rate and betas are those tuned at a batch of 16; the loop makes batches of 128, counted by the optimizer. Losses of
+micro-batches are means, divided by the micro-batches that a rank has, so that DDP's average is the mean over the batch.
 """
 
 from __future__ import annotations
@@ -38,34 +37,26 @@ def main(dtype: torch.dtype, out: str | None) -> None:
     inputs, targets = torch.tensor(digits.data, dtype=dtype)[order] / 16, torch.tensor(digits.target)[order]
 
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     # >>> largebatch
-    largebatch.track(model)  # before DDP and before the optimizer
-    reference = largebatch.Reference(batch_size=16, lr=1e-3, betas=(0.9, 0.999))
-    optimizer = largebatch.optim.AdamW(
-        largebatch.param_groups(model, weight_decay=0.01),
-        **reference.at(BATCH_SIZE),
-        reference_batch_size=reference.batch_size,
-    )
+    optimizer = largebatch.batch_size_invariant(optimizer, reference_batch_size=16, micro_batch_size=MICRO_SIZE)
     # <<<
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
 
     for _ in range(EPOCHS):
-        for batch in torch.arange(1600).split(BATCH_SIZE):
-            micro_batches = batch[rank::world_size].split(MICRO_SIZE)
+        for batch in torch.arange(1536).split(BATCH_SIZE):
+            micro_batches = batch.split(MICRO_SIZE)[rank::world_size]
             for index, chosen in enumerate(micro_batches):
                 is_last = index == len(micro_batches) - 1
                 with nullcontext() if is_last or world_size == 1 else wrapped.no_sync():
-                    loss = F.cross_entropy(wrapped(inputs[chosen]), targets[chosen], reduction="sum")
-                    (loss * world_size / len(batch)).backward()
-            # >>> largebatch
-            largebatch.optim.clip_grad_norm_(optimizer, MAX_NORM)
-            optimizer.set_batch(len(batch), world_size=world_size)
-            # <<<
+                    loss = F.cross_entropy(wrapped(inputs[chosen]), targets[chosen])
+                    (loss / len(micro_batches)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             optimizer.step()
             optimizer.zero_grad()
 
     if rank == 0:
-        accuracy = (model(inputs[1600:]).argmax(1) == targets[1600:]).double().mean()
+        accuracy = (model(inputs[1536:]).argmax(1) == targets[1536:]).double().mean()
         print(f"accuracy {accuracy:.4f}")
         if out:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, out)

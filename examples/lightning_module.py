@@ -1,20 +1,18 @@
-"""Lightning with a callback of this library, the same under every replicating strategy; needs ``pip install lightning``.
+"""Lightning, the same under every replicating strategy; needs ``pip install lightning``.
 
     python examples/lightning_module.py
     torchrun --nproc-per-node 2 examples/lightning_module.py
 
-27 lines are this library's: its import, and what stands between ``# >>>`` and ``# <<<``. The others are any script's.
+2 lines are this library's: its import, and the one between ``# >>>`` and ``# <<<``. The others are any script's.
 
-Lightning divides losses by ``accumulate_grad_batches``, also in an epoch's last update, which may have fewer of them: the
-callback makes that the mean over the samples there are. ``drop_last`` keeps the micro-batches full, so that all samples
-of an update have one weight. Lightning's own clipping would take squares for gradients, so the callback clips.
+Lightning divides losses by ``accumulate_grad_batches``, also in an epoch's last update, which may have fewer of them; that is
+as it would be without the line. ``drop_last`` keeps the micro-batches full.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
 
 import lightning
 import torch
@@ -29,33 +27,6 @@ BATCH_SIZE, MICRO_SIZE, EPOCHS, MAX_NORM = 128, 32, 2, 0.5
 LAUNCHED = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))  # as torchrun says
 
 
-# >>> largebatch
-class LargeBatch(lightning.Callback):
-    """Tracks the module, tells the optimizer what its gradients are means of, clips them together with their squares."""
-
-    def __init__(self, micro_size: int, max_norm: float) -> None:
-        self.micro_size, self.max_norm, self.micro_batches = micro_size, max_norm, 0
-
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Track before the strategy wraps the module and asks for the optimizer."""
-        if trainer.gradient_clip_val:
-            raise ValueError("gradient_clip_val: expected None, it would clip squares as gradients; use max_norm")
-        largebatch.track(pl_module)
-
-    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Count the micro-batches of the update."""
-        self.micro_batches += 1
-
-    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Make gradients the mean over the batch, clip them, and say what they are means of."""
-        mean = trainer.accumulate_grad_batches / self.micro_batches
-        largebatch.optim.clip_grad_norm_(optimizer, self.max_norm, factor=mean)
-        batch_size = self.micro_batches * self.micro_size * trainer.world_size
-        optimizer.set_batch(batch_size, world_size=trainer.world_size)
-        self.micro_batches = 0
-        # <<<
-
-
 class Classifier(lightning.LightningModule):
     """Two layers."""
 
@@ -68,14 +39,10 @@ class Classifier(lightning.LightningModule):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer for the whole batch."""
+        """Return the optimizer."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.01)
         # >>> largebatch
-        reference = largebatch.Reference(batch_size=16, lr=1e-3, betas=(0.9, 0.999))
-        return largebatch.optim.AdamW(
-            largebatch.param_groups(self, weight_decay=0.01),
-            **reference.at(BATCH_SIZE),
-            reference_batch_size=reference.batch_size,
-        )
+        return largebatch.batch_size_invariant(optimizer, reference_batch_size=16, micro_batch_size=MICRO_SIZE)
         # <<<
 
 
@@ -87,7 +54,7 @@ def main(dtype: torch.dtype, out: str | None) -> None:
     order = torch.randperm(len(digits.target))  # shuffled once
     inputs, targets = torch.tensor(digits.data, dtype=dtype)[order] / 16, torch.tensor(digits.target)[order]
     rank, world_size, on_this_node = (int(os.environ.get(n, d)) for n, d in LAUNCHED)
-    data = TensorDataset(inputs[:1600], targets[:1600])
+    data = TensorDataset(inputs[:1536], targets[:1536])
     # Lightning's own sampler would shuffle, on several processes only.
     sampler = DistributedSampler(data, world_size, rank, shuffle=False, drop_last=True)
     loader = DataLoader(data, MICRO_SIZE, sampler=sampler, drop_last=True)
@@ -103,13 +70,11 @@ def main(dtype: torch.dtype, out: str | None) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        # >>> largebatch
-        callbacks=[LargeBatch(MICRO_SIZE, MAX_NORM)],
-        # <<<
+        gradient_clip_val=MAX_NORM,
     )
     trainer.fit(model, loader)
     if trainer.is_global_zero:
-        accuracy = (model.net(inputs[1600:].to(model.device)).argmax(1).cpu() == targets[1600:]).double().mean()
+        accuracy = (model.net(inputs[1536:].to(model.device)).argmax(1).cpu() == targets[1536:]).double().mean()
         print(f"accuracy {accuracy:.4f}")
         if out:
             weights = {name.removeprefix("net."): value for name, value in model.state_dict().items()}
