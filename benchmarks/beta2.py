@@ -41,7 +41,11 @@ class MLP(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.layers = nn.Sequential(
-            nn.Linear(context * width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, vocabulary)
+            nn.Linear(context * width, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, vocabulary),
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -71,7 +75,9 @@ def run(setting: dict[str, Any], text: bytes) -> dict[str, Any]:
     split = len(tokens) * 9 // 10
     generator = torch.Generator().manual_seed(1000 + setting["seed"])
     starts = torch.randint(split - context - 1, (samples,), generator=generator)
-    held_out = split + torch.randint(len(tokens) - split - context - 1, (VALIDATION,), generator=torch.Generator().manual_seed(1))
+    held_out = split + torch.randint(
+        len(tokens) - split - context - 1, (VALIDATION,), generator=torch.Generator().manual_seed(1)
+    )
 
     def loss(first: Tensor) -> Tensor:
         window = tokens[first[:, None] + torch.arange(context + 1)]
@@ -90,7 +96,9 @@ def run(setting: dict[str, Any], text: bytes) -> dict[str, Any]:
         size = max(REFERENCE, round(kappa * REFERENCE * warmup.of_batch(seen)))
         if method.startswith("square root"):
             rule = {} if method == "square root" else {"beta1_rule": "keep", "beta2_rule": "keep"}
-            reference = largebatch.Reference(REFERENCE, setting["lr"], betas=(0.9, beta2), eps=1e-8, rule="sqrt", **rule)
+            reference = largebatch.Reference(
+                REFERENCE, setting["lr"], betas=(0.9, beta2), eps=1e-8, rule="sqrt", **rule
+            )
             plain.param_groups[0].update(reference.at(size))
         batch = starts[seen : seen + size]
         for part in batch.chunk(units):
@@ -124,19 +132,26 @@ def settings(models: list[str], seeds: list[int], lr: float) -> list[dict[str, A
 
 def table(rows: list[dict[str, Any]]) -> None:
     """Print a table for each model."""
+
     def curves(**wanted: Any) -> list[list[float]]:
         return [row["curve"] for row in rows if all(row[key] == value for key, value in wanted.items())]
 
     for model in dict.fromkeys(row["model"] for row in rows):
         for lr in dict.fromkeys(row["lr"] for row in rows):
-            print(f"\n{model}, lr {lr:g}\n\n| beta2, kappa (sd of a seed) | {' | '.join(METHODS)} |\n|---|{'---|' * len(METHODS)}")
+            print(
+                f"\n{model}, lr {lr:g}\n\n| beta2, kappa (sd of a seed) | {' | '.join(METHODS)} |\n|---|{'---|' * len(METHODS)}"
+            )
             for beta2 in BETAS:
                 cell = {"model": model, "lr": lr, "beta2": beta2}
                 references = curves(**cell, kappa=1)
                 if not references:
                     continue
                 mean = [fmean(values) for values in zip(*references, strict=True)]
-                spread = fmean(stdev(values) for values in zip(*references, strict=True)) if len(references) > 1 else math.nan
+                spread = (
+                    fmean(stdev(values) for values in zip(*references, strict=True))
+                    if len(references) > 1
+                    else math.nan
+                )
                 for kappa in KAPPAS:
                     found = []
                     for method in METHODS:

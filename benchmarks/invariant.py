@@ -5,8 +5,9 @@
     python benchmarks/invariant.py --memory           what one update adds to a fresh process
     torchrun --nproc-per-node 2 benchmarks/invariant.py --threads 1        DistributedDataParallel over gloo
 
-Times are of an update: ``--passes`` forward and backward passes, each of a micro-batch, and a step of
-torch.optim.AdamW(foreach=True), with the line and without. Both run in one process, interleaved; a ratio is that of the medians.
+Times are of an update: ``--passes`` forward and backward passes, each of a micro-batch, and a step. Plain is
+torch.optim.AdamW(foreach=True); the line is given torch.optim.AdamW, for which it runs torch's fused update on a CPU, or with
+``--foreach`` the same as plain. Both run in one process, interleaved; a ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import largebatch
 
-FOREACH = False
 Step = Callable[[], None]
 
 
@@ -53,13 +53,15 @@ MODELS["vit"] = (ViT, lambda: torch.randn(32, 3, 32, 32), lambda: torch.randint(
 TITLES["vit"] = "ViT, 6 blocks d=192, 32 x 3x32x32"
 
 
-def updater(name: str, invariant: bool, passes: int) -> Step:
+def updater(name: str, invariant: bool, passes: int, foreach: bool = True) -> Step:
     """Return a function that does one update; its batch is that of the model's title, in micro-batches."""
     torch.manual_seed(0)
     build, make_inputs, make_targets = MODELS[name]
     model = build()
     inputs, targets = make_inputs().chunk(passes), make_targets().chunk(passes)
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), 1e-4, foreach=None if invariant and not FOREACH else True)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        model.parameters(), 1e-4, foreach=foreach or not invariant or None
+    )
     if invariant:
         micro = len(inputs[0])
         optimizer = largebatch.batch_size_invariant(optimizer, reference_batch_size=micro, micro_batch_size=micro)
@@ -76,10 +78,10 @@ def updater(name: str, invariant: bool, passes: int) -> Step:
     return step
 
 
-def update_alone(invariant: bool, passes: int) -> Step:
+def update_alone(invariant: bool, passes: int, foreach: bool = True) -> Step:
     """Return a function that does the step with 25 million parameters, after hooks that are not timed."""
     params = [nn.Parameter(torch.randn(1000, 1000)) for _ in range(25)]
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, 1e-4, foreach=None if invariant and not FOREACH else True)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, 1e-4, foreach=foreach or not invariant or None)
     if invariant:
         optimizer = largebatch.batch_size_invariant(optimizer, reference_batch_size=1, micro_batch_size=1)
     return Timed(params, optimizer, passes)
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mlp", "conv", "resnet18", "vit", "gpt"])
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--foreach", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if dist.is_torchelastic_launched():
@@ -154,11 +157,18 @@ def main() -> None:
                 plain, ours = (peak(name, invariant, passes) for invariant in (False, True))
                 print(f"{title}: parameters {megabytes:.1f} MiB, plain {plain:.1f}, with the line {ours:.1f}")
                 continue
-            steps = [update_alone(i, passes) if arguments.update else updater(name, i, passes) for i in (False, True)]
+            foreach = arguments.foreach
+            steps = [
+                update_alone(i, passes, foreach) if arguments.update else updater(name, i, passes, foreach)
+                for i in (False, True)
+            ]
             plain_times, our_times = interleaved(steps, arguments.rounds)
             plain, ours = statistics.median(plain_times), statistics.median(our_times)
             if rank == 0:
-                print(f"{title}: {1e3 * plain:.1f} ms, with the line {1e3 * ours:.1f} ms, ratio {ours / plain:.3f}", flush=True)
+                print(
+                    f"{title}: {1e3 * plain:.1f} ms, with the line {1e3 * ours:.1f} ms, ratio {ours / plain:.3f}",
+                    flush=True,
+                )
             del steps
             gc.collect()
     if dist.is_initialized():

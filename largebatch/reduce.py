@@ -1,4 +1,4 @@
-"""Sums over the data-parallel ranks, for a training loop of one's own: the library's one place that speaks torch.distributed."""
+"""Sums over the data-parallel ranks of a loop of one's own: the library's one place that speaks torch.distributed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def num_ranks(group: dist.ProcessGroup | None = None) -> int:
         return 1
     size = dist.get_world_size(group)
     if size < 1:
-        raise UserError("process_group: this rank is not a member; give each rank the group of its own data-parallel ranks")
+        raise UserError(
+            "process_group: this rank is not a member; give each rank the group of its own data-parallel ranks"
+        )
     return size
 
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 LrRule = Literal["linear", "sqrt", "adascale", "none"]
 AveragingRule = Literal["keep", "half_life", "length"]
 
-# Updates that the average of a second moment spans at the least, unless it was tuned shorter. Measured with a byte-level MLP, an
-# MLP on words and a GPT: 20 to 50 are needed where beta2 is 0.95 to 0.99 (docs/results.md).
+# Updates that the average of a second moment spans at the least, unless it was tuned shorter: 20 to 50 are needed where beta2
+# is 0.95 to 0.99 (docs/results.md).
 SHORTEST_SECOND_MOMENT = 20
 
 

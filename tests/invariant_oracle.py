@@ -15,7 +15,9 @@ def coefficient(beta, kappa):
 class ByHand:
     """Takes, at every update, the mean gradient of each unit by itself: a list by parameter of tensors (n, *shape)."""
 
-    def __init__(self, params, name, reference, lr, wd=0.0, betas=(0.9, 0.999), alpha=0.99, momentum=0.0, eps=1e-8, **options):
+    def __init__(
+        self, params, name, reference, lr, wd=0.0, betas=(0.9, 0.999), alpha=0.99, momentum=0.0, eps=1e-8, **options
+    ):
         self.params, self.name, self.reference, self.lr, self.wd = list(params), name, reference, lr, wd
         self.betas, self.alpha, self.momentum, self.eps, self.options = betas, alpha, momentum, eps, options
         self.m = [torch.zeros_like(p) for p in self.params]

@@ -195,7 +195,9 @@ def test_several_passes_of_one_micro_batch_are_one_unit():
 
     def train(joined):
         model, (inputs, targets) = build(), data()
-        optimizer = batch_size_invariant(MAKERS["adamw"](model.parameters()), reference_batch_size=2, micro_batch_size=6)
+        optimizer = batch_size_invariant(
+            MAKERS["adamw"](model.parameters()), reference_batch_size=2, micro_batch_size=6
+        )
         for step in range(10):
             for u in pieces([6, 6], start=step):
                 losses = [mean_loss(model, inputs[u], targets[u]) / 2, model(inputs[u]).square().mean() / 2]
@@ -218,7 +220,9 @@ def test_a_micro_batch_in_two_passes_among_plain_ones():
 
     def train(order):
         model, (inputs, targets) = build(), data()
-        optimizer = batch_size_invariant(MAKERS["adamw"](model.parameters()), reference_batch_size=2, micro_batch_size=6)
+        optimizer = batch_size_invariant(
+            MAKERS["adamw"](model.parameters()), reference_batch_size=2, micro_batch_size=6
+        )
         for _ in range(6):
             for u, joined in zip(pieces([6, 6, 6]), order, strict=True):
                 loss = mean_loss(model, inputs[u], targets[u]) / 3
@@ -280,7 +284,9 @@ def test_a_loss_scale_divided_out_is_no_change(foreach):
     updates = equal(2, 6)
     model, (inputs, targets) = build(), data()
     optimizer = batch_size_invariant(
-        torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1, foreach=foreach), reference_batch_size=2, micro_batch_size=6
+        torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1, foreach=foreach),
+        reference_batch_size=2,
+        micro_batch_size=6,
     )
     for step, units in enumerate(updates):
         scale = 2.0 ** (16 - step // 4)
@@ -300,7 +306,9 @@ def test_gradscaler():
     expected = copy.deepcopy(model)
     results = []
     for network, scaler in ((model, torch.amp.GradScaler("cpu", init_scale=2.0**10)), (expected, None)):
-        optimizer = batch_size_invariant(MAKERS["adamw"](network.parameters()), reference_batch_size=2, micro_batch_size=6)
+        optimizer = batch_size_invariant(
+            MAKERS["adamw"](network.parameters()), reference_batch_size=2, micro_batch_size=6
+        )
         for step in range(6):
             for u in pieces([6, 6]):
                 loss = mean_loss(network, inputs[u], targets[u]) / 2
@@ -351,7 +359,15 @@ def spoil_one_written(model):
 
 @pytest.mark.parametrize(
     "spoil",
-    [spoil_value_clipping, spoil_a_layer, spoil_noise, spoil_decay, spoil_centring, spoil_one_zeroed, spoil_one_written],
+    [
+        spoil_value_clipping,
+        spoil_a_layer,
+        spoil_noise,
+        spoil_decay,
+        spoil_centring,
+        spoil_one_zeroed,
+        spoil_one_written,
+    ],
 )
 def test_gradients_changed_in_another_way_are_an_error(spoil):
     model, (inputs, targets) = build(), data()
@@ -445,9 +461,15 @@ def test_two_optimizers_of_a_gan():
     torch.manual_seed(0)
     generator, critic = nn.Linear(3, 5).double(), nn.Linear(5, 1).double()
     alone = copy.deepcopy(critic)
-    of_generator = batch_size_invariant(torch.optim.Adam(generator.parameters(), 0.01), reference_batch_size=2, micro_batch_size=4)
-    of_critic = batch_size_invariant(torch.optim.Adam(critic.parameters(), 0.01), reference_batch_size=2, micro_batch_size=4)
-    of_alone = batch_size_invariant(torch.optim.Adam(alone.parameters(), 0.01), reference_batch_size=2, micro_batch_size=4)
+    of_generator = batch_size_invariant(
+        torch.optim.Adam(generator.parameters(), 0.01), reference_batch_size=2, micro_batch_size=4
+    )
+    of_critic = batch_size_invariant(
+        torch.optim.Adam(critic.parameters(), 0.01), reference_batch_size=2, micro_batch_size=4
+    )
+    of_alone = batch_size_invariant(
+        torch.optim.Adam(alone.parameters(), 0.01), reference_batch_size=2, micro_batch_size=4
+    )
     for _ in range(6):
         noise, real = torch.randn(4, 3).double(), torch.randn(4, 5).double()
         critic(generator(noise)).mean().backward()
@@ -569,7 +591,9 @@ def test_a_weight_in_two_reentrant_checkpoints(joined):
     params = [*layer.parameters(), *head.parameters()]
     plain = copy.deepcopy(nn.Sequential(layer, head))
     optimizer = batch_size_invariant(torch.optim.AdamW(params, 0.01), reference_batch_size=1, micro_batch_size=4)
-    of_plain = batch_size_invariant(torch.optim.AdamW(plain.parameters(), 0.01), reference_batch_size=1, micro_batch_size=4)
+    of_plain = batch_size_invariant(
+        torch.optim.AdamW(plain.parameters(), 0.01), reference_batch_size=1, micro_batch_size=4
+    )
     for _ in range(4):
         for _ in range(2):
             x = torch.randn(4, 5).double().requires_grad_()
@@ -604,7 +628,9 @@ def test_per_group_rates_and_torchs_schedulers():
         micro_batch_size=6,
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    warm = torch.optim.lr_scheduler.OneCycleLR(batch_size_invariant(torch.optim.AdamW(model.parameters()), reference_batch_size=2, micro_batch_size=6), 0.1, 10)
+    warm = torch.optim.lr_scheduler.OneCycleLR(
+        batch_size_invariant(torch.optim.AdamW(model.parameters()), reference_batch_size=2, micro_batch_size=6), 0.1, 10
+    )
     assert warm.get_last_lr()
     steps = []
     optimizer.base.register_step_pre_hook(lambda o, *_: steps.append([group["lr"] for group in o.param_groups]))
@@ -683,7 +709,9 @@ def test_a_resume_is_exact(count):
     trained(11, other, resumed, count, start=9)
     assert torch.equal(weights(resumed), weights(whole))
     with pytest.raises(UserError, match="was saved with 2, this optimizer has 4"):
-        batch_size_invariant(MAKERS["adamw"](build().parameters()), reference_batch_size=4, micro_batch_size=6).load_state_dict(saved["optimizer"])
+        batch_size_invariant(
+            MAKERS["adamw"](build().parameters()), reference_batch_size=4, micro_batch_size=6
+        ).load_state_dict(saved["optimizer"])
 
 
 def test_a_trained_optimizer_keeps_its_state_and_goes_back_to_torch():
@@ -782,7 +810,9 @@ def test_the_size_is_read_from_a_loader():
     model = build()
 
     def line(loader):
-        return batch_size_invariant(torch.optim.Adam(model.parameters()), reference_batch_size=2, micro_batch_size=loader)
+        return batch_size_invariant(
+            torch.optim.Adam(model.parameters()), reference_batch_size=2, micro_batch_size=loader
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -910,7 +940,9 @@ def test_channels_last():
     results = []
     for network in (plain, copy.deepcopy(plain).to(memory_format=torch.channels_last)):
         generator = torch.Generator().manual_seed(0)
-        optimizer = batch_size_invariant(torch.optim.AdamW(network.parameters(), 0.01), reference_batch_size=1, micro_batch_size=4)
+        optimizer = batch_size_invariant(
+            torch.optim.AdamW(network.parameters(), 0.01), reference_batch_size=1, micro_batch_size=4
+        )
         for _ in range(5):
             for _ in range(2):
                 images = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)

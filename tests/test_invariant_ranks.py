@@ -27,11 +27,15 @@ def train(rank, world_size, name, count, clip, way):
     """Train on this rank's units; return the weights and the batch size counted."""
     model, (inputs, targets) = build(), data()
     if way == "before":  # the optimizer before the wrapper
-        optimizer = batch_size_invariant(MAKERS[name](model.parameters()), reference_batch_size=2, micro_batch_size=MICRO)
+        optimizer = batch_size_invariant(
+            MAKERS[name](model.parameters()), reference_batch_size=2, micro_batch_size=MICRO
+        )
     options = {"gradient_as_bucket_view": way != "before", "static_graph": way == "static", "bucket_cap_mb": 1e-5}
     wrapped = nn.Module() if way == "by hand" else DistributedDataParallel(model, **options)
     if way != "before":
-        optimizer = batch_size_invariant(MAKERS[name](model.parameters()), reference_batch_size=2, micro_batch_size=MICRO)
+        optimizer = batch_size_invariant(
+            MAKERS[name](model.parameters()), reference_batch_size=2, micro_batch_size=MICRO
+        )
     for update in range(8):
         mine = units_of(count, world_size, update)[rank * count : (rank + 1) * count]
         for index, u in enumerate(mine):
@@ -81,7 +85,9 @@ def test_other_ranks_go_on_where_two_stopped(rank_pool, tmp_path):
     saved = torch.load(tmp_path / "saved.pt", weights_only=True)
     model, (inputs, targets) = build(seed=5), data()
     model.load_state_dict(saved["model"])
-    optimizer = batch_size_invariant(MAKERS["adamw"](model.parameters()), reference_batch_size=2, micro_batch_size=MICRO)
+    optimizer = batch_size_invariant(
+        MAKERS["adamw"](model.parameters()), reference_batch_size=2, micro_batch_size=MICRO
+    )
     optimizer.load_state_dict(saved["optimizer"])
     for units in updates[4:]:
         for u in units:
@@ -93,7 +99,9 @@ def test_other_ranks_go_on_where_two_stopped(rank_pool, tmp_path):
 
 def save_after_four(rank, world_size, path):
     model, (inputs, targets) = build(), data()
-    optimizer = batch_size_invariant(MAKERS["adamw"](model.parameters()), reference_batch_size=2, micro_batch_size=MICRO)
+    optimizer = batch_size_invariant(
+        MAKERS["adamw"](model.parameters()), reference_batch_size=2, micro_batch_size=MICRO
+    )
     wrapped = DistributedDataParallel(model)
     for update in range(4):
         u = units_of(1, 2, update)[rank]
@@ -109,7 +117,9 @@ def unused(rank, world_size):
     torch.manual_seed(0)
     model = Experts()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    optimizer = batch_size_invariant(torch.optim.AdamW(model.parameters(), 0.01), reference_batch_size=1, micro_batch_size=4)
+    optimizer = batch_size_invariant(
+        torch.optim.AdamW(model.parameters(), 0.01), reference_batch_size=1, micro_batch_size=4
+    )
     inputs, _ = data()
     for update in range(4):
         wrapped(inputs[4 * (rank + update) :][:4], (rank + update) % 2).square().mean().backward()
@@ -131,7 +141,9 @@ class Experts(nn.Module):
 def test_parameters_that_only_some_ranks_use(rank_pool):
     torch.manual_seed(0)
     model = Experts()
-    optimizer = batch_size_invariant(torch.optim.AdamW(model.parameters(), 0.01), reference_batch_size=1, micro_batch_size=4)
+    optimizer = batch_size_invariant(
+        torch.optim.AdamW(model.parameters(), 0.01), reference_batch_size=1, micro_batch_size=4
+    )
     inputs, _ = data()
     for update in range(4):
         for rank in range(2):
@@ -219,7 +231,7 @@ def sharded(rank, world_size):
     model = build()
     mesh = dist.init_device_mesh("cpu", (world_size,))
     fully_shard(model, mesh=mesh)
-    with pytest.raises(UserError, match="is a DTensor; expected .* use the trainer's engines"):
+    with pytest.raises(UserError, match=r"is a DTensor; expected .* use the trainer's engines"):
         batch_size_invariant(torch.optim.AdamW(model.parameters()), reference_batch_size=2, micro_batch_size=4)
 
 

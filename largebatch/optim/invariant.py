@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,8 +21,7 @@ from largebatch.optim.averages import Moment
 from largebatch.optim.layerwise import LARS
 from largebatch.optim.quench import Quench
 from largebatch.optim.sgd import SGD
-from largebatch.optim.shift import Row, Shift, move_second_moments, noise_sums
-from largebatch.scaling import second_moment_coefficient
+from largebatch.optim.shift import Count, Row, coefficient_at, move_second_moments, noise_sums, shift_of
 from largebatch.section import UserError
 
 # The state that holds the second moment, of torch's optimizers.
@@ -40,37 +38,6 @@ KEY = "batch_size_invariant"  # in a state dict
 # Updates at the reference that the averages of the noise scale span. It is measured at each of the first updates, then now and
 # then: what hundreds of updates say is said by every eighth of them.
 NOISE_UPDATES, NOISE_FIRST, NOISE_EVERY = 1000, 32, 8
-
-
-@dataclass
-class Count:
-    """How far the second moment of one parameter has come, where its bias is corrected by a count of updates.
-
-    Args:
-        updates: k, of torch's own count.
-        log_decay: log of the product of the coefficients used, whose 1 - exp() is what the average is to be divided by.
-        stretch: (1 - beta^k) / (1 - exp(log_decay)): by what torch, which divides by 1 - beta^k with the last beta, finds the
-            average multiplied. 1 while the batch size is constant.
-    """
-
-    updates: float = 0.0
-    log_decay: float = 0.0
-    stretch: float = 1.0
-
-    def advance(self, beta: float) -> float:
-        """Count an update; return the ratio of the new stretch to the one before."""
-        before = self.stretch
-        self.updates += 1.0
-        self.log_decay += math.log(beta)
-        self.stretch = self.at(beta)
-        return self.stretch / before
-
-    def at(self, beta: float) -> float:
-        """Return what the stretch is for an optimizer that divides by 1 - beta^k."""
-        if not self.updates or self.log_decay == 0.0:
-            return 1.0
-        stretch = -math.expm1(self.updates * math.log(beta)) / -math.expm1(self.log_decay)
-        return 1.0 if abs(stretch - 1.0) < 1e-12 else stretch
 
 
 def batch_size_invariant(
@@ -96,8 +63,8 @@ def batch_size_invariant(
     write them, and `step` scales what they wrote.
 
     Args:
-        optimizer: torch.optim's Adam, AdamW, RMSprop, Adagrad or SGD, or one of `largebatch.optim` over untracked parameters; new
-            or trained, before or after the model is wrapped by DistributedDataParallel.
+        optimizer: torch.optim's Adam, AdamW, RMSprop, Adagrad or SGD, or one of `largebatch.optim` over untracked parameters;
+            new or trained, before or after the model is wrapped by DistributedDataParallel.
         reference_batch_size: B_ref, the global batch size in samples that it was tuned at, >= 1.
         micro_batch_size: samples of one backward pass on one rank, or the DataLoader that says so. B is this times the backward
             passes since the last update, over all ranks; see `BatchSizeInvariant.micro_batch` and `set_batch` for what cannot
@@ -175,7 +142,7 @@ class BatchSizeInvariant(torch.optim.Optimizer):
 
     # Shared with the base
 
-    @property  # type: ignore[override]
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups, with the values of the reference."""
         return self.base.param_groups
@@ -184,7 +151,7 @@ class BatchSizeInvariant(torch.optim.Optimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
 
-    @property  # type: ignore[override]
+    @property
     def state(self) -> Any:
         """The optimizer's state by parameter."""
         return self.base.state
@@ -304,8 +271,8 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         if self.batch_size > noise.high:
             self._warned = True
             warnings.warn(
-                f"the batch of {self.batch_size:,} samples is above the critical batch size, {noise.noise_scale:,.0f} with a 99 % "
-                f"band of {noise.low:,.0f} to {noise.high:,.0f}: fewer samples an update would come about as far with each",
+                f"the batch of {self.batch_size:,} samples is above the critical batch size, {noise.noise_scale:,.0f} with a "
+                f"99 % band of {noise.low:,.0f} to {noise.high:,.0f}: a smaller batch would make more of each sample",
                 stacklevel=6,
             )
 
@@ -334,14 +301,10 @@ class BatchSizeInvariant(torch.optim.Optimizer):
             return values
         values["lr"] = group["lr"] * kappa
         if "betas" in group:
-            values["betas"] = (group["betas"][0], self._coefficient(group, kappa))
+            values["betas"] = (group["betas"][0], coefficient_at(group, kappa))
         if "alpha" in group:
-            values["alpha"] = self._coefficient(group, kappa)
+            values["alpha"] = coefficient_at(group, kappa)
         return values
-
-    def _coefficient(self, group: dict[str, Any], kappa: float) -> float:
-        """Return beta2 or alpha at this batch size."""
-        return second_moment_coefficient(float(group["betas"][1] if "betas" in group else group["alpha"]), kappa)
 
     def _rows(self, units: Units, kappa: float) -> list[Row]:
         """Return how the second moment of each parameter is moved, and count the update."""
@@ -358,48 +321,21 @@ class BatchSizeInvariant(torch.optim.Optimizer):
             decay = 0.0 if _is_decoupled(self.base, group) else group["weight_decay"]
             for p in present:
                 state = self.state[p]
-                shift = self._shift(group, p, kappa, bounded)
+                shift = shift_of(self.base, group, kappa, bounded, self._counts.setdefault(p, Count()))
                 rows.append(
                     Row(slots[p], state[name], shift, decay, group.get("maximize", False), state.get("exp_avg"))
                 )
         return rows
 
-    def _shift(self, group: dict[str, Any], parameter: Tensor, kappa: float, bounded: bool) -> Shift:
-        if isinstance(self.base, torch.optim.Adagrad):
-            return Shift(
-                of_square=kappa - 1.0,
-                of_variance=kappa * (kappa - 1.0),
-                least=kappa * min(1.0, kappa) if bounded else 0.0,
-            )
-        beta = self._coefficient(group, kappa)
-        ratio = (1.0 - beta) / beta
-        if isinstance(self.base, torch.optim.RMSprop):
-            least = (1.0 - beta) * min(1.0, kappa) if bounded else 0.0
-            return Shift(of_variance=ratio * (kappa - 1.0), beta=beta, weight=1.0 - beta, least=least)
-        count = self._counts.setdefault(parameter, Count())
-        keep = count.advance(beta)
-        beta1 = float(group["betas"][0])
-        # Cauchy-Schwarz, in the limit of many updates: (sum v_i g_i)^2 <= sum(v_i^2/w_i) * sum(w_i g_i^2) for weights v, w.
-        bound = (1.0 - beta) * max(1.0 - beta1, 1.0 - beta1**2 / beta) / (1.0 - beta1) ** 2
-        return Shift(
-            keep=keep,
-            of_square=ratio * (count.stretch - 1.0),
-            of_variance=ratio * count.stretch * (kappa - 1.0),
-            beta=beta,
-            weight=1.0 - beta,
-            least=bound * min(1.0, kappa) if bounded else 0.0,
-            beta1=beta1,
-        )
-
     def _moment(self, params: list[Tensor], units: Units, spread: float, kappa: float) -> Moment:
         """Return the second moment of the reference batch, for an optimizer of this package."""
         slots = [self._squares.slots[p] for p in params]
-        regions: list[Tensor] = [slot.region for slot in slots if slot.region is not None]
+        regions = [slot.region for slot in slots]
         if units.num_units > 1:
             return Moment(regions, (kappa - 1.0) / (units.num_units - 1.0), units.scale, kappa)
         estimates = []
         for slot, region in zip(slots, regions, strict=True):
-            gradient = slot.parameter.grad.to(region.dtype)  # type: ignore[union-attr]
+            gradient = slot.gradient()
             change = torch.add(gradient, region, alpha=-units.factor) if slot.holds == "previous" else gradient
             weight = spread if slot.holds == "previous" else 1.0
             estimates.append(gradient.square().addcmul_(change, change, value=weight))
@@ -426,7 +362,9 @@ class BatchSizeInvariant(torch.optim.Optimizer):
                 raise UserError(f"lr_decay: expected 0, got {group['lr_decay']}; use a scheduler")
             coefficient = group["betas"][1] if "betas" in group else group.get("alpha", 1.0)
             if self._moment_name and not coefficient > 0:
-                raise UserError("beta2 (alpha): expected more than 0: a second moment that keeps nothing cannot be estimated")
+                raise UserError(
+                    "beta2 (alpha): expected more than 0: a second moment that keeps nothing cannot be estimated"
+                )
         self._squares.add(named)
 
     def _counts_of_state(self) -> dict[Tensor, Count]:
@@ -555,7 +493,9 @@ def _loader_size(loader: DataLoader[Any]) -> int:
     sampler = getattr(loader, "batch_sampler", None)
     size = getattr(sampler, "batch_size", None) or getattr(loader, "batch_size", None)
     if not isinstance(size, int):
-        raise UserError(f"micro_batch_size: expected a number of samples or a DataLoader with a batch size, got {loader!r}")
+        raise UserError(
+            f"micro_batch_size: expected a number of samples or a DataLoader with a batch size, got {loader!r}"
+        )
     if not (getattr(loader, "drop_last", False) or getattr(sampler, "drop_last", False)):
         inner = getattr(sampler, "sampler", None)
         length = len(inner) if hasattr(inner, "__len__") else None  # type: ignore[arg-type]

@@ -16,14 +16,14 @@ class SampleScheduler(torch.optim.lr_scheduler.LRScheduler):
 
         lr = lr_ref * schedule(samples_seen) * warmup(samples_seen)
 
-    in the groups, and `BatchSizeInvariant.step` multiplies it by the batch size over the reference. So a schedule means the same at
-    any batch size, and while the batch grows. Calling `step` more than once between updates changes nothing.
+    in the groups, and `BatchSizeInvariant.step` multiplies it by the batch size over the reference. So a schedule means the
+    same at any batch size, and while the batch grows. Calling `step` more than once between updates changes nothing.
 
     Args:
         optimizer: what `batch_size_invariant` returned.
         schedule: of `largebatch.schedules`, in samples.
-        warmup: of the learning rate, in samples; its ``start`` is a factor of the scaled rate, so B_ref/B begins at the reference's.
-            With ``realize="batch"`` the batch size takes it.
+        warmup: of the learning rate, in samples; its ``start`` is a factor of the scaled rate, so B_ref/B begins at the
+            reference's. With ``realize="batch"`` the batch size takes it.
 
     Example:
         >>> import largebatch
@@ -43,7 +43,8 @@ class SampleScheduler(torch.optim.lr_scheduler.LRScheduler):
         seen = getattr(optimizer, "samples_seen", None)
         if seen is None:
             raise UserError(
-                f"SampleScheduler: expected what batch_size_invariant returned, which counts samples, got {type(optimizer).__name__}"
+                "SampleScheduler: expected what batch_size_invariant returned, which counts samples, got "
+                f"{type(optimizer).__name__}"
             )
         self.schedule, self.warmup = schedule, warmup or Warmup()
         super().__init__(optimizer)

@@ -10,14 +10,18 @@ which is ghat^2 at B = B_ref: there nothing is moved, and at a larger B the move
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from largebatch.moments.micro_batches import Slot, Units
+from largebatch.moments.micro_batches import Units
+from largebatch.moments.projection import Slot
 from largebatch.noise import power_sums
+from largebatch.scaling import second_moment_coefficient
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,76 @@ class Shift:
     def moves(self) -> bool:
         """Whether it changes anything."""
         return (self.keep, self.of_square, self.of_variance) != (1.0, 0.0, 0.0)
+
+
+@dataclass
+class Count:
+    """How far the second moment of one parameter has come, where its bias is corrected by a count of updates.
+
+    Args:
+        updates: k, of torch's own count.
+        log_decay: log of the product of the coefficients used, whose 1 - exp() is what the average is to be divided by.
+        stretch: (1 - beta^k) / (1 - exp(log_decay)): by what torch, which divides by 1 - beta^k with the last beta, finds the
+            average multiplied. 1 while the batch size is constant.
+    """
+
+    updates: float = 0.0
+    log_decay: float = 0.0
+    stretch: float = 1.0
+
+    def advance(self, beta: float) -> float:
+        """Count an update; return the ratio of the new stretch to the one before."""
+        before = self.stretch
+        self.updates += 1.0
+        self.log_decay += math.log(beta)
+        self.stretch = self.at(beta)
+        return self.stretch / before
+
+    def at(self, beta: float) -> float:
+        """Return what the stretch is for an optimizer that divides by 1 - beta^k."""
+        if not self.updates or self.log_decay == 0.0:
+            return 1.0
+        stretch = -math.expm1(self.updates * math.log(beta)) / -math.expm1(self.log_decay)
+        return 1.0 if abs(stretch - 1.0) < 1e-12 else stretch
+
+
+def coefficient_at(group: dict[str, Any], kappa: float) -> float:
+    """Return a group's beta2 or alpha at kappa times the reference batch."""
+    return second_moment_coefficient(float(group["betas"][1] if "betas" in group else group["alpha"]), kappa)
+
+
+def shift_of(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], kappa: float, bounded: bool, count: Count
+) -> Shift:
+    """Return how the second moment of a parameter is moved in the coming update, and count the update.
+
+    Args:
+        optimizer: of torch.optim, with a second moment.
+        group: the parameter's, with the values of the reference.
+        kappa: B / B_ref.
+        bounded: whether single estimates may be negative.
+        count: of the parameter; counts are kept for Adam and AdamW alone.
+    """
+    at_most = min(1.0, kappa) if bounded else 0.0
+    if isinstance(optimizer, torch.optim.Adagrad):  # an update stands for kappa of the reference
+        return Shift(of_square=kappa - 1.0, of_variance=kappa * (kappa - 1.0), least=kappa * at_most)
+    beta = coefficient_at(group, kappa)
+    weight = 1.0 - beta
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return Shift(of_variance=weight / beta * (kappa - 1.0), beta=beta, weight=weight, least=weight * at_most)
+    keep = count.advance(beta)
+    beta1 = float(group["betas"][0])
+    # Cauchy-Schwarz, in the limit of many updates: (sum v_i g_i)^2 <= sum(v_i^2/w_i) * sum(w_i g_i^2) for weights v, w.
+    bound = weight * max(1.0 - beta1, 1.0 - beta1**2 / beta) / (1.0 - beta1) ** 2
+    return Shift(
+        keep=keep,
+        of_square=weight / beta * (count.stretch - 1.0),
+        of_variance=weight / beta * count.stretch * (kappa - 1.0),
+        beta=beta,
+        weight=weight,
+        least=bound * at_most,
+        beta1=beta1,
+    )
 
 
 @dataclass
@@ -105,7 +179,7 @@ def move_second_moments(rows: Iterable[Row], units: Units, spread: float) -> Non
 
 def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, spread: float, weight: float) -> None:
     """Add weight * V to second moments."""
-    regions = [slot.region for slot in slots if slot.region is not None]
+    regions = [slot.region for slot in slots]
     grads = [slot.gradient() for slot in slots]
     if units.num_units <= 1:
         # The variance of a difference of two is the sum of theirs; without an older gradient all of this one counts as noise.
@@ -127,7 +201,7 @@ def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, sprea
 def noise_sums(slots: list[Slot], units: Units, spread: float) -> tuple[float, float]:
     """Return |ghat|^2 and the sum of V over all parameters, of the gradients as the backward passes left them."""
     grads = [slot.gradient() for slot in slots]
-    regions = [slot.region for slot in slots if slot.region is not None]
+    regions = [slot.region for slot in slots]
     signal = power_sums(grads, 2).sum()
     if units.num_units > 1:
         variance = (units.scale * power_sums(regions, 1).sum() - signal) / (units.num_units - 1.0)
