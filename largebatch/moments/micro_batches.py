@@ -87,7 +87,8 @@ class MicroBatchSquares:
                 kind = "complex" if parameter.is_complex() else "no leaf" if not parameter.is_leaf else "a DTensor"
                 raise UserError(
                     f"batch_size_invariant: parameter {name} is {kind}; expected real leaf tensors that every data-parallel "
-                    "rank holds whole. For FSDP2, tensor parallelism and DeepSpeed ZeRO use the trainer's engines (docs/engines.md)"
+                    "rank holds whole. For FSDP2, tensor parallelism and DeepSpeed ZeRO use the trainer's engines "
+                    "(docs/engines.md)"
                 )
             slot = self.slots[parameter] = Slot(parameter, name)
             frozen = not parameter.requires_grad

@@ -58,11 +58,12 @@ class Slot:
             projection: (), where the projections of an update's passes add up.
         """
         parameter = self.parameter
-        self.order = tuple(sorted(range(parameter.ndim), key=lambda dim: (-int(parameter.stride(dim)), dim)))
+        strides: tuple[int, ...] = parameter.stride()
+        self.order = tuple(sorted(range(parameter.ndim), key=lambda dim: (-strides[dim], dim)))
         back = [self.order.index(dim) for dim in range(parameter.ndim)]
         self.region = memory.view([parameter.shape[dim] for dim in self.order]).permute(back)
         self.projection = projection
-        self.strides, self.is_dense = parameter.stride(), parameter.permute(self.order).is_contiguous()
+        self.strides, self.is_dense = strides, parameter.permute(self.order).is_contiguous()
         # Odd, so that no column of a matrix is read alone.
         self.stride = -(-parameter.numel() // PROJECTED) | 1
         self.num_sampled = -(-parameter.numel() // self.stride)

@@ -160,10 +160,14 @@ class BatchSizeInvariant(torch.optim.Optimizer):
     def state(self, state: Any) -> None:
         self.base.state = state
 
-    @property  # type: ignore[override]
+    @property
     def defaults(self) -> dict[str, Any]:
         """The base's defaults."""
         return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch.optim."""
