@@ -144,7 +144,7 @@ def _on_averages(run: Run, plan: Plan, largest: int) -> Iterator[str]:
     for name, scaled in _averages(at_largest).items():
         beta = tuned[name]
         in_samples = scaled != beta and not isinstance(rules[name], float)
-        if in_samples and kappa * (1.0 - beta) > 1.0:
+        if in_samples and kappa * (1.0 - beta) > 1.0 and scaled < 0.5:
             yield (
                 f"{name}: the running average spans {1.0 / (1.0 - beta):.4g} updates of the reference, the batch is up to "
                 f"{kappa:g} times the reference: kappa*(1-beta) = {kappa * (1.0 - beta):.3g} > 1, it no longer averages"

@@ -265,7 +265,7 @@ def test_torchvision():
     from torchvision.models import get_model
 
     failed = {}
-    for family, names in families:
+    for _, names in families:
         name = smallest(names, lambda n: sum(p.numel() for p in get_model(n, weights=None).parameters()))
         torch.manual_seed(0)
         edge = 299 if "inception" in name else 224 if "vit" in name or "swin" in name or "maxvit" in name else 64

@@ -18,6 +18,7 @@ from largebatch.scaling import (
     scaled_coefficient,
     scaled_lr,
     scaled_momentum,
+    second_moment_coefficient,
     temperature,
 )
 
@@ -92,6 +93,22 @@ def test_malladi_square_root_rule():
     assert at["lr"] == pytest.approx(2e-3)
     assert at["betas"] == pytest.approx((0.6, 0.996))
     assert at["eps"] == pytest.approx(0.5e-8)
+
+
+@given(beta=st.floats(0.01, 0.9999), kappa=st.floats(0.1, 1000))
+def test_a_second_moment_spans_twenty_updates_or_as_many_as_tuned(beta, kappa):
+    scaled = second_moment_coefficient(beta, kappa)
+    assert scaled >= beta**kappa
+    assert 1 / (1 - scaled) >= min(20.0, 1 / (1 - beta)) - 1e-9
+    if beta**kappa >= 0.95 or kappa <= 1:
+        assert scaled == beta**kappa
+    values = {"lr": 1e-3, "betas": (0.9, beta), "alpha": beta}
+    at = Reference(100, **values).at(round(100 * kappa))
+    floored = second_moment_coefficient(beta, round(100 * kappa) / 100)
+    assert at["betas"] == (0.9, floored) and at["alpha"] == floored
+    assert Reference(100, **values, beta2_rule="half_life").at(round(100 * kappa))["alpha"] == beta ** (
+        round(100 * kappa) / 100
+    )
 
 
 def test_linear_rule_keeps_beta1_and_the_half_life_of_beta2():
