@@ -1,17 +1,18 @@
 """How long the second moment's average has to be: beta2 at 8 to 64 times the batch, in an own loop with `batch_size_invariant`.
 
-    python benchmarks/beta2.py TEXT --out FILE.jsonl [--models bytes words gpt] [--seeds 0 1] [--processes 2]
+    python benchmarks/beta2.py TEXT --out FILE.jsonl [--models bytes words gpt] [--lr 3e-4] [--ramp] [--seeds 0 1]
     python benchmarks/beta2.py TEXT --out FILE.jsonl --table
 
-AdamW, tuned at a batch of 16, betas (0.9, beta2). ``bytes`` and ``words`` are MLPs that predict the next byte, or the next of
-the 5,000 commonest words, from those before; ``gpt`` is a small GPT whose batch doubles from 16 to its size over the first half
-of the run. A cell is the mean distance of the validation curve from that of the reference, averaged over the seeds. Each run is
-a line of the file; what is there already is not run again. All of it takes some 50 minutes on two cores.
+AdamW, tuned at a batch of 16, betas (0.9, beta2), constant learning rate. ``bytes`` and ``words`` are MLPs that predict the next byte,
+or the next of the 5,000 commonest words, from those before; ``gpt`` is a small GPT. With ``--ramp`` the batch doubles from 16 to its
+size over the first half of the run. A cell is the mean distance of the validation curve from the reference's of the same seed, at 16
+marks. *n units* trains with n backward passes an update. Each run is a line of the file; what is there already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections import Counter
@@ -29,9 +30,9 @@ from largebatch.models.gpt import GPT
 from largebatch.schedules import Warmup
 
 REFERENCE, VALIDATION, MARKS = 16, 1_024, 16
-SAMPLES = {"bytes": 196_608, "words": 196_608, "gpt": 49_152}
+SAMPLES = {"bytes": 196_608, "words": 98_304, "gpt": 49_152}
 BETAS, KAPPAS = (0.95, 0.98, 0.99, 0.999), (8, 16, 32, 64)
-METHODS = ("2 units", "8 units", "square root", "square root, betas kept")
+METHODS = ("1 unit", "2 units", "8 units", "square root", "square root, betas kept")
 
 
 class MLP(nn.Module):
@@ -86,11 +87,11 @@ def run(setting: dict[str, Any], text: bytes) -> dict[str, Any]:
 
     kappa, method, beta2 = setting["kappa"], setting["method"], setting["beta2"]
     plain = torch.optim.AdamW(model.parameters(), setting["lr"], betas=(0.9, beta2))
-    invariant = largebatch.batch_size_invariant(plain, reference_batch_size=REFERENCE, micro_batch_size=REFERENCE)
-    units = int(method.split()[0]) if method.endswith("units") else 1
-    if not method.endswith("units"):
-        plain = invariant.to_torch()
-    warmup = Warmup("gradual", samples // 2, 1.0 / kappa, "batch") if setting["model"] == "gpt" else Warmup()
+    units = int(method.split()[0]) if "unit" in method else 0
+    optimizer: Any = plain
+    if units:
+        optimizer = largebatch.batch_size_invariant(plain, reference_batch_size=REFERENCE, micro_batch_size=REFERENCE)
+    warmup = Warmup("gradual", samples // 2, 1.0 / kappa, "batch") if setting["ramp"] else Warmup()
     seen, curve = 0, []
     while seen < samples:
         size = max(REFERENCE, round(kappa * REFERENCE * warmup.of_batch(seen)))
@@ -101,14 +102,13 @@ def run(setting: dict[str, Any], text: bytes) -> dict[str, Any]:
             )
             plain.param_groups[0].update(reference.at(size))
         batch = starts[seen : seen + size]
-        for part in batch.chunk(units):
-            (loss(part) / units).backward()
-        if method.endswith("units"):
-            invariant.set_batch(size)
-            invariant.step()
-        else:
-            plain.step()
-        plain.zero_grad()
+        parts = batch.chunk(units or 1)
+        for part in parts:
+            (loss(part) / len(parts)).backward()
+        if units:
+            optimizer.set_batch(size)
+        optimizer.step()
+        optimizer.zero_grad()
         seen += size
         if seen // mark > len(curve):
             with torch.no_grad():
@@ -118,50 +118,43 @@ def run(setting: dict[str, Any], text: bytes) -> dict[str, Any]:
     return {**setting, "curve": curve}
 
 
-def settings(models: list[str], seeds: list[int], lr: float) -> list[dict[str, Any]]:
+def settings(models: list[str], seeds: list[int], lr: float, ramp: bool, methods: list[str]) -> list[dict[str, Any]]:
     """Return all runs, the references first."""
     rows = []
     for model in models:
         for beta2 in BETAS:
             for seed in seeds:
                 common = {"model": model, "lr": lr, "beta2": beta2, "seed": seed}
-                rows.append({**common, "kappa": 1, "method": "reference"})
-                rows += [{**common, "kappa": kappa, "method": method} for kappa in KAPPAS for method in METHODS]
+                rows.append({**common, "kappa": 1, "method": "reference", "ramp": False})
+                rows += [
+                    {**common, "kappa": kappa, "method": method, "ramp": ramp} for kappa in KAPPAS for method in methods
+                ]
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """Print a table for each model."""
+    """Print a table for each model, learning rate, and way to the batch size."""
 
-    def curves(**wanted: Any) -> list[list[float]]:
-        return [row["curve"] for row in rows if all(row[key] == value for key, value in wanted.items())]
+    def curves(**wanted: Any) -> dict[int, list[float]]:
+        return {row["seed"]: row["curve"] for row in rows if all(row[key] == value for key, value in wanted.items())}
 
-    for model in dict.fromkeys(row["model"] for row in rows):
-        for lr in dict.fromkeys(row["lr"] for row in rows):
-            print(
-                f"\n{model}, lr {lr:g}\n\n| beta2, kappa (sd of a seed) | {' | '.join(METHODS)} |\n|---|{'---|' * len(METHODS)}"
-            )
-            for beta2 in BETAS:
-                cell = {"model": model, "lr": lr, "beta2": beta2}
-                references = curves(**cell, kappa=1)
-                if not references:
-                    continue
-                mean = [fmean(values) for values in zip(*references, strict=True)]
-                spread = (
-                    fmean(stdev(values) for values in zip(*references, strict=True))
-                    if len(references) > 1
-                    else math.nan
-                )
-                for kappa in KAPPAS:
-                    found = []
-                    for method in METHODS:
-                        distances = []
-                        by_seed = zip(curves(**cell, kappa=kappa, method=method), references, strict=False)
-                        for curve, reference in by_seed:
-                            gaps = [abs(a - b) for a, b in zip(curve, reference, strict=False)]
-                            distances.append(fmean(gaps) if len(curve) == len(mean) else math.inf)
-                        found.append(f"{fmean(distances):.4f}" if distances else "-")
-                    print(f"| {beta2:g}, {kappa} ({spread:.3f}) | {' | '.join(found)} |")
+    for model, lr, ramp in dict.fromkeys((r["model"], r["lr"], r["ramp"]) for r in rows if r["kappa"] > 1):
+        start = "the batch doubles from the reference's" if ramp else "large from the first update"
+        print(f"\n{model}, lr {lr:g}, {start}\n")
+        print(f"| beta2, kappa (sd of a seed) | {' | '.join(METHODS)} |\n|---|{'---|' * len(METHODS)}")
+        for beta2, kappa in itertools.product(BETAS, KAPPAS):
+            cell = {"model": model, "lr": lr, "beta2": beta2}
+            references = curves(**cell, kappa=1)
+            points = list(zip(*references.values(), strict=True))
+            spread = fmean(stdev(values) for values in points) if len(references) > 1 else math.nan
+            found = []
+            for method in METHODS:
+                distances = []
+                for seed, curve in curves(**cell, kappa=kappa, method=method, ramp=ramp).items():
+                    gaps = [abs(a - b) for a, b in zip(curve, references.get(seed, []), strict=False)]
+                    distances.append(fmean(gaps) if len(gaps) == MARKS else math.inf)
+                found.append(f"{fmean(distances):.4f}" if distances else "-")
+            print(f"| {beta2:g}, {kappa} ({spread:.3f}) | {' | '.join(found)} |")
 
 
 def _run(job: tuple[dict[str, Any], bytes]) -> dict[str, Any]:
@@ -176,12 +169,20 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["bytes", "words", "gpt"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--ramp", action="store_true", help="the batch doubles from the reference's over half of the run"
+    )
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="only print the tables")
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     done = [{key: value for key, value in row.items() if key != "curve"} for row in rows]
-    missing = [s for s in settings(arguments.models, arguments.seeds, arguments.lr) if s not in done]
+    missing = [
+        s
+        for s in settings(arguments.models, arguments.seeds, arguments.lr, arguments.ramp, arguments.methods)
+        if s not in done
+    ]
     if missing and not arguments.table:
         text = arguments.text.read_bytes()
         with get_context("spawn").Pool(arguments.processes) as pool, arguments.out.open("a") as file:
