@@ -3,10 +3,11 @@
     python benchmarks/beta2.py TEXT --out FILE.jsonl [--models bytes words gpt] [--lr 3e-4] [--ramp] [--seeds 0 1]
     python benchmarks/beta2.py TEXT --out FILE.jsonl --table
 
-AdamW, tuned at a batch of 16, betas (0.9, beta2), constant learning rate. ``bytes`` and ``words`` are MLPs that predict the next byte,
-or the next of the 5,000 commonest words, from those before; ``gpt`` is a small GPT. With ``--ramp`` the batch doubles from 16 to its
-size over the first half of the run. A cell is the mean distance of the validation curve from the reference's of the same seed, at 16
-marks. *n units* trains with n backward passes an update. Each run is a line of the file; what is there already is not run again.
+AdamW, tuned at a batch of 16, betas (0.9, beta2), constant learning rate. ``bytes`` and ``words`` are MLPs that predict the
+next byte, or the next of the 5,000 commonest words, from those before; ``gpt`` is a small GPT. With ``--ramp`` the batch
+doubles from 16 to its size over the first half of the run. A cell is the mean distance of the validation curve from the
+reference's of the same seed, at 16 marks. *n units* trains with n backward passes an update. Each run is a line of the
+file; what is there already is not run again.
 """
 
 from __future__ import annotations

@@ -226,14 +226,14 @@ def test_tracking_leaves_the_running_statistics_alone(name):
 
 
 # The unit roundoff u, half the distance from 1 to the next number, bounds the relative error of one rounding. A model's
-# backward pass rounds, in each of its L products, input, weight, output, and the gradients of output and input; these
-# 5 L errors are independent and spread evenly over [-u, u], so that together they come to sqrt(5 L / 3) u. Squaring
-# doubles that, and a factor of 4 is left for nonlinearities and norms, which pass errors on unevenly.
+# backward pass rounds, in each of its L products and normalisations, input, weight, output, and the gradients of output and
+# input; these 5 L errors are independent and spread evenly over [-u, u], so that together they come to sqrt(5 L / 3) u.
+# Squaring doubles that, and a factor of 4 is left for nonlinearities and norms, which pass errors on unevenly.
 UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 def allowed(model, dtype):
-    depth = sum(p.ndim > 1 for p in model.parameters())
+    depth = sum(name.endswith("weight") for name, _ in model.named_parameters())
     return 4 * 2 * (5 * depth / 3) ** 0.5 * UNIT_ROUNDOFF[dtype]
 
 
