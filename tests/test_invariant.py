@@ -961,3 +961,26 @@ def test_memory_is_one_buffer_of_the_parameters():
         numel = sum(p.numel() for p in build().parameters())
         assert not more and buffer.numel() == numel + len(slots) + 3
         assert all(slot.partial is None for slot in slots)
+
+
+def test_through_torch_distributed_checkpoint(rank_pool, tmp_path):
+    """Its state by name, written and read, goes on as if never stopped."""
+    found, expected = rank_pool(1, stopped_by_checkpoint, str(tmp_path))[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def stopped_by_checkpoint(rank, world_size, folder):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    whole, optimizer = trained(3)
+    model = copy.deepcopy(whole)
+    dcp.save({"optimizer": get_optimizer_state_dict(whole, optimizer)}, checkpoint_id=folder)
+    other = batch_size_invariant(MAKERS["adamw"](model.parameters()), reference_batch_size=2, micro_batch_size=6)
+    state = {"optimizer": get_optimizer_state_dict(model, other)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(model, other, state["optimizer"])
+    assert other.samples_seen == optimizer.samples_seen == 36
+    trained(5, optimizer, whole, start=3)
+    trained(5, other, model, start=3)
+    return weights(model), weights(whole)

@@ -11,6 +11,7 @@ import largebatch
 import largebatch.moments
 from largebatch import optim
 from largebatch.data.sampler import effective_micro_batches
+from largebatch.section import UserError
 
 B = 12
 
@@ -294,3 +295,31 @@ def test_effective_micro_batches():
     assert effective_micro_batches(64, 2, 16) == 4
     assert effective_micro_batches(100, 1, 40) == pytest.approx(100**2 / (40**2 + 40**2 + 20**2))
     assert effective_micro_batches(3, 4, None) == 3  # an idle rank does not count
+
+
+def test_natural_mistakes_of_own_loops_are_errors(monkeypatch):
+    """Shadows trained, groups' own rates made one, a batch without its ranks, a wrapped model tracked."""
+    model = largebatch.track(nn.Linear(3, 2))
+    for make in (
+        optim.AdamW,
+        optim.Adam,
+        optim.RMSProp,
+        optim.Adagrad,
+        optim.SGD,
+        optim.LARS,
+        optim.LAMB,
+        optim.Quench,
+    ):
+        with pytest.raises(UserError, match="include its shadows"):
+            make(model.parameters(), 0.1)
+    optimizer = optim.AdamW([{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in (0.1, 0.2)])
+    with pytest.raises(UserError, match=r"rates of their own \(0.1, 0.2\)"):
+        optim.set_hyperparameters(optimizer, {"lr": 0.3})
+    optim.set_hyperparameters(optimizer, {"betas": (0.8, 0.9)})
+    monkeypatch.setattr("largebatch.optim.adaptive.num_ranks", lambda: 2)
+    with pytest.raises(UserError, match=r"set_batch: expected world_size, .* as there are 2"):
+        optimizer.set_batch(4)
+    optimizer.set_batch(4, world_size=2)
+    wrapped = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
+    with pytest.raises(UserError, match="track: the model is wrapped"):
+        largebatch.track(wrapped)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.moments.interception import Intercepted, forward
 from largebatch.moments.scope import FALLBACK, Tracked, notes
@@ -69,6 +70,10 @@ def track(
     """
     if per not in ("sample", "micro_batch"):
         raise UserError(f"track: per must be 'sample' or 'micro_batch', got '{per}'")
+    if isinstance(model, DistributedDataParallel):
+        raise UserError(
+            "track: the model is wrapped by DistributedDataParallel already, which would not reduce the squares; track it first"
+        )
     modules = dict(model.named_modules())
     dims = {"": batch_dim} if isinstance(batch_dim, int) else dict(batch_dim)
     slow = set(fallback)

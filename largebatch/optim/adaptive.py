@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from largebatch.optim.averages import Moment, advance_average
-from largebatch.optim.groups import is_shadow_group
+from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
+from largebatch.reduce import num_ranks
+from largebatch.section import UserError
 
 BiasCorrection = Literal["published", "running_mean"]
 
@@ -54,26 +56,37 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
             )
         super().__init__(params, defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.optim; one of shadows has to say so."""
+        super().add_param_group(param_group)
+        refuse_stray_shadows(self.param_groups[-1])
+
     def used_state(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of the state tensors that this group's options need."""
         return self.state_names
 
-    def set_batch(self, batch_size: int, num_units: float | None = None, world_size: int = 1, due: bool = True) -> None:
+    def set_batch(
+        self, batch_size: int, num_units: float | None = None, world_size: int | None = None, due: bool = True
+    ) -> None:
         """Say what the coming step's gradients are means of; needed where squares are tracked.
 
         Args:
             batch_size: B, samples of the update over all ranks.
             num_units: n, independent units in the mean whose squares were tracked: B for samples (the default); for
                 micro-batches their number, or 1/sum(w^2) where their weights w in the mean differ.
-            world_size: ranks over which the engine averaged gradients.
+            world_size: ranks over which the engine averaged gradients; may be left out on one process.
             due: whether the squares are complete in this step. Until then they add up in the shadows' gradients and the
                 second moment waits; then it takes their mean, with the weight of all the updates it waited for.
         """
+        if world_size is None and num_ranks() > 1:
+            raise UserError(
+                f"set_batch: expected world_size, the ranks that gradients were averaged over, as there are {num_ranks()}"
+            )
         for group in self.param_groups:
             if group.get("due", True):  # the last squares were complete, whether or not their update was taken
                 group["waited"], group["inverse_units"] = 0, 0.0
             group["batch_size"], group["num_units"] = batch_size, num_units or batch_size
-            group["world_size"], group["due"] = world_size, due
+            group["world_size"], group["due"] = world_size or 1, due
             group["waited"] += 1
             # n units of weight 1/n leave squares of the sum q/n, so what has added up is q * sum(1/n).
             group["inverse_units"] += 1.0 / group["num_units"]

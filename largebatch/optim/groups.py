@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.moments import is_shadow, shadows
+from largebatch.section import UserError
 
 
 def param_groups(
@@ -46,6 +47,19 @@ def param_groups(
 def is_shadow_group(group: Mapping[str, Any]) -> bool:
     """Return whether a group holds shadows, which are never updated, clipped or counted."""
     return group.get("role") == "shadow"
+
+
+def refuse_stray_shadows(group: Mapping[str, Any]) -> None:
+    """Refuse shadows that would be trained as parameters.
+
+    Raises:
+        UserError: if a group that is not marked as one of shadows holds one.
+    """
+    if not is_shadow_group(group) and any(is_shadow(p) for p in group["params"]):
+        raise UserError(
+            "the parameters of a tracked model include its shadows, which must not be trained; expected the groups of "
+            "largebatch.param_groups(model) in place of model.parameters()"
+        )
 
 
 def gradients_and_squares(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
@@ -90,7 +104,14 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, values: Mapping[str, A
 
     Raises:
         KeyError: if the optimizer has no such hyper-parameter.
+        UserError: if groups have learning rates of their own, which would all become one.
     """
+    rates = {float(group["lr"]) for group in optimizer.param_groups if not is_shadow_group(group)}
+    if "lr" in values and len(rates) > 1:
+        raise UserError(
+            f"set_hyperparameters: the groups have rates of their own ({', '.join(f'{lr:g}' for lr in sorted(rates))}), which "
+            "would all become one; use largebatch.batch_size_invariant, which scales each"
+        )
     for group in optimizer.param_groups:
         for name, value in values.items():
             if name not in group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -33,7 +34,7 @@ SECOND_MOMENTS: dict[type, str | None] = {
     torch.optim.SGD: None,
 }
 OURS = (AdaptiveOptimizer, LARS, SGD)
-KEY = "batch_size_invariant"  # in a state dict
+KEY = "batch_size_invariant"  # in the first group of a state dict
 
 # Updates at the reference that the averages of the noise scale span. It is measured at each of the first updates, then now and
 # then: what hundreds of updates say is said by every eighth of them.
@@ -226,6 +227,8 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         if units is None:
             self.base.step()
             return loss
+        if self._announced is None:
+            _warn_of_short_batches()
         size = self.micro_batch_size * units.size if self._announced is None else self._announced
         self.batch_size, self._announced = round(size), None
         kappa = size / self.reference_batch_size
@@ -394,8 +397,14 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         return self.base
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state dict, and under ``batch_size_invariant`` what is needed to go on exactly."""
-        return {**self.base.state_dict(), KEY: self._own_state()}
+        """Return the base's state dict; in its first group, under ``batch_size_invariant``, what is needed to go on exactly.
+
+        A group's keys are what torch.distributed.checkpoint keeps of an optimizer besides its state by parameter. Where updates
+        have one backward pass alone, what it reads lacks the last gradient, and the first estimate is coarser.
+        """
+        state = self.base.state_dict()
+        first, *others = state["param_groups"]
+        return {**state, "param_groups": [{**first, KEY: self._own_state()}, *others]}
 
     def _own_state(self) -> dict[str, Any]:
         parameters = [p for _, p in self._parameters()]
@@ -419,13 +428,15 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         Raises:
             UserError: if it was saved with another reference batch size.
         """
-        own = state_dict.get(KEY)
+        first, *others = state_dict["param_groups"]
+        own = first.get(KEY)
         if own is not None and own["reference_batch_size"] != self.reference_batch_size:
             raise UserError(
                 f"reference_batch_size: the state was saved with {own['reference_batch_size']}, this optimizer has "
                 f"{self.reference_batch_size}; expected the same"
             )
-        self.base.load_state_dict({name: value for name, value in state_dict.items() if name != KEY})
+        plain = {name: value for name, value in first.items() if name != KEY}
+        self.base.load_state_dict({**state_dict, "param_groups": [plain, *others]})
         self._squares.restart()
         self._counts = self._counts_of_state()
         if own is not None:
@@ -472,6 +483,23 @@ def _second_moment(optimizer: torch.optim.Optimizer) -> str | None:
     raise UserError(
         f"batch_size_invariant: expected {known} of torch.optim or an optimizer of largebatch.optim, got "
         f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    )
+
+
+def _warn_of_short_batches() -> None:
+    """Warn, as often as warnings are shown, where Accelerate's loader ends its data with a smaller batch."""
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+    if state is None or not state._shared_state:
+        return
+    host = state()
+    if not host.end_of_dataloader or host.remainder <= 0:
+        return
+    if host.active_dataloader is not None and getattr(host.active_dataloader.batch_sampler, "even_batches", False):
+        return  # filled up
+    warnings.warn(
+        f"the last batch of the data had {host.remainder} samples and was counted as a full one; expected drop_last=True, or "
+        "`with optimizer.micro_batch(size):` around its backward pass",
+        stacklevel=5,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from largebatch.optim.adaptive import AdamW, BiasCorrection
 from largebatch.optim.averages import Moment
-from largebatch.optim.groups import is_shadow_group
+from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
 from largebatch.section import UserError
 
 
@@ -82,6 +82,11 @@ class LARS(torch.optim.Optimizer):
                 "adapt_norm_and_bias": adapt_norm_and_bias,
             },
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.optim; one of shadows has to say so."""
+        super().add_param_group(param_group)
+        refuse_stray_shadows(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from largebatch.optim.groups import is_shadow_group
+from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
 
 MomentumForm = Literal["sum", "velocity", "average"]
 
@@ -54,6 +54,11 @@ class SGD(torch.optim.SGD):
             raise ValueError(f"form: {form!r} takes neither nesterov nor {sorted(kwargs) or 'further arguments'}")
         self.form = form
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.optim; one of shadows has to say so."""
+        super().add_param_group(param_group)
+        refuse_stray_shadows(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
