@@ -13,7 +13,8 @@ Each hook also adds up one projection of c_u, by which the update learns what wa
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,9 @@ class Units:
         equal: whether all units have one size.
         world_size: W.
         factor: by which gradients were multiplied between the backward passes and the update.
+        rounding: of gradients, relative to their size.
         slots: of the parameters that have a gradient, in order.
+        clip: the part of the factor that is neither a loss scale nor the size of a sum.
     """
 
     num_units: float
@@ -46,7 +49,9 @@ class Units:
     equal: bool
     world_size: int
     factor: float
+    rounding: float
     slots: list[Slot] = field(default_factory=list)
+    clip: float = 1.0
 
     @property
     def scale(self) -> float:
@@ -67,14 +72,16 @@ class MicroBatchSquares:
         self.slots: dict[Tensor, Slot] = {}
         self.settings: dict[str, int] = {}
         """What has to be the same on every rank."""
-        self._handles: list[Any] = []
+        self._handles: dict[Tensor, Any] = {}
+        # With the optimizer go its hooks, and what they hold.
+        weakref.finalize(self, _remove, self._handles)
         self._buffers: list[tuple[Tensor, Tensor, list[Slot]]] = []
-        """Flat: regions, then a projection a slot, then the counts; the part with the projections; the slots."""
+        """Flat: regions, then two projections a slot, then the counts; the projections, (slots, 2); the slots."""
         self._project = Projector()
         self._update, self._over, self._checked = 0, True, False
         self._task, self._sizes, self._nested = -1, list[float](), False
         self._joint: set[Slot] | None = None
-        self._joint_size: float | None = None
+        self._joint_size, self._joint_begun = 1.0, False
         self._world_size = 1
         self.add(named)
 
@@ -83,8 +90,11 @@ class MicroBatchSquares:
         for name, parameter in named:
             if parameter in self.slots:
                 continue
-            if hasattr(parameter, "to_local") or not parameter.is_leaf or parameter.is_complex():
-                kind = "complex" if parameter.is_complex() else "no leaf" if not parameter.is_leaf else "a DTensor"
+            self._checked = False
+            kind = "complex" if parameter.is_complex() else "" if parameter.is_leaf else "no leaf"
+            if hasattr(parameter, "to_local") or type(parameter).__name__ == "FlatParameter":
+                kind = "a DTensor" if hasattr(parameter, "to_local") else "a FlatParameter of FSDP1"
+            if kind:
                 raise UserError(
                     f"batch_size_invariant: parameter {name} is {kind}; expected real leaf tensors that every data-parallel "
                     "rank holds whole. For FSDP2, tensor parallelism and DeepSpeed ZeRO use the trainer's engines "
@@ -94,24 +104,32 @@ class MicroBatchSquares:
             frozen = not parameter.requires_grad
             if frozen:  # a hook can only be had while it is not
                 parameter.requires_grad_(True)
-            self._handles.append(parameter.register_hook(self._hook(slot)))
+            self._handles[parameter] = parameter.register_hook(self._hook(slot))
             if frozen:
                 parameter.requires_grad_(False)
-        self._checked = False
+
+    def keep(self, parameters: Container[Tensor]) -> None:
+        """Let go of the parameters that are not among these."""
+        for parameter in [p for p in self.slots if p not in parameters]:
+            self._handles.pop(parameter).remove()
+            del self.slots[parameter]
+            self._checked = False
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
 
     def restart(self) -> None:
         """Forget the passes since the last update: their gradients were cleared, or used."""
         self._over = True
 
     def _hook(self, slot: Slot) -> Callable[[Tensor], None]:
+        ours = weakref.ref(self)
+
         def hook(gradient: Tensor) -> None:
-            self._observe(slot, gradient.detach() if gradient.requires_grad else gradient)
+            squares = ours()
+            if squares is not None:
+                squares._observe(slot, gradient.detach() if gradient.requires_grad else gradient)
 
         hook.__torch_unserializable__ = True  # type: ignore[attr-defined]  # it is put on again where it belongs
         return hook
@@ -146,6 +164,8 @@ class MicroBatchSquares:
             if slot.holds == "squares":
                 slot.holds = ""
             self._project(slot.sample(gradient), out=slot.projection)
+            if self._joint is not None:  # cleared within a micro-batch: what came before is no part of it
+                self._joint.discard(slot)
         else:
             slot.projection += self._project(slot.sample(gradient))
         further = self._joint is not None and slot in self._joint
@@ -194,10 +214,11 @@ class MicroBatchSquares:
             self._update, self._over = self._update + 1, False
             self._sizes, self._nested = [], False
             self._world_size = num_ranks(self.process_group)
+            self._joint_begun = False
         if self._joint is not None:
-            if self._joint_size is not None:  # one unit, however many passes: the first of them begins it
+            if not self._joint_begun:  # one unit, however many passes: the first of them begins it
                 self._sizes.append(self._joint_size)
-                self._joint_size = None
+                self._joint_begun = True
         elif _is_nested():  # of which pass it is a part cannot be told
             self._nested = True
             self._sizes = self._sizes or [1.0]
@@ -216,7 +237,7 @@ class MicroBatchSquares:
         for slot in self.slots.values():  # what is p.grad so far will not be after these passes
             if not self._over and slot.update == self._update and slot.count == 1 and slot.parameter.grad is not None:
                 self._square_first(slot)
-        self._joint, self._joint_size, self._task = set(), size, -1
+        self._joint, self._joint_size, self._joint_begun, self._task = set(), size, False, -1
         try:
             yield
             for slot in self._joint:
@@ -224,7 +245,7 @@ class MicroBatchSquares:
                     assert slot.partial is not None
                     self._square(slot, slot.partial)
         except BaseException:
-            self._over = True
+            self._over = self._over or self._joint_begun  # half a unit cannot be told from the others
             raise
         finally:
             self._joint, self._task = None, -1
@@ -237,13 +258,13 @@ class MicroBatchSquares:
                 kinds.setdefault((slot.parameter.device, statistic_dtype(slot.parameter.dtype)), []).append(slot)
         for (device, dtype), slots in kinds.items():
             length = sum(slot.parameter.numel() for slot in slots)
-            buffer = torch.zeros(length + len(slots) + 3, dtype=dtype, device=device)
+            buffer = torch.zeros(length + 2 * len(slots) + 3, dtype=dtype, device=device)
             offset = 0
             for index, slot in enumerate(slots):
                 end = offset + slot.parameter.numel()
-                slot.place(buffer[offset:end], buffer[length + index])
+                slot.place(buffer[offset:end], buffer[length + 2 * index : length + 2 * index + 2])
                 offset = end
-            self._buffers.append((buffer, buffer[length : length + len(slots)], slots))
+            self._buffers.append((buffer, buffer[length:-3].view(-1, 2), slots))
 
     # At the update
 
@@ -285,8 +306,8 @@ class MicroBatchSquares:
             raise UserError(FOREIGN.format(live[0].name, NO_PASS))
         effective = size**2 / squares_of_size
         equal = abs(effective - num_units) < 1e-6 * num_units
-        units = Units(num_units if equal else effective, size, equal, self._world_size, 1.0, live)
-        units.factor = self._project.factor(live, num_units, self._world_size)
+        factor, rounding = self._project.factor(live, num_units, self._world_size)
+        units = Units(num_units if equal else effective, size, equal, self._world_size, factor, rounding, live)
         if num_units > 1:
             for slot in live:  # alone, of a parameter that one unit used, or none
                 if slot.holds != "squares":
@@ -330,10 +351,16 @@ class MicroBatchSquares:
         if self._world_size == 1:
             return counts[0], counts[1], counts[2]
         for buffer, _, _ in self._buffers:
-            buffer[-3:] = torch.tensor(counts, dtype=buffer.dtype)
+            buffer[-3:] = torch.tensor(counts, dtype=buffer.dtype, device="cpu")
         sum_over_ranks([buffer for buffer, _, _ in self._buffers], self.process_group)
         totals = self._buffers[0][0][-3:].tolist()
         return totals[0], totals[1], totals[2]
+
+
+def _remove(handles: dict[Tensor, Any]) -> None:
+    for handle in handles.values():
+        handle.remove()
+    handles.clear()
 
 
 def _is_nested() -> bool:

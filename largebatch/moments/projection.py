@@ -1,8 +1,8 @@
-"""What happened to gradients between the backward passes and the update, told by one projection of each.
+"""What happened to gradients between the backward passes and the update, told by two projections of each.
 
 The sum over the backward passes of <c_u, r>, with r fixed random numbers, is the projection of the gradient that they leave. At
 the update the same projection of `p.grad` is that times the factor by which the gradients were multiplied since: by clipping,
-or by a loss scale that was divided out. Gradients that were changed in another way do not fit one factor for all parameters.
+or by a loss scale that was divided out. Gradients that were changed in another way do not fit one factor for all projections.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ PROJECTED = 4_096
 TOLERANCE = 0.01
 FOREIGN = (
     "batch_size_invariant: the gradient of parameter {} is not what the backward passes left, times one factor for all "
-    "parameters as clipping by the global norm gives: {}. Clip by the norm over all parameters of the optimizer, zero all "
-    "gradients together (optimizer.zero_grad(), or model.zero_grad() with set_to_none=True), build the optimizer before the "
-    "first backward pass, and average gradients over the ranks of process_group"
+    "parameters as clipping by the global norm gives: {}. Clip by the norm over all parameters of the optimizer, once before "
+    "step(); zero all gradients together (optimizer.zero_grad(), or model.zero_grad() with set_to_none=True); build the "
+    "optimizer before the first backward pass and after hooks that change gradients; average gradients over the ranks of "
+    "process_group; leave sharded engines (FSDP, DeepSpeed) to the trainer"
 )
 NO_PASS = "no backward pass since the last update left it"
 
@@ -55,7 +56,7 @@ class Slot:
 
         Args:
             memory: one dimension, as many elements as the parameter; `region` is a view of it in the parameter's memory order.
-            projection: (), where the projections of an update's passes add up.
+            projection: (2,), where the projections of an update's passes add up.
         """
         parameter = self.parameter
         strides: tuple[int, ...] = parameter.stride()
@@ -78,9 +79,9 @@ class Slot:
         assert self.parameter.grad is not None
         return self.parameter.grad.detach().to(self.region.dtype)
 
-    def keep_gradient(self, factor: float) -> None:
-        """Keep the gradient for the next update's estimate, as the backward pass left it."""
-        torch.div(self.gradient(), factor or 1.0, out=self.region)
+    def keep_gradient(self, clip: float) -> None:
+        """Keep the gradient for the next update's estimate, as it was before clipping."""
+        torch.div(self.gradient(), clip or 1.0, out=self.region)
         self.holds = "previous"
 
     def sample(self, gradient: Tensor) -> Tensor:
@@ -99,16 +100,16 @@ class Projector:
         self._numbers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return <values, r>, (); values are a sample of `Slot.sample`."""
+        """Return <values, r> for two r, (2,); values are a sample of `Slot.sample`."""
         numbers = self._numbers.get((values.device, values.dtype))
         if numbers is None:
-            generator = torch.Generator().manual_seed(0)
-            numbers = torch.randn(PROJECTED, generator=generator, dtype=torch.float64).to(values.device, values.dtype)
-            self._numbers[values.device, values.dtype] = numbers
-        return torch.dot(values, numbers[: values.numel()], out=out)
+            generator = torch.Generator("cpu").manual_seed(0)
+            numbers = torch.randn(2, PROJECTED, generator=generator, dtype=torch.float64, device="cpu")
+            numbers = self._numbers[values.device, values.dtype] = numbers.to(values.device, values.dtype)
+        return torch.mv(numbers[:, : values.numel()], values, out=out)
 
-    def factor(self, slots: Sequence[Slot], num_units: float, world_size: int) -> float:
-        """Return what the gradients were multiplied by since the backward passes.
+    def factor(self, slots: Sequence[Slot], num_units: float, world_size: int) -> tuple[float, float]:
+        """Return what the gradients were multiplied by since the backward passes, and their relative rounding.
 
         Args:
             slots: of parameters with a gradient, their projections summed over passes and ranks.
@@ -122,26 +123,34 @@ class Projector:
         both = [self(sample) for sample in samples] + [slot.projection for slot in slots]
         if len({(value.device, value.dtype) for value in both}) > 1:
             both = [value.double().cpu() for value in both]
-        found, left = torch.stack(both).double().cpu().view(2, -1)
+        found, left = torch.stack(both).double().cpu().view(2, len(slots), 2)
         left = left / world_size
-        if not bool((left.isfinite() & found.isfinite()).all()):
-            return 1.0  # as torch: what is not finite is passed on
-        total = float(left.dot(left))
-        factor = float(left.dot(found)) / total if total > 0 else 1.0
+        if not bool(found.isfinite().all()):
+            return 1.0, 0.0  # as torch: what is not finite is passed on
+        if not bool(left.isfinite().all()):
+            index = int((~left.isfinite()).any(1).nonzero()[0])
+            raise UserError(
+                FOREIGN.format(slots[index].name, "they left numbers that are not finite, and it is finite now")
+            )
+        total = float(left.square().sum())
+        factor = float((left * found).sum()) / total if total > 0 else 1.0
+        residual = float((found - factor * left).norm()) / (float(found.norm()) or 1.0)
         types = [torch.finfo(dtype) for dtype in {slot.parameter.dtype for slot in slots}]
         rounding = max(of_type.eps for of_type in types)
         # A sum over n units may be much smaller than they are.
         tolerance = TOLERANCE + 4.0 * rounding * max(1.0, num_units) ** 0.5
         wrong = (found - factor * left).abs() > tolerance * abs(factor) * left.abs()
-        if bool(wrong.any()):  # or orthogonal to the random numbers; and the smallest numbers have few digits
-            norms = torch.stack([torch.linalg.vector_norm(sample).double().cpu() for sample in samples])
+        if bool(wrong.any()):  # or orthogonal to the random numbers
+            norms = torch.stack([torch.linalg.vector_norm(sample).double().cpu() for sample in samples])[:, None]
+            # The smallest numbers have few digits, and a gradient that is all rounding (of a bias before a norm) may be lost.
             lost = max(of_type.tiny * of_type.eps for of_type in types) * PROJECTED
+            lost += torch.finfo(torch.float32).eps * float(torch.maximum(norms, left.abs()).max())
             wrong = (found - factor * left).abs() > tolerance * torch.maximum(norms, abs(factor) * left.abs()) + lost
         if bool(wrong.any()):
-            index = int(wrong.nonzero()[0])
+            index, direction = (int(i) for i in wrong.nonzero()[0])
             why = NO_PASS
-            if float(left[index]) != 0.0:
-                ratio = float(found[index] / left[index])
+            if float(left[index, direction]) != 0.0:
+                ratio = float(found[index, direction] / left[index, direction])
                 why = f"it is {ratio:.4g} times that along one direction, all of them {factor:.4g} times"
             raise UserError(FOREIGN.format(slots[index].name, why))
-        return 1.0 if abs(factor - 1.0) < 64.0 * rounding else factor
+        return (1.0 if abs(factor - 1.0) < 64.0 * rounding else factor), max(rounding, residual)

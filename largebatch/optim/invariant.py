@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +19,10 @@ from largebatch.moments.micro_batches import MicroBatchSquares, Units
 from largebatch.noise import Noise, NoiseScale
 from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.optim.averages import Moment
+from largebatch.optim.fused import may_fuse
+from largebatch.optim.host import loader_size, samples, warn_of_short_batches
 from largebatch.optim.layerwise import LARS
+from largebatch.optim.progress import Progress
 from largebatch.optim.quench import Quench
 from largebatch.optim.sgd import SGD
 from largebatch.optim.shift import Count, Row, coefficient_at, move_second_moments, noise_sums, shift_of
@@ -35,6 +38,10 @@ SECOND_MOMENTS: dict[type, str | None] = {
 }
 OURS = (AdaptiveOptimizer, LARS, SGD)
 KEY = "batch_size_invariant"  # in the first group of a state dict
+SAVED = ("batch_size", "kappa", "samples_seen", "updates", "previous_batch_size", "loss_scale")
+STATE_DICT_HOOKS = tuple(
+    f"_optimizer_{what}_{when}_hooks" for what in ("state_dict", "load_state_dict") for when in ("pre", "post")
+)
 
 # Updates at the reference that the averages of the noise scale span. It is measured at each of the first updates, then now and
 # then: what hundreds of updates say is said by every eighth of them.
@@ -106,9 +113,6 @@ class BatchSizeInvariant(torch.optim.Optimizer):
 
     Attributes:
         base: the optimizer that was given; it holds the groups and the state.
-        batch_size: B of the last update, in samples; of the reference before the first.
-        lr_scale: kappa, by which the last update multiplied the groups' learning rates; 1 for `Quench`, which needs no rule.
-        samples_seen: samples of all updates, over all ranks.
     """
 
     def __init__(
@@ -122,24 +126,20 @@ class BatchSizeInvariant(torch.optim.Optimizer):
     ) -> None:
         self.base = optimizer
         self._moment_name = _second_moment(optimizer)
-        micro = micro_batch_size if isinstance(micro_batch_size, int | float) else _loader_size(micro_batch_size)
-        for name, value in (("reference_batch_size", reference_batch_size), ("micro_batch_size", micro)):
-            if not value >= 1:
-                raise UserError(f"{name}: expected at least 1 sample, got {value}")
+        micro = micro_batch_size if hasattr(micro_batch_size, "__index__") else loader_size(micro_batch_size)
+        reference, micro = samples("reference_batch_size", reference_batch_size), samples("micro_batch_size", micro)
         if loss not in ("mean", "sum"):
             raise UserError(f"loss: expected 'mean' or 'sum', got {loss!r}")
-        self.reference_batch_size, self.micro_batch_size, self.loss = reference_batch_size, micro, loss
-        self.batch_size, self.lr_scale, self.samples_seen = reference_batch_size, 1.0, 0
-        self._announced: int | None = None
-        self._previous_batch_size = 0.0
-        self._warned = False
-        self._noise = NoiseScale(["all"], NOISE_UPDATES * reference_batch_size / NOISE_EVERY, least_updates=NOISE_FIRST)
-        self._updates = 0
+        self.reference_batch_size, self.micro_batch_size, self.loss = reference, micro, loss
+        self._progress = Progress(reference)
+        self._noise = NoiseScale(["all"], NOISE_UPDATES * reference / NOISE_EVERY, least_updates=NOISE_FIRST)
         self._squares = MicroBatchSquares([], process_group)
-        self._squares.settings = {"reference_batch_size": int(reference_batch_size), "micro_batch_size": int(micro)}
+        self._squares.settings = {"reference_batch_size": reference, "micro_batch_size": micro}
         super().__setstate__({})  # hooks and profiling; groups and state are those of the base
+        for name in STATE_DICT_HOOKS:
+            setattr(self, name, getattr(optimizer, name))
         self._hook_parameters()
-        self._counts = self._counts_of_state()
+        self._progress.counts = self._counts_of_state()
 
     # Shared with the base
 
@@ -179,8 +179,24 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         """Clear the gradients, and the squares with them."""
         self.base.zero_grad(set_to_none)
         self._squares.restart()
+        self._hook_parameters()
 
     # What is said to it, and what it says
+
+    @property
+    def batch_size(self) -> int:
+        """B of the last update, in samples over all ranks; of the reference before the first."""
+        return self._progress.batch_size
+
+    @property
+    def lr_scale(self) -> float:
+        """What the last update multiplied the groups' learning rates by: kappa; 1 for `Quench`, which needs no rule."""
+        return 1.0 if isinstance(self.base, Quench) else self._progress.kappa
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples of all updates, over all ranks."""
+        return self._progress.samples_seen
 
     def micro_batch(self, size: int | None = None) -> AbstractContextManager[None]:
         """Return a context whose backward passes are of one micro-batch, of another size than announced if one is given.
@@ -191,22 +207,18 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         Args:
             size: samples of the micro-batch, >= 1; None for the announced size.
         """
-        if size is not None and not size >= 1:
-            raise UserError(f"micro_batch: expected a size of at least 1 sample, got {size}")
-        return self._squares.joined(1.0 if size is None else size / self.micro_batch_size)
+        return self._squares.joined(1.0 if size is None else samples("micro_batch", size) / self.micro_batch_size)
 
     def set_batch(self, batch_size: int) -> None:
         """Announce B of the coming update, in samples over all ranks, in place of what is counted."""
-        if not batch_size >= 1:
-            raise UserError(f"set_batch: expected at least 1 sample, got {batch_size}")
-        self._announced = batch_size
+        self._progress.announced = samples("set_batch", batch_size)
 
     @property
     def critical_batch_size(self) -> Noise:
         """The batch size at which an update makes half of a noiseless one's progress, with its band (`largebatch.noise.Noise`).
 
-        Averaged over the samples of a thousand updates at the reference; NaN before the first update. Where updates have one
-        backward pass alone, the change of the gradient from one to the next counts as noise, and the value is too large.
+        Averaged over the samples of a thousand updates at the reference; unbounded before the first update. Where updates have
+        one backward pass alone, the change of the gradient from one to the next counts as noise, and the value is too large.
         """
         return self._noise.whole
 
@@ -223,21 +235,34 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._hook_parameters()
         units = self._squares.collect()
-        if units is None:
-            self.base.step()
+        progress = self._progress
+        if units is None:  # nothing but momentum and weight decay
+            with self._written_at(progress.kappa, 1.0):
+                self.base.step()
+            self._follow_counts()
             return loss
-        if self._announced is None:
-            _warn_of_short_batches()
-        size = self.micro_batch_size * units.size if self._announced is None else self._announced
-        self.batch_size, self._announced = round(size), None
-        kappa = size / self.reference_batch_size
+        if progress.announced is None:
+            warn_of_short_batches()
+        size = self.micro_batch_size * units.size if progress.announced is None else progress.announced
+        progress.batch_size, progress.announced = round(size), None
+        progress.kappa = size / self.reference_batch_size
+        units.clip = progress.clip_of(units.factor)
         if self.loss == "sum":
-            self._to_reference_sum(units, units.world_size / kappa)
-        self._update(units, size, kappa)
-        self.samples_seen += self.batch_size
-        self._previous_batch_size = size
+            self._to_reference_sum(units, units.world_size / progress.kappa)
+        self._update(units, size, progress.kappa)
+        progress.samples_seen += progress.batch_size
+        progress.previous_batch_size = size
         return loss
+
+    def _follow_counts(self) -> None:
+        """Count updates that the base has counted without a gradient."""
+        for p, found in self._counts_of_state().items():
+            count = self._progress.counts.setdefault(p, Count())
+            if found.updates > count.updates:
+                count.log_decay += found.log_decay * (1.0 - count.updates / found.updates)
+                count.updates = found.updates
 
     def _to_reference_sum(self, units: Units, factor: float) -> None:
         """Scale gradients, which the ranks' mean of sums is, to the sum over a reference batch."""
@@ -246,21 +271,21 @@ class BatchSizeInvariant(torch.optim.Optimizer):
 
     def _update(self, units: Units, size: float, kappa: float) -> None:
         # The variance between two successive gradients is sigma^2/B_t + sigma^2/B_{t-1}, and V = sigma^2/B_t.
-        spread = 1.0 / (1.0 + size / self._previous_batch_size) if self._previous_batch_size else 1.0
-        if self._measures(self._updates):
+        progress = self._progress
+        spread = 1.0 / (1.0 + size / progress.previous_batch_size) if progress.previous_batch_size else 1.0
+        if self._measures(progress.updates):
             signal, variance = noise_sums(units.slots, units, spread)
             self._measured(signal, variance)
         move_second_moments(self._rows(units, kappa), units, spread)
-        with self._written_at(kappa, units):
+        with self._written_at(kappa, units.num_units):
             if isinstance(self.base, AdaptiveOptimizer):
                 self.base.moment_source = lambda params: self._moment(params, units, spread, kappa)
             self.base.step()
-        self.lr_scale = 1.0 if isinstance(self.base, Quench) else kappa
-        self._updates += 1
+        progress.updates += 1
         if units.num_units <= 1:
             for slot in units.slots:
-                if kappa != 1.0 or self._measures(self._updates):
-                    slot.keep_gradient(units.factor)
+                if kappa != 1.0 or self._measures(progress.updates):
+                    slot.keep_gradient(units.clip)
                 else:
                     slot.holds = ""
 
@@ -272,11 +297,11 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         """Take one update's |ghat|^2 and sum of V into the averages, and warn once of a batch above the band."""
         sums = torch.tensor([[signal], [signal + variance]], dtype=torch.float64)
         self._noise.update(sums, self.batch_size, num_units=2, scale=1.0)
-        if self._warned or self._updates < NOISE_FIRST:
+        if self._progress.warned or self._progress.updates < NOISE_FIRST:
             return
         noise = self.critical_batch_size
         if self.batch_size > noise.high:
-            self._warned = True
+            self._progress.warned = True
             warnings.warn(
                 f"the batch of {self.batch_size:,} samples is above the critical batch size, {noise.noise_scale:,.0f} with a "
                 f"99 % band of {noise.low:,.0f} to {noise.high:,.0f}: a smaller batch would make more of each sample",
@@ -284,7 +309,7 @@ class BatchSizeInvariant(torch.optim.Optimizer):
             )
 
     @contextmanager
-    def _written_at(self, kappa: float, units: Units) -> Iterator[None]:
+    def _written_at(self, kappa: float, num_units: float) -> Iterator[None]:
         """Return a context in which the groups have the values of this batch size, and afterwards those of before."""
         names = ("lr", "betas", "alpha", "fused")
         written = [{name: group[name] for name in names if name in group} for group in self.param_groups]
@@ -292,7 +317,7 @@ class BatchSizeInvariant(torch.optim.Optimizer):
             for group in self.param_groups:
                 group.update(self._scaled(group, kappa))
                 if isinstance(self.base, Quench):
-                    group["batch_size"], group["num_units"] = self.batch_size, units.num_units
+                    group["batch_size"], group["num_units"] = self.batch_size, num_units
             yield
         finally:
             self.base.__dict__.pop("moment_source", None)
@@ -302,7 +327,7 @@ class BatchSizeInvariant(torch.optim.Optimizer):
     def _scaled(self, group: dict[str, Any], kappa: float) -> dict[str, Any]:
         """Return a group's values at this batch size; those that stay are left out."""
         values: dict[str, Any] = {}
-        if _may_fuse(self.base, group):
+        if may_fuse(self.base, group, self.state):
             values["fused"] = True
         if isinstance(self.base, Quench) or kappa == 1.0:
             return values
@@ -328,9 +353,17 @@ class BatchSizeInvariant(torch.optim.Optimizer):
             decay = 0.0 if _is_decoupled(self.base, group) else group["weight_decay"]
             for p in present:
                 state = self.state[p]
-                shift = shift_of(self.base, group, kappa, bounded, self._counts.setdefault(p, Count()))
+                shift = shift_of(self.base, group, kappa, bounded, self._progress.counts.setdefault(p, Count()))
                 rows.append(
-                    Row(slots[p], state[name], shift, decay, group.get("maximize", False), state.get("exp_avg"))
+                    Row(
+                        slots[p],
+                        state[name],
+                        shift,
+                        decay,
+                        group.get("maximize", False),
+                        state.get("exp_avg"),
+                        state.get("max_exp_avg_sq"),
+                    )
                 )
         return rows
 
@@ -343,7 +376,7 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         estimates = []
         for slot, region in zip(slots, regions, strict=True):
             gradient = slot.gradient()
-            change = torch.add(gradient, region, alpha=-units.factor) if slot.holds == "previous" else gradient
+            change = torch.add(gradient, region, alpha=-units.clip) if slot.holds == "previous" else gradient
             weight = spread if slot.holds == "previous" else 1.0
             estimates.append(gradient.square().addcmul_(change, change, value=weight))
         return Moment(estimates, kappa - 1.0, 1.0, kappa)
@@ -373,6 +406,7 @@ class BatchSizeInvariant(torch.optim.Optimizer):
                     "beta2 (alpha): expected more than 0: a second moment that keeps nothing cannot be estimated"
                 )
         self._squares.add(named)
+        self._squares.keep({parameter for _, parameter in named})
 
     def _counts_of_state(self) -> dict[Tensor, Count]:
         """Return counts for the state of an optimizer that has trained at its reference."""
@@ -388,11 +422,12 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         """Return the plain optimizer with its groups and state, for training at the reference batch size; this one ends."""
         for group in self.param_groups:
             for p in group["params"]:
-                count = self._counts.get(p)
+                count = self._progress.counts.get(p)
                 if count is not None and count.updates:
                     ratio = count.at(float(group["betas"][1])) / count.stretch
-                    if ratio != 1.0:
-                        self.state[p]["exp_avg_sq"].mul_(ratio)
+                    for name in ("exp_avg_sq", "max_exp_avg_sq"):
+                        if ratio != 1.0 and name in self.state[p]:
+                            self.state[p][name].mul_(ratio)
         self._squares.close()
         return self.base
 
@@ -409,13 +444,11 @@ class BatchSizeInvariant(torch.optim.Optimizer):
     def _own_state(self) -> dict[str, Any]:
         parameters = [p for _, p in self._parameters()]
         slots = [self._squares.slots[p] for p in parameters]
-        counts = [self._counts.get(p, Count()) for p in parameters]
+        progress = self._progress
+        counts = [progress.counts.get(p, Count()) for p in parameters]
         return {
             "reference_batch_size": self.reference_batch_size,
-            "batch_size": self.batch_size,
-            "previous_batch_size": self._previous_batch_size,
-            "samples_seen": self.samples_seen,
-            "updates": self._updates,
+            **{name: getattr(progress, name) for name in SAVED},
             "counts": [[count.updates, count.log_decay, count.stretch] for count in counts],
             "noise": self._noise.state_dict(),
             # Where updates have one backward pass: the gradient before, half of the next estimate.
@@ -437,18 +470,19 @@ class BatchSizeInvariant(torch.optim.Optimizer):
             )
         plain = {name: value for name, value in first.items() if name != KEY}
         self.base.load_state_dict({**state_dict, "param_groups": [plain, *others]})
-        self._squares.restart()
-        self._counts = self._counts_of_state()
-        if own is not None:
-            self._load_own_state(own)
+        if own is None:
+            own = BatchSizeInvariant(
+                self.base, reference_batch_size=self.reference_batch_size, micro_batch_size=self.micro_batch_size
+            )._own_state()
+        self._load_own_state(own)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         parameters = [p for _, p in self._parameters()]
-        self.batch_size, self.samples_seen = own["batch_size"], own["samples_seen"]
-        self._previous_batch_size, self._updates = own["previous_batch_size"], own["updates"]
+        for name in SAVED:
+            setattr(self._progress, name, own[name])
         self._noise.load_state_dict(own["noise"])
         if self._moment_name == "exp_avg_sq":
-            self._counts = {p: Count(*count) for p, count in zip(parameters, own["counts"], strict=True)}
+            self._progress.counts = {p: Count(*count) for p, count in zip(parameters, own["counts"], strict=True)}
         self._squares.take_previous({parameters[index]: tensor for index, tensor in own["previous"].items()})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -458,11 +492,21 @@ class BatchSizeInvariant(torch.optim.Optimizer):
             "loss": self.loss,
             "process_group": self._squares.process_group,
         }
-        return {"base": self.base, "arguments": arguments, "own": self._own_state()}
+        own = self._own_state() | {"announced": self._progress.announced}
+        return {"base": self.base, "arguments": arguments, "own": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["base"], **state["arguments"])  # type: ignore[misc]
         self._load_own_state(state["own"])
+        self._progress.announced = state["own"]["announced"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchSizeInvariant:
+        state = self.__getstate__()
+        copied = BatchSizeInvariant.__new__(BatchSizeInvariant)
+        memo[id(self)] = copied
+        base, own = copy.deepcopy((state["base"], state["own"]), memo)
+        copied.__setstate__({"base": base, "arguments": state["arguments"], "own": own})
+        return copied
 
     def __repr__(self) -> str:
         return f"BatchSizeInvariant(reference_batch_size={self.reference_batch_size}, {self.base!r})"
@@ -486,56 +530,5 @@ def _second_moment(optimizer: torch.optim.Optimizer) -> str | None:
     )
 
 
-def _warn_of_short_batches() -> None:
-    """Warn, as often as warnings are shown, where Accelerate's loader ends its data with a smaller batch."""
-    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
-    if state is None or not state._shared_state:
-        return
-    host = state()
-    if not host.end_of_dataloader or host.remainder <= 0:
-        return
-    if host.active_dataloader is not None and getattr(host.active_dataloader.batch_sampler, "even_batches", False):
-        return  # filled up
-    warnings.warn(
-        f"the last batch of the data had {host.remainder} samples and was counted as a full one; expected drop_last=True, or "
-        "`with optimizer.micro_batch(size):` around its backward pass",
-        stacklevel=5,
-    )
-
-
-def _may_fuse(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Return whether torch's fused update may run where the user chose none: on a CPU it is several times faster.
-
-    Equal to the others but for the last digits.
-    """
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-        return False
-    chosen = group.get("foreach") is not None or group.get("fused") is not None or isinstance(group["lr"], Tensor)
-    if chosen or group.get("differentiable") or group.get("capturable"):
-        return False
-    return all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"])
-
-
 def _is_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     return isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
-
-
-def _loader_size(loader: DataLoader[Any]) -> int:
-    """Return the samples of a loader's batches; warn where the last of an epoch has fewer."""
-    sampler = getattr(loader, "batch_sampler", None)
-    size = getattr(sampler, "batch_size", None) or getattr(loader, "batch_size", None)
-    if not isinstance(size, int):
-        raise UserError(
-            f"micro_batch_size: expected a number of samples or a DataLoader with a batch size, got {loader!r}"
-        )
-    if not (getattr(loader, "drop_last", False) or getattr(sampler, "drop_last", False)):
-        inner = getattr(sampler, "sampler", None)
-        length = len(inner) if hasattr(inner, "__len__") else None  # type: ignore[arg-type]
-        if length is None or length % size:
-            rest = "a smaller number of" if length is None else f"{length % size} of {size}"
-            warnings.warn(
-                f"the loader's last batch of an epoch has {rest} samples and will be counted as {size}; expected "
-                "drop_last=True, or `with optimizer.micro_batch(size):` around its backward pass",
-                stacklevel=4,
-            )
-    return size

@@ -23,6 +23,9 @@ from largebatch.moments.projection import Slot
 from largebatch.noise import power_sums
 from largebatch.scaling import second_moment_coefficient
 
+# What the rounding of ghat^2 may add to a second moment, as a share of the newest square in it.
+ROUNDED = 0.01
+
 
 @dataclass(frozen=True)
 class Shift:
@@ -135,6 +138,7 @@ class Row:
         weight_decay: L2 coefficient of the gradient that the optimizer squares.
         maximize: whether the optimizer takes the negative gradient.
         average: the running average of gradients, where there is one.
+        largest: the largest second moment so far, of AMSGrad.
     """
 
     slot: Slot
@@ -143,6 +147,7 @@ class Row:
     weight_decay: float = 0.0
     maximize: bool = False
     average: Tensor | None = None
+    largest: Tensor | None = None
 
     def taken(self) -> Tensor:
         """Return x, the gradient as the optimizer takes it."""
@@ -167,49 +172,55 @@ def move_second_moments(rows: Iterable[Row], units: Units, spread: float) -> Non
     for (shift, _, _), group in alike.items():
         moments = [row.moment for row in group]
         if shift.keep != 1.0:
-            torch._foreach_mul_(moments, shift.keep)
+            torch._foreach_mul_([*moments, *(row.largest for row in group if row.largest is not None)], shift.keep)
         if shift.of_square:
             taken = [row.taken() for row in group]
             torch._foreach_addcmul_(moments, taken, taken, value=shift.of_square)
-        _add_variances(moments, [row.slot for row in group], units, spread, shift.of_variance)
+        _add_variances(moments, [row.slot for row in group], units, spread, shift)
         if shift.least:
             for row in group:
                 _bound(row)
 
 
-def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, spread: float, weight: float) -> None:
-    """Add weight * V to second moments."""
+def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, spread: float, shift: Shift) -> None:
+    """Add of_variance * V to second moments."""
+    weight = shift.of_variance
     regions = [slot.region for slot in slots]
     grads = [slot.gradient() for slot in slots]
     if units.num_units <= 1:
         # The variance of a difference of two is the sum of theirs; without an older gradient all of this one counts as noise.
         if slots[0].holds == "previous":
-            grads, weight = list(torch._foreach_add(grads, regions, alpha=-units.factor)), weight * spread
+            grads, weight = list(torch._foreach_add(grads, regions, alpha=-units.clip)), weight * spread
         torch._foreach_addcmul_(moments, grads, grads, value=weight)
         return
     weight /= units.num_units - 1.0
-    if moments[0].dtype == regions[0].dtype:
+    negligible = 2.0 * abs(weight) * units.rounding < ROUNDED * shift.weight / shift.beta
+    if negligible and moments[0].dtype == regions[0].dtype:
         torch._foreach_add_(moments, regions, alpha=weight * units.scale)
         torch._foreach_addcmul_(moments, grads, grads, value=-weight)
-    else:  # narrower: rounded once
-        moved = torch._foreach_mul(regions, weight * units.scale)
-        torch._foreach_addcmul_(moved, grads, grads, value=-weight)
-        torch._foreach_add_(moments, moved)
+        return
+    # What the squares exceed ghat^2 by is lost in its rounding where there is no noise; it cannot be negative. Nor are narrow
+    # moments rounded twice. The squares are used up.
+    torch._foreach_mul_(regions, units.scale)
+    torch._foreach_addcmul_(regions, grads, grads, value=-1.0)
+    if units.equal:
+        torch._foreach_clamp_min_(regions, 0.0)
+    torch._foreach_add_(moments, regions, alpha=weight)
 
 
 @torch.no_grad()
 def noise_sums(slots: list[Slot], units: Units, spread: float) -> tuple[float, float]:
-    """Return |ghat|^2 and the sum of V over all parameters, of the gradients as the backward passes left them."""
+    """Return |ghat|^2 and the sum of V over all parameters, of the gradients before clipping."""
     grads = [slot.gradient() for slot in slots]
     regions = [slot.region for slot in slots]
     signal = power_sums(grads, 2).sum()
     if units.num_units > 1:
         variance = (units.scale * power_sums(regions, 1).sum() - signal) / (units.num_units - 1.0)
     elif all(slot.holds == "previous" for slot in slots):
-        variance = spread * power_sums(list(torch._foreach_add(grads, regions, alpha=-units.factor)), 2).sum()
+        variance = spread * power_sums(list(torch._foreach_add(grads, regions, alpha=-units.clip)), 2).sum()
     else:
         variance = signal
-    signal_sum, variance_sum = (torch.stack([signal, variance]) / (units.factor**2 or 1.0)).tolist()
+    signal_sum, variance_sum = (torch.stack([signal, variance]) / (units.clip**2 or 1.0)).tolist()
     return signal_sum, variance_sum
 
 
