@@ -18,6 +18,7 @@ import multiprocessing
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import largebatch
+from largebatch.optim.invariant import NOISE_FIRST
 
 Step = Callable[[], None]
 
@@ -105,8 +107,10 @@ class Timed:
 
 
 def interleaved(steps: list[Callable[[], float | None]], rounds: int) -> list[list[float]]:
-    """Return each function's times, in seconds: its own where it returns them."""
+    """Return each function's times, in seconds: its own where it returns them; the last one is that with the line."""
     times: list[list[float]] = [[] for _ in steps]
+    for _ in range(NOISE_FIRST):  # in which the noise scale is measured every time
+        steps[-1]()
     for round_ in range(rounds + 2):
         order = range(len(steps)) if round_ % 2 else reversed(range(len(steps)))
         for index in order:
@@ -146,6 +150,7 @@ def main() -> None:
     parser.add_argument("--foreach", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore", "the batch of")
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0
