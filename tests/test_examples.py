@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 FOLDER = Path(__file__).parents[1] / "examples"
 PACKAGE = {"ddp": None, "accelerate_loop": "accelerate", "hf_trainer": "transformers", "lightning_module": "lightning"}
-BATCH_SIZE, MICRO_SIZE, EPOCHS, MAX_NORM = 128, 32, 2, 0.5
+BATCH_SIZE, EPOCHS, MAX_NORM = 128, 2, 0.5
 TOLERANCE = 1e-12  # float64; measured 1.2e-16
 
 
@@ -44,12 +44,12 @@ def oracle(updates: list[list[torch.Tensor]]) -> tuple[dict[str, torch.Tensor], 
     return model.state_dict(), norms
 
 
-def updates_of(name: str, processes: int) -> list[list[torch.Tensor]]:
+def updates_of(name: str, processes: int, micro_size: int = 32) -> list[list[torch.Tensor]]:
     """Return the micro-batches of every update."""
     batches = list(torch.arange(1536).repeat(EPOCHS).split(BATCH_SIZE))
     if name == "lightning_module":  # its sampler deals samples to the ranks one by one
-        return [[u for rank in range(processes) for u in b[rank::processes].split(MICRO_SIZE)] for b in batches]
-    return [list(batch.split(MICRO_SIZE)) for batch in batches]
+        return [[u for rank in range(processes) for u in b[rank::processes].split(micro_size)] for b in batches]
+    return [list(batch.split(micro_size)) for batch in batches]
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -57,10 +57,15 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max(float((one[key] - other[key]).abs().max()) for key in one)
 
 
-def run(name: str, processes: int, path: Path) -> dict:
-    """Run a script on its own, or by torchrun."""
+def run(name: str, processes: int, micro_size: int, path: Path) -> dict:
+    """Run a script on its own, or by torchrun, with micro-batches of this size."""
+    text = (FOLDER / f"{name}.py").read_text()
+    settings = "BATCH_SIZE, MICRO_SIZE, EPOCHS, MAX_NORM = 128, 32, 2, 0.5"
+    assert settings in text
+    script = path.with_suffix(".py")
+    script.write_text(text.replace(settings, settings.replace("32", str(micro_size))))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(FOLDER / f"{name}.py"), "--dtype", "float64", "--out", str(path)]
+    command = [sys.executable, *launcher, str(script), "--dtype", "float64", "--out", str(path)]
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "SLURM_"))}
     variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(command, env=variables, cwd=path.parent, capture_output=True, text=True, timeout=240)
@@ -116,12 +121,14 @@ def test_the_ddp_script_on_one_process_is_the_plain_loop(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("name", PACKAGE)
-def test_one_process_two_and_the_plain_loop_agree(name, tmp_path):
+def test_one_process_and_two_are_the_update_by_hand(name, accumulation, tmp_path):
     require(PACKAGE[name])
     for processes in (1, 2):
-        found = run(name, processes, tmp_path / f"{processes}.pt")
-        expected, norms = oracle(updates_of(name, processes))
+        micro_size = BATCH_SIZE // (processes * accumulation)
+        found = run(name, processes, micro_size, tmp_path / f"of_{processes}.pt")
+        expected, norms = oracle(updates_of(name, processes, micro_size))
         assert min(norms) < MAX_NORM < max(norms)
         assert distance(found["model"], expected) < TOLERANCE
         assert found["optimizer"]["param_groups"][0]["batch_size_invariant"]["samples_seen"] == 1536 * EPOCHS

@@ -189,8 +189,10 @@ def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, sprea
     grads = [slot.gradient() for slot in slots]
     if units.num_units <= 1:
         # The variance of a difference of two is the sum of theirs; without an older gradient all of this one counts as noise.
-        if slots[0].holds == "previous":
-            grads, weight = list(torch._foreach_add(grads, regions, alpha=-units.clip)), weight * spread
+        if slots[0].holds == "previous":  # which the gradient replaces afterwards
+            torch._foreach_mul_(regions, -units.clip)
+            torch._foreach_add_(regions, grads)
+            grads, weight = regions, weight * spread
         torch._foreach_addcmul_(moments, grads, grads, value=weight)
         return
     weight /= units.num_units - 1.0
@@ -217,7 +219,9 @@ def noise_sums(slots: list[Slot], units: Units, spread: float) -> tuple[float, f
     if units.num_units > 1:
         variance = (units.scale * power_sums(regions, 1).sum() - signal) / (units.num_units - 1.0)
     elif all(slot.holds == "previous" for slot in slots):
-        variance = spread * power_sums(list(torch._foreach_add(grads, regions, alpha=-units.clip)), 2).sum()
+        pairs = zip(grads, regions, strict=True)  # one after the other: no second copy of all gradients
+        changes = [power_sums([torch.add(g, region, alpha=-units.clip)], 2) for g, region in pairs]
+        variance = spread * torch.cat(changes).sum()
     else:
         variance = signal
     signal_sum, variance_sum = (torch.stack([signal, variance]) / (units.clip**2 or 1.0)).tolist()
