@@ -330,7 +330,15 @@ def test_what_cannot_be_is_refused_in_a_line(flags, message):
         ({"batch.critical_share": 2.0}, "batch.critical_share is not used"),
         ({"noise.average_samples": 100}, "noise.average_samples is not used"),
         ({"noise.per": "micro_batch"}, "noise.per is not used"),
-        ({"optimizer.name": "adamw", "optimizer.lr": 0.01, "optimizer.betas": [0.9, 0.8]}, "kappa*(1-beta) = 1.25 > 1"),
+        (
+            {
+                "optimizer.name": "adamw",
+                "optimizer.lr": 0.01,
+                "optimizer.betas": [0.9, 0.8],
+                "scaling.beta2": "half_life",
+            },
+            "kappa*(1-beta) = 1.25 > 1",
+        ),
         ({"optimizer.name": "adamw", "optimizer.lr": 0.01}, "was measured up to 0.016"),
         ({"optimizer.name": "adamw", "optimizer.lr": 0.001}, "6.25 times the reference from the first update"),
     ],
