@@ -66,7 +66,8 @@ class CheckpointWriter:
         self.keep_last, self.keep_every = keep_last, keep_every
         # The writing thread's collectives must not meet the training's.
         timeout = timedelta(seconds=timeout_seconds)
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        # Every rank is a member, which the type that torch 2.14 declares does not say.
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         pinned = torch.cuda.is_available()
         self.stager = DefaultStager(StagingOptions(pinned, False, False, False)) if asynchronous else None
         self.thread: threading.Thread | None = None
