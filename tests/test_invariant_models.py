@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib.util
 import itertools
 import re
@@ -306,6 +307,7 @@ def check(failed, name, build, shape):
         assert_squares(build().train(), logits_of, [torch.randn(shape) for _ in range(2)], exact=False)
     except Exception as error:
         failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
+    gc.collect()  # three copies of a model, which point at themselves
 
 
 def transformer(name):
