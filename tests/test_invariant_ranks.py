@@ -58,7 +58,7 @@ def train(rank, world_size, name, count, clip, way):
 
 @pytest.mark.parametrize("way", ["before", "after", "every pass", "static", "by hand"])
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_are_the_loop_by_hand(rank_pool, world_size, count, way):
     if way == "static" and count > 1:
         pytest.skip("a static graph is reduced at every pass")
