@@ -43,7 +43,7 @@ def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str
         yield "batch.critical_share is not used: batch.growth is schedule"
     if run.noise.average_samples is not None and not run.measures_noise():
         yield "noise.average_samples is not used: noise.measure is false"
-    if run.noise.per != "sample" and (run.second_moment() or not run.measures_noise()):
+    if run.noise.per != "micro_batch" and (run.second_moment() or not run.measures_noise()):
         why = "the optimizer's second moment says what is tracked" if run.second_moment() else "noise.measure is false"
         yield f"noise.per is not used: {why}"
     if run.warmup.name == "none" and (run.warmup.epochs or run.warmup.start is not None or run.warmup.realize != "lr"):
@@ -57,7 +57,7 @@ def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str
     if getattr(run.model, "fallback", ()) and run.tracked() != "sample":
         yield "model.fallback is not used: no squares of samples are tracked"
     if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
-        yield "backend.squares_every and squares_dtype are not used: no squares are tracked"
+        yield "backend.squares_every and squares_dtype are not used: no squares are collected"
 
 
 def _on_the_batch(run: Run, plan: Plan, largest: int) -> Iterator[str]:
@@ -75,7 +75,7 @@ def _on_the_batch(run: Run, plan: Plan, largest: int) -> Iterator[str]:
     if kappa > 1 and run.scaling.rule == "linear" and plain:
         yield (
             f"the second moment of {optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
-            "keep the update's size; optimizer.second_moment sample does"
+            "keep the update's size; optimizer.second_moment micro_batch does"
         )
     scaled_lr = plan.reference.at(largest)["lr"]
     if isinstance(optimizer, AdaptiveBase) and run.second_moment() and scaled_lr > MEASURED_LR:

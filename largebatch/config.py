@@ -199,7 +199,7 @@ class Run(Section):
         wanted = self.optimizer.second_moment
         if wanted is None:
             elsewhere = self.batch.size != self.batch.reference_size or self.grows()
-            return "sample" if elsewhere and self.scaling.rule == "linear" else None
+            return "micro_batch" if elsewhere and self.scaling.rule == "linear" else None
         if wanted == "batch":
             return None
         if self.scaling.rule == "sqrt":

@@ -26,7 +26,6 @@ class Keeper:
 
     def __init__(self, run: Run, backend: Backend, samples_per_epoch: int, folder: Path | None) -> None:
         self.config, self.backend = run.checkpoint, backend
-        self.squares_every = run.backend.squares_every
         self.agreement = Agreement(backend.sum, backend.rank, backend.world_size)
         self.stopped_by: Reason | None = None
         self._due, self._best_due = False, False
@@ -71,9 +70,6 @@ class Keeper:
         overdue = every is not None and time.monotonic() - self._saved_time >= 60.0 * every
         agreed, asked_to_save = self.agreement.ask(step, stop, overdue)
         self._due = self._due or asked_to_save or at_epoch
-        # Not between two reductions of the squares, which each rank adds up by itself until then.
-        if (step - 1) % self.squares_every != 0:
-            return False
         self.stopped_by = agreed
         return agreed is not None or self._due or self._best_due
 

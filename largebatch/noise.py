@@ -36,7 +36,7 @@ class NoiseConfig(Section):
 
     measure: bool = False
     """Measure the gradient noise scale at every update; log it with the progress and efficiency of the batch size."""
-    per: Literal["sample", "micro_batch"] = "sample"
+    per: Literal["sample", "micro_batch"] = "micro_batch"
     """Squares of what, where the optimizer does not track any for its second moment."""
     average_samples: Count | None = None
     """Samples that the averages span. None: a twentieth of the run, and ten updates at least."""
@@ -65,25 +65,32 @@ def partial_sums(params: Iterable[Tensor], shadows: Iterable[Tensor]) -> Tensor:
         UserError: if a parameter has a gradient and its shadow none.
     """
     pairs = list(zip(params, shadows, strict=True))
-    indices, grads, squares = [], [], []
     for index, (p, shadow) in enumerate(pairs):
-        if p.grad is None:
-            continue
-        if shadow.grad is None:
+        if p.grad is not None and shadow.grad is None:
             raise UserError(
                 f"noise: parameter {index} of shape {tuple(p.shape)} has a gradient and its shadow none; "
                 "call largebatch.track(model) before wrapping the model"
             )
-        indices.append(index)
-        grads.append(_local(p.grad))
-        squares.append(_local(shadow.grad))
+    return sums_with((p, shadow.grad) for p, shadow in pairs)
+
+
+@torch.no_grad()
+def sums_with(squares: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Return what `partial_sums` does of parameters and the sums of their squared gradients, which all with a gradient have."""
+    pairs = list(squares)
+    indices, grads, found = [], [], []
+    for index, (p, square) in enumerate(pairs):
+        if p.grad is not None and square is not None:
+            indices.append(index)
+            grads.append(_local(p.grad))
+            found.append(_local(square))
     device = pairs[0][0].device if pairs else torch.device("cpu")
     sums = torch.zeros(2, len(pairs), dtype=torch.float64, device=device)
     if not indices:
         return sums
     columns = torch.tensor(indices, device=device)
     sums[0, columns] = power_sums(grads, 2)
-    sums[1, columns] = power_sums(squares, 1)
+    sums[1, columns] = power_sums(found, 1)
     return sums
 
 

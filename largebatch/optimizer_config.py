@@ -53,8 +53,8 @@ class AdaptiveBase(OptimizerBase):
     """What every optimizer with a second moment has."""
 
     second_moment: Literal["batch", "sample", "micro_batch"] | None = None
-    """Squares of what: the batch's mean gradient (as published), or that of the reference batch, estimated from samples
-    or micro-batches. None: sample where the batch is not the reference and the rule is linear, else batch."""
+    """Squares of what: the batch's mean gradient (as published), or that of the reference batch, estimated from micro-batches
+    or samples. None: micro_batch where the batch is not the reference and the rule is linear, else batch."""
 
 
 class SGDConfig(OptimizerBase):

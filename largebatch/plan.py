@@ -52,6 +52,7 @@ class Plan:
         at_epoch_end: ``carry`` lets a batch reach into the next epoch; ``cut`` ends each epoch with a smaller batch, whose
             learning rate is the rule's at its own size.
         growth: (samples seen, batch size) of each change that was decided during the run, in order.
+        least_units: micro-batches that an update is cut into at the least, over all ranks, for the squares of their gradients.
 
     Under the rule ``adascale`` the schedule, the warm-up and the end of the run are read on AdaScale's clock, in samples
     of the reference run (`largebatch.adascale`); what the plan then says without that clock holds where noise dominates.
@@ -73,6 +74,7 @@ class Plan:
     multiple_of: int = 1
     at_epoch_end: Literal["carry", "cut"] = "carry"
     growth: tuple[tuple[int, int], ...] = ()
+    least_units: int = 1
 
     @property
     def most_samples(self) -> float:

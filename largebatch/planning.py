@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -11,11 +12,13 @@ from torch import nn
 
 from largebatch.advice import advice
 from largebatch.config import Run
-from largebatch.data.sampler import effective_micro_batches
+from largebatch.data.sampler import effective_micro_batches, largest_micro_batch
 from largebatch.metering import largest_batch
 from largebatch.models import norm_group_size
+from largebatch.moments import is_shadow
 from largebatch.plan import Plan
 from largebatch.report import reference_table, stage_table
+from largebatch.scaling import micro_batches_needed
 from largebatch.schedules import Warmup
 from largebatch.section import UserError
 from largebatch.task import Task
@@ -43,7 +46,7 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
     ):
         raise UserError(
             f"scaling.rule: sqrt holds for a root of a running average of squares, which {run.optimizer.name} "
-            "as configured does not divide by; use linear with optimizer.second_moment sample"
+            "as configured does not divide by; use linear with optimizer.second_moment micro_batch"
         )
     _check_batches(run, num_train, world_size, group_size)
     _check_noise(run)
@@ -61,14 +64,8 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
                 f"schedule.realize: the batch would grow past the {num_train} training samples; "
                 "set batch.max_size with batch_then_lr, or raise the schedule's final factor"
             )
-    if run.backend.squares_every > 1 and (run.optimizer.max_grad_norm is not None or run.precision == "fp16"):
-        reason = "optimizer.max_grad_norm" if run.optimizer.max_grad_norm is not None else "precision fp16"
-        raise UserError(f"backend.squares_every: squares add up over updates, which {reason} scales one by one; use 1")
-    if run.backend.squares_every > 1 and run.optimizer.non_finite == "skip":
-        raise UserError(
-            "backend.squares_every: squares add up over updates, from which those of a skipped one cannot be taken out "
-            "(optimizer.non_finite skip); use 1"
-        )
+    if run.backend.squares_every > 1:
+        _check_squares_every(run)
     still, total = getattr(run.optimizer, "K", 0), run.schedule.total_samples(num_train)  # quench, before it steps
     if still >= total:
         raise UserError(
@@ -82,12 +79,14 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
             f"batch.size: optimizer.{key} sample needs at least 2 samples an update, got {size}; raise it, or set "
             f"optimizer.{key} {plain}"
         )
-    units = effective_micro_batches(size, world_size, run.batch.micro_size, group_size)
-    if run.tracked() == "micro_batch" and units <= 1:
-        key = "optimizer.second_moment" if run.second_moment() else "noise.per"
+    if run.tracked() == "micro_batch" and size <= group_size:
+        key, way_out = "noise.per", "set noise.measure false"
+        if run.second_moment():
+            key, way_out = "optimizer.second_moment", "set optimizer.second_moment batch"
+        what = f"group of {group_size} samples that a norm takes its statistics over" if group_size > 1 else "sample"
         raise UserError(
-            f"{key}: micro_batch needs 2 micro-batches of an update or more over all ranks; "
-            f"set batch.micro_size to at most {max(group_size, size // world_size // 2)}"
+            f"{key}: micro_batch needs 2 micro-batches of an update or more over all ranks, got batch.size {size}, one {what}; "
+            f"raise batch.size to {2 * group_size}, or {way_out}"
         )
     start = run.warmup.start
     if start is None and run.warmup.grows_batch():
@@ -111,8 +110,32 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         group_size,
         run.batch.at_epoch_end,
     )
+    plan = replace(plan, least_units=_least_units(run, plan))
     _check_batch_warmup(run, plan, world_size * group_size)
     return plan, list(advice(run, plan, world_size, group_size))
+
+
+def _check_squares_every(run: Run) -> None:
+    """Refuse what needs the squares of every update."""
+    why = ""
+    if run.measures_noise():
+        why = "the measured noise is of every update"
+    elif run.tracked() == "sample":
+        why = "squares of samples are taken in every update; it is for optimizer.second_moment micro_batch"
+    elif run.precision == "fp16" or run.optimizer.non_finite == "skip":
+        what = "precision fp16" if run.precision == "fp16" else "optimizer.non_finite skip"
+        why = f"{what} goes on after a gradient that is not finite, which a variance that is kept would carry along"
+    if why:
+        raise UserError(f"backend.squares_every: got {run.backend.squares_every}, expected 1: {why}")
+
+
+def _least_units(run: Run, plan: Plan) -> int:
+    """Return the micro-batches that an update is to have at the least."""
+    if run.tracked() != "micro_batch":
+        return 1
+    values = plan.reference.at(largest_batch(run, plan))
+    coefficient = values["betas"][1] if "betas" in values else values.get("alpha", 0.0)
+    return micro_batches_needed(coefficient) if run.second_moment() and coefficient else 2
 
 
 def _check_noise(run: Run) -> None:
@@ -136,8 +159,6 @@ def _check_noise(run: Run) -> None:
             raise UserError(
                 "scaling.rule: adascale keeps the batch size; schedule.realize and warmup.realize must be lr"
             )
-    if run.backend.squares_every > 1:
-        raise UserError(f"backend.squares_every: {why} needs the squares of every update; use 1")
     if run.tracked() == "sample" and run.batch.size < 2:
         raise UserError(f"batch.size: {why} needs at least 2 samples an update, got {run.batch.size}")
 
@@ -202,13 +223,16 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
         data: the data set's size, and what else the first line says.
         world_size: ranks.
     """
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters() if not is_shadow(p))
     console.print(
         f"[bold]{run.model.name}[/bold], {parameters:,} parameters, on [bold]{run.data.name}[/bold], {data}",
         highlight=False,
     )
-    stages = stage_table(plan, world_size, run.batch.micro_size, norm_group_size(model))
+    group_size = norm_group_size(model)
+    stages = stage_table(plan, world_size, run.batch.micro_size, group_size)
     console.print(reference_table(plan, run.second_moment(), run.optimizer.takes_rule), stages)
+    if run.tracked() == "micro_batch":
+        console.print(_say_units(run, plan, world_size, group_size), highlight=False)
     if run.batch.growth == "adaptive":
         most = largest_batch(run, plan)
         line = f"batch size: adaptive, follows the measured critical batch size up to {most:,}"
@@ -225,6 +249,22 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
             f"the run takes {fewest:,} updates where noise dominates, up to {most:,} where it does not",
             highlight=False,
         )
+
+
+def _say_units(run: Run, plan: Plan, world_size: int, group_size: int) -> str:
+    """Return a line that says what the squares of an update are of."""
+    size, micro_size = plan.full_batch_size(0), run.batch.micro_size
+    units = effective_micro_batches(size, world_size, micro_size, group_size, plan.least_units)
+    what = "second moments" if run.second_moment() else "the gradient noise"
+    line = f"{what}: from the squared gradients of {units:.3g} micro-batches an update"
+    whole = largest_micro_batch(size, world_size, micro_size, group_size)
+    cut = largest_micro_batch(size, world_size, micro_size, group_size, plan.least_units)
+    if cut < whole:
+        passes = -(-whole // cut)
+        line += (
+            f"; a rank's {whole:,} samples are cut into {passes} passes of {cut:,}, as {plan.least_units} are needed"
+        )
+    return line
 
 
 def say_warnings(console: Console, warnings: Iterable[str]) -> None:

@@ -30,11 +30,22 @@ def num_ranks(group: dist.ProcessGroup | None = None) -> int:
     return size
 
 
-def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Add tensors up over the ranks, in place; every rank gets the same bits."""
-    works = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]
-    for work in works:
+def sum_over_ranks(
+    tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, travels_in: torch.dtype | None = None
+) -> None:
+    """Add tensors up over the ranks, in place; every rank gets the same bits.
+
+    Args:
+        tensors: the same shapes on every rank.
+        group: the data-parallel ranks.
+        travels_in: type in which they are sent and added; None for their own.
+    """
+    sent = [tensor.to(travels_in or tensor.dtype) for tensor in tensors]
+    works = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in sent]
+    for work, tensor, summed in zip(works, tensors, sent, strict=True):
         work.wait()
+        if summed is not tensor:
+            tensor.copy_(summed)
 
 
 def require_equal(values: dict[str, int], device: torch.device, group: dist.ProcessGroup | None = None) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from largebatch.data.sampler import largest_micro_batch
 from largebatch.noise import efficiency, progress
 from largebatch.plan import Plan
 from largebatch.scaling import noise_scale, temperature
@@ -110,9 +111,8 @@ def stage_table(plan: Plan, world_size: int, micro_size: int | None, group_size:
         if len(stages) > most and index == most // 2:
             table.add_row(*["..."] * 7)
         first, last = (s / plan.samples_per_epoch for s in (stage.first_sample, stage.first_sample + stage.samples))
-        groups = -(-stage.batch_size // group_size)
-        share = min(stage.batch_size, -(-groups // world_size) * group_size)
-        micro = min(micro_size or share, share)
+        share = min(stage.batch_size, largest_micro_batch(stage.batch_size, world_size, None, group_size))
+        micro = min(share, largest_micro_batch(stage.batch_size, world_size, micro_size, group_size, plan.least_units))
         accumulation = -(-share // micro)
         rates = number(stage.lr_first)
         if abs(stage.lr_last - stage.lr_first) > 1e-9 * stage.lr_first:

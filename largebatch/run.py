@@ -22,7 +22,7 @@ from largebatch.distributed import Backend, Ranks, create_backend, is_communicat
 from largebatch.distributed.saving import cause_of
 from largebatch.distributed.state import export_weights
 from largebatch.models import FactoryModel, norm_group_size
-from largebatch.moments import verify
+from largebatch.moments import track, verify
 from largebatch.plan import Plan
 from largebatch.planning import build_plan, say_plan, say_warnings
 from largebatch.plot import plot_run
@@ -32,7 +32,7 @@ from largebatch.resume import Found, choose_checkpoint
 from largebatch.section import LostRankError, UserError
 from largebatch.task import Task
 from largebatch.tracking import Observers, check_trackers, create_trackers
-from largebatch.trainer import Trainer, track_squares
+from largebatch.trainer import Trainer
 
 
 def build_model(run: Run, task: Task) -> nn.Module:
@@ -185,7 +185,7 @@ def _verify_squares(run: Run, model: nn.Module, source: Source, backend: Backend
     """
     if run.tracked() != "sample" or not isinstance(run.model, FactoryModel) or len(source.train) < 2:
         return ()
-    track_squares(run, model)
+    track(model, per="sample", fallback=run.model.fallback)
     numbers = np.arange(min(4, len(source.train)))
     model.to(backend.device, backend.dtype)
     fetched = source.train.__getitems__(SampleKeys(np.zeros_like(numbers), numbers))

@@ -16,6 +16,8 @@ AveragingRule = Literal["keep", "half_life", "length"]
 # Updates that the average of a second moment spans at the least, unless it was tuned shorter: 20 to 50 are needed where beta2
 # is 0.95 to 0.99 (docs/results.md).
 SHORTEST_SECOND_MOMENT = 20
+# Micro-batches that it spans at the least, where an update can be cut into more (docs/results.md).
+UNITS_SPANNED = 40
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
@@ -179,6 +181,22 @@ def second_moment_coefficient(beta: float, kappa: float) -> float:
         (0.984119, 0.95)
     """
     return max(scaled_coefficient(beta, kappa, "half_life"), min(beta, 1.0 - 1.0 / SHORTEST_SECOND_MOMENT))
+
+
+def micro_batches_needed(beta: float) -> int:
+    """Return how many micro-batches an update needs for a second moment whose average has this coefficient.
+
+    Two say how they vary; with more, the average spans `UNITS_SPANNED` of them, from which on more of them follow the reference
+    no better (docs/results.md).
+
+    Args:
+        beta: coefficient at the batch size in use, in [0, 1).
+
+    Example:
+        >>> micro_batches_needed(0.999), micro_batches_needed(0.95), micro_batches_needed(0.9)
+        (2, 2, 4)
+    """
+    return max(2, math.ceil(round(UNITS_SPANNED * (1.0 - beta), 6)))
 
 
 @dataclass(frozen=True)

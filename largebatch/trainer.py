@@ -17,7 +17,7 @@ from largebatch.checkpoint import CheckpointFolder
 from largebatch.config import Run
 from largebatch.data import Source
 from largebatch.data.loader import MicroBatch, TrainLoader
-from largebatch.data.sampler import PlanSampler, effective_micro_batches
+from largebatch.data.sampler import PlanSampler
 from largebatch.distributed import Backend, NonFiniteError, is_communication
 from largebatch.distributed.state import (
     group_state,
@@ -31,7 +31,6 @@ from largebatch.evaluation import evaluate
 from largebatch.keeping import Keeper
 from largebatch.metering import NoiseMeter
 from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
-from largebatch.moments import shadows, track
 from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.plan import Plan
 from largebatch.progress import Observer, Progress, Row, Standing, Summary
@@ -46,12 +45,6 @@ MOST_SKIPS, MOST_ROLLBACKS = 20, 10
 
 class Diverged(Exception):
     """The run cannot go on after a gradient that was NaN or infinite; the message says why."""
-
-
-def track_squares(run: Run, model: nn.Module) -> None:
-    """Track the squares that the config asks for, if any."""
-    if per := run.tracked():
-        track(model, per=per, fallback=getattr(run.model, "fallback", ()))
 
 
 class Trainer:
@@ -89,15 +82,18 @@ class Trainer:
         )
         self.tracked = run.tracked()
         self._unchecked = self.tracked is not None
-        track_squares(run, model)
+        if self.tracked is not None:
+            backend.track(model, self.tracked, getattr(run.model, "fallback", ()))
         self.bare_model = model
         self.model, self.optimizer = backend.prepare(model, self._build_optimizer)
+        if run.second_moment() is not None:
+            backend.use_squares(self.optimizer)
         self.batch_norms = batch_norms(model)
         self.micro_size = run.batch.micro_size
         self.progress = Progress()
         self.message: str | None = None
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
-        self.meter = NoiseMeter(run, plan, list(shadows(model))) if run.measures_noise() else None
+        self.meter = NoiseMeter(run, plan, backend.squared_names(model)) if run.measures_noise() else None
         self._started = time.perf_counter()
         self.keeper = Keeper(run, backend, plan.samples_per_epoch, folder)
         if found is None:
@@ -124,6 +120,7 @@ class Trainer:
             self.micro_size,
             norm_group_size(self.bare_model),
             self.progress.samples_seen,
+            self.plan.least_units,
         )
         backend = self.backend
         self.loader = TrainLoader(self.source.train, self.sampler, self.run.loader, backend.device, backend.dtype)
@@ -215,13 +212,16 @@ class Trainer:
             NonFiniteError: if it was not finite; no weight was changed then.
         """
         backend, run = self.backend, self.run
-        due = self.progress.step % run.backend.squares_every == 0
-        backend.set_squares_due(due)
+        num_units = self._num_units(batch_size)
+        backend.begin_update(batch_size, num_units, self.progress.step)
         for micro_batch, is_last in self.loader.next(batch_size):
             with backend.accumulate(sync=is_last):
                 backend.backward(self.loss_sum(micro_batch) / batch_size)
-        # Quench needs it without squares too, the noise without an optimizer that takes them.
-        num_units = self._announce_squares(batch_size, due)
+        if hasattr(self.optimizer, "set_batch"):  # Quench needs it without squares too
+            self.optimizer.set_batch(batch_size, num_units, backend.world_size)
+        if self._unchecked:
+            backend.check_statistics(self.bare_model)
+            self._unchecked = False
         if self.meter is not None:
             sums = backend.noise_sums(self.bare_model)
             values["lr"] *= self.meter.update(sums, batch_size, num_units, backend.world_size)
@@ -232,23 +232,11 @@ class Trainer:
         self.progress.skipped_in_a_row = 0
         return grad_norm
 
-    def _announce_squares(self, batch_size: int, due: bool) -> float:
-        """Tell the optimizer what the tracked squares are squares of; at the trainer's first, see that none is missing.
-
-        Returns:
-            How many independent units they are of.
-        """
-        sampler, num_units = self.sampler, float(batch_size)
-        if self.tracked == "micro_batch":
-            num_units = effective_micro_batches(
-                batch_size, sampler.world_size, sampler.micro_batch_size, sampler.group_size
-            )
-        if hasattr(self.optimizer, "set_batch"):
-            self.optimizer.set_batch(batch_size, num_units, sampler.world_size, due)
-        if self._unchecked:
-            self.backend.check_statistics(self.bare_model)
-            self._unchecked = False
-        return num_units
+    def _num_units(self, batch_size: int) -> float:
+        """Return how many independent units an update's squares are of."""
+        if self.tracked != "micro_batch":
+            return float(batch_size)
+        return self.sampler.num_units(batch_size)
 
     def _follow_noise(self, meter: NoiseMeter, batch_size: int) -> None:
         """Change the batch size where the measured noise asks for it, on every rank alike."""

@@ -97,6 +97,7 @@ WITH_NOISE = {"measured": {"noise.measure": True}, "adascale": ADASCALE, "adapti
     ],
 )
 def test_ranks_and_micro_batches_change_nothing(engine, flags, rank_pool, tmp_path):
+    flags = flags | {"noise.per": "sample"}
     run = digits(**flags)
     expected, _ = rows_of(run, tmp_path / "one")
     for world_size, micro in ((2, 3), (3, None)):
@@ -290,13 +291,24 @@ def test_a_batch_above_the_critical_one_is_said_once(growth, tmp_path):
     [
         ({"batch.growth": "adaptive", "scaling.rule": "none"}, "batch.growth: adaptive needs a scaling.rule"),
         ({"batch.growth": "adaptive", "scaling.rule": "adascale"}, "batch.growth: adaptive needs a scaling.rule"),
-        ({"noise.measure": True, "backend.squares_every": 2}, "backend.squares_every: noise.measure needs"),
         (
-            {"noise.measure": True, "batch.size": 1, "batch.reference_size": 1},
+            {"noise.measure": True, "backend.squares_every": 2},
+            "backend.squares_every: got 2, expected 1: the measured noise",
+        ),
+        (
+            {"noise.measure": True, "noise.per": "sample", "batch.size": 1, "batch.reference_size": 1},
             "batch.size: noise.measure needs at least 2",
         ),
         (
+            {"noise.measure": True, "batch.size": 1, "batch.reference_size": 1},
+            "noise.per: micro_batch needs 2 micro-batches of an update or more over all ranks, got batch.size 1",
+        ),
+        (
             {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "batch.size": 1},
+            "optimizer.second_moment: micro_batch needs 2 micro-batches of an update or more over all ranks, got batch.size 1",
+        ),
+        (
+            {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.second_moment": "sample", "batch.size": 1},
             "batch.size: optimizer.second_moment sample needs at least 2 samples an update, got 1",
         ),
         (
@@ -329,7 +341,7 @@ def test_what_cannot_be_is_refused_in_a_line(flags, message):
     [
         ({"batch.critical_share": 2.0}, "batch.critical_share is not used"),
         ({"noise.average_samples": 100}, "noise.average_samples is not used"),
-        ({"noise.per": "micro_batch"}, "noise.per is not used"),
+        ({"noise.per": "sample"}, "noise.per is not used"),
         (
             {
                 "optimizer.name": "adamw",
@@ -477,7 +489,7 @@ def test_a_coefficient_that_is_given_averages_whatever_the_batch():
 
 
 def test_samples_of_a_norm_group_are_not_independent():
-    run = digits(**{"model.name": "cnn", "noise.measure": True, "batch.size": 256})
+    run = digits(**{"model.name": "cnn", "noise.measure": True, "noise.per": "sample", "batch.size": 256})
     assert any("are not independent" in line for line in build_plan(run, 1438, group_size=32)[1])
     assert not any("are not independent" in line for line in build_plan(run, 1438)[1])
 

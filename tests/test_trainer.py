@@ -59,6 +59,10 @@ def assert_same_curve(ours, expected, tolerance):
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
+ADAMW, RMSPROP, ADAGRAD = (
+    {"optimizer.name": name, "optimizer.lr": 1e-3, "optimizer.second_moment": "sample"}
+    for name in ("adamw", "rmsprop", "adagrad")
+)
 MODELS = {
     "mlp": {},
     "cnn": {"model.name": "cnn", "model.channels": [8, 8], "batch.size": 192, "schedule.epochs": 1.0},
@@ -73,12 +77,9 @@ MODELS = {
     },
     "growing batch": {"schedule.name": "step", "schedule.milestones_epochs": [0.6, 1.2], "schedule.factor": 0.4,
                       "schedule.epochs": 2, "schedule.realize": "batch", "batch.size": 60},
-    "adamw, squares of samples": {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "schedule.epochs": 2.5},
-    "rmsprop, squares of samples, clipped": {"optimizer.name": "rmsprop", "optimizer.lr": 1e-3, "optimizer.max_grad_norm": 0.5},
-    "cnn, adagrad, squares of samples": {"model.name": "cnn", "model.channels": [8, 8], "optimizer.name": "adagrad",
-                                         "optimizer.lr": 1e-3, "schedule.epochs": 1.0},
-    "adamw, squares reduced every 3 updates": {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "schedule.epochs": 2.5,
-                                               "backend.squares_every": 3},
+    "adamw, squares of samples": ADAMW | {"schedule.epochs": 2.5},
+    "rmsprop, squares of samples, clipped": RMSPROP | {"optimizer.max_grad_norm": 0.5},
+    "cnn, adagrad, squares of samples": ADAGRAD | {"model.name": "cnn", "model.channels": [8, 8], "schedule.epochs": 1.0},
     "epoch cut, clipped": {"batch.at_epoch_end": "cut", "optimizer.max_grad_norm": 0.5, "schedule.epochs": 2},
 }  # fmt: skip
 
@@ -103,10 +104,37 @@ def test_ranks_and_micro_batches_do_not_change_the_run(model, rank_pool, tmp_pat
         assert_same_curve(ours, expected, 1e-10)
 
 
+# 14 updates of 192 samples, which 1 to 4 ranks cut into the same micro-batches of 16.
+SAME_UNITS = {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.1, "batch.size": 192,
+              "batch.reference_size": 32, "batch.micro_size": 16, "schedule.name": "cosine", "schedule.epochs": 14 * 192 / 1438}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"optimizer.max_grad_norm": 0.5},
+        {"backend.squares_every": 3, "optimizer.max_grad_norm": 0.5},
+        {"optimizer.name": "rmsprop", "optimizer.lr": 1e-3, "optimizer.centered": True, "noise.measure": True},
+        {"optimizer.name": "lamb", "optimizer.lr": 1e-3, "schedule.name": "step", "schedule.epochs": 16 * 192 / 1438,
+         "schedule.milestones_epochs": [8 * 192 / 1438], "schedule.factor": 0.5, "schedule.realize": "batch"},
+    ],
+    ids=["adamw, clipped", "variance of every third update", "rmsprop, with the noise", "lamb, growing"],
+)  # fmt: skip
+def test_ranks_do_not_change_a_run_with_the_same_micro_batches(flags, rank_pool, tmp_path):
+    run = digits(**SAME_UNITS | flags)
+    expected = rows_of(run, tmp_path / "one")
+    assert run.second_moment() == "micro_batch" and len(expected[0]) >= 12
+    for world_size in (2, 3, 4):
+        ours = rank_pool(world_size, _train_on_rank, run, tmp_path / str(world_size))[0]
+        assert_same_curve(ours, expected, 1e-10)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_rank_without_samples_takes_part(optimizer, rank_pool, tmp_path):
     """The run's last batch has fewer samples than there are ranks."""
     flags = {"optimizer.name": optimizer, "optimizer.lr": 1e-3, "schedule.epochs": 1.0, "evaluate.every_epochs": 1.0}
+    if optimizer == "adamw":
+        flags["optimizer.second_moment"] = "sample"  # ranks are micro-batches, too
     run = digits(**flags, **{"batch.size": 205})  # 1438 = 7 * 205 + 3
     expected = rows_of(run, tmp_path / "one")
     assert expected[0][-1]["batch_size"] == 3
@@ -129,10 +157,11 @@ def test_squares_in_bfloat16_move_the_weights_by_their_rounding(rank_pool, tmp_p
         for dtype in ("float32", "bfloat16")
     )
     start = build_model(digits(**flags), digits().data.load(0).task).state_dict()
-    # bfloat16 keeps 8 bits, a relative error of at most 2^-8 in a square, half of that in its root.
+    # bfloat16 keeps 8 bits, a relative error of at most 2^-8 in a square, half of that in its root; an error of the squares
+    # is multiplied by (kappa-1)/(n-1), here of 200 samples in 2 micro-batches against a reference of 32.
     for name, value in exact.items():
         moved = (value - start[name]).norm()
-        assert (rough[name] - value).norm() < 2**-8 * moved
+        assert (rough[name] - value).norm() < 2**-8 * 5.25 * moved
 
 
 def _final_weights(rank, world_size, run, folder):

@@ -8,6 +8,7 @@ A batch that reaches past the end of an epoch carries on in the next one, so eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,15 +93,34 @@ def micro_batches(share: slice, micro_batch_size: int) -> list[slice]:
     return [slice(start, min(start + micro_batch_size, share.stop)) for start in starts] or [slice(0, 0)]
 
 
+def largest_micro_batch(
+    batch_size: int, world_size: int, micro_batch_size: int | None = None, group_size: int = 1, least_units: int = 1
+) -> int:
+    """Return the most samples of one forward pass: a rank's share of the batch, cut so that there are enough micro-batches.
+
+    Args:
+        batch_size: B, samples of the update over all ranks.
+        world_size: number of ranks.
+        micro_batch_size: most samples of one forward pass on one rank; None for no bound.
+        group_size: samples that must stay together.
+        least_units: micro-batches wanted of the update over all ranks, where it has so many groups.
+    """
+    share = rank_share(batch_size, 0, world_size, group_size)  # no rank has a larger one
+    num_groups = math.ceil((share.stop - share.start) / group_size)
+    size = math.ceil(num_groups / math.ceil(least_units / world_size)) * group_size
+    return min(size, micro_batch_size or size)
+
+
 def effective_micro_batches(
-    batch_size: int, world_size: int, micro_batch_size: int | None, group_size: int = 1
+    batch_size: int, world_size: int, micro_batch_size: int | None, group_size: int = 1, least_units: int = 1
 ) -> float:
     """Return 1 / sum(w^2) over the micro-batches of an update on all ranks, w their shares of the samples.
 
     It is their number where all are of one size, and what takes its place in the estimate of a variance where not.
     """
     shares = (rank_share(batch_size, rank, world_size, group_size) for rank in range(world_size))
-    pieces = (piece for share in shares for piece in micro_batches(share, micro_batch_size or batch_size))
+    size = largest_micro_batch(batch_size, world_size, micro_batch_size, group_size, least_units)
+    pieces = (piece for share in shares for piece in micro_batches(share, size))
     return batch_size**2 / sum((piece.stop - piece.start) ** 2 for piece in pieces)
 
 
@@ -132,6 +152,7 @@ class PlanSampler:
         micro_batch_size: most samples of one forward pass on one rank; None for the rank's whole share.
         group_size: samples that must stay on one rank and in one micro-batch.
         samples_seen: where to begin.
+        least_units: micro-batches wanted of an update, over all ranks.
     """
 
     plan: BatchSizes
@@ -142,16 +163,24 @@ class PlanSampler:
     micro_batch_size: int | None = None
     group_size: int = 1
     samples_seen: int = 0
+    least_units: int = 1
+
+    def num_units(self, batch_size: int) -> float:
+        """Return the micro-batches of an update over all ranks, as `effective_micro_batches` counts them."""
+        options = self.micro_batch_size, self.group_size, self.least_units
+        return effective_micro_batches(batch_size, self.world_size, *options)
 
     def pieces(self, batch_size: int) -> Sequence[slice]:
         """Return this rank's micro-batches of an update, as slices of the global batch; equally many on every rank.
 
         A sharded model's forward and backward passes are collectives, so a rank whose share needs fewer ends with empty ones.
         """
+        options = self.micro_batch_size, self.group_size, self.least_units
+        size = largest_micro_batch(batch_size, self.world_size, *options)
 
         def of(rank: int) -> list[slice]:
             share = rank_share(batch_size, rank, self.world_size, self.group_size)
-            return micro_batches(share, self.micro_batch_size or batch_size)
+            return micro_batches(share, size)
 
         mine, most = of(self.rank), len(of(0))  # no rank has a larger share than the first
         return mine + [slice(0, 0)] * (most - len(mine))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,9 +33,10 @@ class BackendConfig(Section):
     """A rank that is not heard of for so long stops the run; more than the slowest update with its compilation takes, and
     than reading a checkpoint through when the run is resumed."""
     squares_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which the tracked squares travel between ranks."""
+    """ddp: precision in which the squares travel between ranks."""
     squares_every: Annotated[int, Field(ge=1)] = 1
-    """Updates between two reductions of the tracked squares; between them they add up on each rank."""
+    """ddp with micro-batches: updates between two measurements of the variance between them; each update has its own squared
+    gradient."""
     shard: Annotated[list[str], Field(min_length=1)] | None = None
     """fsdp: modules gathered as one, by class or by name with wildcards. None: the elements of lists and sequences."""
     offload: bool = False
@@ -104,13 +105,31 @@ class Backend(Protocol):
         """Return engine, processes and devices in words."""
         ...
 
+    def track(self, model: nn.Module, per: Literal["sample", "micro_batch"], fallback: Iterable[str] = ()) -> None:
+        """Let backward passes collect squared gradients; before `prepare`.
+
+        Args:
+            model: as it was built.
+            per: squares of every sample's gradient, or of each backward pass of a rank.
+            fallback: names of modules to differentiate sample by sample.
+        """
+        ...
+
+    def use_squares(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer take its second moments from them; after `prepare`."""
+        ...
+
+    def squared_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters whose squares are collected, in the order of `noise_sums`."""
+        ...
+
     def prepare(
         self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters.
 
         Args:
-            model: tracked, where squares are wanted.
+            model: after `track`, where squares are wanted.
             build_optimizer: called once, with `model`, when its parameters are those the optimizer has to hold.
         """
         ...
@@ -127,18 +146,24 @@ class Backend(Protocol):
         """Add the gradients of this rank's share of the batch's mean loss."""
         ...
 
-    def set_squares_due(self, due: bool) -> None:
-        """Say whether tracked squares are reduced in the coming update, or add up on each rank."""
+    def begin_update(self, batch_size: int, num_units: float, update: int) -> None:
+        """Say what the coming update is, before its first backward pass.
+
+        Args:
+            batch_size: B.
+            num_units: n, the units of its squares.
+            update: its number in the run, from 0.
+        """
         ...
 
     def noise_sums(self, model: nn.Module) -> Tensor:
         """Return what the gradient noise is measured from, over all ranks; between the last backward pass and `step`.
 
         Args:
-            model: tracked, with its P trained parameters in the order of `named_parameters`.
+            model: with squares of P parameters, in the order of `squared_names`.
 
         Returns:
-            (2, P), float64: of each parameter |ghat|^2 and the sum of its tracked squares (`largebatch.noise`).
+            (2, P), float64: of each parameter |ghat|^2 and the sum of its squares, averaged over ranks (`largebatch.noise`).
         """
         ...
 
@@ -230,7 +255,8 @@ def create_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
         return FullyShard(ranks, device, precision, config.compile, config.shard, config.offload)
     from largebatch.distributed.ddp import DataParallel
 
-    return DataParallel(ranks, device, precision, config.compile, getattr(torch, config.squares_dtype))
+    dtype = getattr(torch, config.squares_dtype)
+    return DataParallel(ranks, device, precision, config.compile, dtype, config.squares_every)
 
 
 def _refuse_keys(config: BackendConfig, engine: str, why: str, *keys: str) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from inspect import signature
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.distributed.backend import Precision, Ranks
 from largebatch.distributed.engine import Engine
-from largebatch.distributed.hook import SquaresReduction, reduce_bucket
-from largebatch.moments import shadows
+from largebatch.distributed.squares import VARIANCE, HookedSquares
+from largebatch.distributed.state import read_tensors, tensor_metadata
+from largebatch.moments import is_shadow, shadows
+from largebatch.moments.interception import COMPILES
+from largebatch.noise import sums_with
+from largebatch.optim.adaptive import AdaptiveOptimizer
+from largebatch.reduce import sum_over_ranks
+from largebatch.section import UserError
 
 # The flag's name since torch 2.13; the old one warns there.
 _SYNC_BUFFERS: Any = (
@@ -27,12 +34,15 @@ _SYNC_BUFFERS: Any = (
 class DataParallel(Engine):
     """The `Backend` for replicas: gradients are averaged beside the backward pass, every rank does the same update.
 
+    Squared gradients are none of DDP's: they add up on each rank and are summed once an update, after its last backward pass.
+
     Args:
         ranks: this process among all.
         device: its device.
         precision: ``fp32``, ``fp64``, or autocast to ``bf16`` or ``fp16`` (the latter with loss scaling).
         compile_model: compile the model with torch.compile.
-        squares_dtype: in which tracked squares travel between ranks.
+        squares_dtype: in which squares travel between ranks.
+        squares_every: updates between two measurements of the variance between micro-batches.
     """
 
     def __init__(
@@ -42,24 +52,46 @@ class DataParallel(Engine):
         precision: Precision = "fp32",
         compile_model: bool = False,
         squares_dtype: torch.dtype = torch.float32,
+        squares_every: int = 1,
     ) -> None:
         super().__init__(ranks, device, precision)
         self.name = "DistributedDataParallel" if self.world_size > 1 else "single process"
         self.compile_model = compile_model
-        self.squares = SquaresReduction(torch.float64 if precision == "fp64" else squares_dtype)
+        self.travels_in = torch.float64 if precision == "fp64" else squares_dtype
+        self.squares_every = squares_every
+        self.hooked: HookedSquares | None = None
+        self._hooks = False
+
+    def track(self, model: nn.Module, per: Literal["sample", "micro_batch"], fallback: Iterable[str] = ()) -> None:
+        """Let backward passes collect squared gradients: of micro-batches by hooks on the parameters."""
+        if per == "micro_batch":
+            self._hooks = True  # once they are on their device
+        else:
+            super().track(model, per, fallback)
 
     def prepare(
         self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters."""
         model.to(self.device, self.dtype)
-        if self.compile_model and shadows(model):
+        if self._hooks:
+            self.hooked = HookedSquares(model, self.squares_every, self.travels_in)
+        of_samples = list(shadows(model).values())
+        if self.compile_model and of_samples and not COMPILES:
+            raise UserError(
+                f"backend.compile: with squares of samples it needs PyTorch 2.13 or later, this is {torch.__version__}; take "
+                "those of micro-batches (optimizer.second_moment, noise.per)"
+            )
+        if self.compile_model and of_samples:
             # The compiler cuts its graph where DDP's buckets end, and fails on a size that crosses a cut, as that of a
             # sample's gradient does once batches differ. Whole, the graph's gradients are reduced after its backward pass.
             torch._dynamo.config.optimize_ddp = False
         called: nn.Module = torch.compile(model) if self.compile_model else model  # type: ignore[assignment]
+        self._shadows = of_samples
         if self.world_size == 1:
             return called, build_optimizer(model)
+        ignored = [name for name, p in called.named_parameters(remove_duplicate=False) if is_shadow(p)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(called, ignored)
         # Buffers are not broadcast: batch statistics are summed once per update instead (models/norm.py).
         self.wrapper = DistributedDataParallel(
             called,
@@ -67,14 +99,78 @@ class DataParallel(Engine):
             **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
             gradient_as_bucket_view=True,
         )
-        if shadows(model):
-            self.wrapper.register_comm_hook(self.squares, reduce_bucket)
         return self.wrapper, build_optimizer(model)
 
-    def set_squares_due(self, due: bool) -> None:
-        """Say whether tracked squares are reduced in the coming update, or add up on each rank."""
-        self.squares.due = due
+    def begin_update(self, batch_size: int, num_units: float, update: int) -> None:
+        """Say what the coming update is: B, the units of its squares, its number in the run."""
+        if self.hooked is not None:
+            self.hooked.begin(batch_size, num_units, update)
 
-    def accumulate(self, sync: bool) -> AbstractContextManager[Any]:
-        """Return the context of one micro-batch; DDP reduces in the backward pass of the one with ``sync``."""
-        return nullcontext() if sync or self.wrapper is None else self.wrapper.no_sync()
+    @contextmanager
+    def accumulate(self, sync: bool) -> Iterator[None]:
+        """Run one micro-batch; DDP reduces gradients in the backward pass of the one with ``sync``, squares are after it."""
+        with nullcontext() if sync or self.wrapper is None else self.wrapper.no_sync():
+            yield
+        if sync and self.hooked is not None:
+            self.hooked.reduce(self.world_size, self.scaler.get_scale())
+        elif sync and self.world_size > 1 and self._shadows:
+            self._reduce_shadows()
+
+    def _reduce_shadows(self) -> None:
+        """Average the squares of samples over the ranks, as DDP does the gradients."""
+        for shadow in self._shadows:
+            if shadow.grad is None:
+                shadow.grad = torch.zeros_like(shadow)
+        squares = [shadow.grad for shadow in self._shadows if shadow.grad is not None]
+        flat = torch.cat([tensor.reshape(-1) for tensor in squares])
+        sum_over_ranks([flat], travels_in=self.travels_in)
+        flat.div_(self.world_size)
+        for tensor, part in zip(squares, flat.split([tensor.numel() for tensor in squares]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def use_squares(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer take its second moments from the squares."""
+        if self.hooked is not None:
+            assert isinstance(optimizer, AdaptiveOptimizer)
+            optimizer.moment_source = self.hooked.moment
+
+    def _gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the gradients and the squares that this rank holds, freed of the loss scale."""
+        if self.hooked is not None:
+            self.hooked.factor = 1.0 / self.scaler.get_scale()
+        return super()._gradients(optimizer)
+
+    def clip(self, grads: list[Tensor], squares: list[Tensor], factor: float) -> None:
+        """Multiply gradients by a factor, and squares by its square."""
+        super().clip(grads, squares, factor)
+        if self.hooked is not None:
+            self.hooked.factor *= factor
+
+    def squared_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters whose squares are collected, in the order of `noise_sums`."""
+        return super().squared_names(model) if self.hooked is None else self.hooked.names
+
+    def noise_sums(self, model: nn.Module) -> Tensor:
+        """Return each trained parameter's |ghat|^2 and sum of squares over all ranks, (2, P) in float64."""
+        if self.hooked is None:
+            return super().noise_sums(model)
+        parameters = self.hooked.parameters
+        sums = sums_with(zip(parameters, self.hooked.squares(parameters), strict=True))
+        sums[1] /= self.world_size  # as shadows, which the ranks average
+        return self.over_ranks(sums) / self.scaler.get_scale() ** 2
+
+    def check_statistics(self, model: nn.Module) -> None:
+        """Refuse a parameter of a tracked model that has a gradient and no statistic; after a backward pass."""
+        if self.hooked is None:
+            super().check_statistics(model)
+
+    def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return model and optimizer by name for a checkpoint, as `distributed.state` spells it; every rank takes part."""
+        return super().state(model, optimizer) | ({} if self.hooked is None else self.hooked.state())
+
+    def load_state(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Read what `state` named, whatever engine wrote it and on however many ranks."""
+        super().load_state(path, model, optimizer)
+        if self.hooked is not None:
+            names = [name for name in tensor_metadata(path) if name.startswith(VARIANCE)]
+            self.hooked.load_state(read_tensors(path, names))

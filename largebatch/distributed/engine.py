@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
 from largebatch.distributed.watch import RankWatch, open_group
-from largebatch.moments import check_statistics, tracked_parameters
+from largebatch.moments import check_statistics, shadows, track, tracked_parameters
 from largebatch.noise import partial_sums
 from largebatch.optim import gradients_and_squares, scale_gradients
 
@@ -78,8 +78,19 @@ class Engine(ABC):
     def accumulate(self, sync: bool) -> AbstractContextManager[Any]:
         """Return the context of one micro-batch's forward and backward pass; gradients are reduced where ``sync``."""
 
-    def set_squares_due(self, due: bool) -> None:  # noqa: B027  optional for an engine
-        """Say whether tracked squares are reduced in the coming update; an engine that always does has no use for it."""
+    def track(self, model: nn.Module, per: Literal["sample", "micro_batch"], fallback: Iterable[str] = ()) -> None:
+        """Let backward passes collect squared gradients; before `prepare`. Here as shadows, which the engine reduces."""
+        track(model, per, fallback=fallback)
+
+    def begin_update(self, batch_size: int, num_units: float, update: int) -> None:  # noqa: B027  optional for an engine
+        """Say what the coming update is: B, the units of its squares, its number in the run."""
+
+    def use_squares(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+        """Let an optimizer take its second moments from the squares; here its groups of shadows say so."""
+
+    def squared_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters whose squares are collected, in the order of `noise_sums`."""
+        return list(shadows(model))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of a forward pass."""
@@ -103,11 +114,15 @@ class Engine(ABC):
         if not finite:
             self.check_losses(optimizer)
         elif max_grad_norm is not None:
-            scale_gradients(grads, squares, min(1.0, max_grad_norm / (norm + 1e-6)))
+            self.clip(grads, squares, min(1.0, max_grad_norm / (norm + 1e-6)))
         self.update(optimizer)
         optimizer.zero_grad()
         self.losses_finite.fill_(True)
         return norm
+
+    def clip(self, grads: list[Tensor], squares: list[Tensor], factor: float) -> None:
+        """Multiply gradients by a factor, and squares by its square."""
+        scale_gradients(grads, squares, factor)
 
     def noise_sums(self, model: nn.Module) -> Tensor:
         """Return each trained parameter's |ghat|^2 and sum of tracked squares over all ranks, (2, P) in float64."""

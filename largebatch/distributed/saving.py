@@ -16,12 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.torch_version import TorchVersion
 
 from largebatch.checkpoint import CheckpointFolder, describe_file
 from largebatch.distributed.state import write_tensors
 
 # A disk with less room than this, beside what was being written, is full.
 FULL_BYTES = 2**20
+# Before, a stager emptied its own tables after its first use.
+STAGES_ONCE = TorchVersion(torch.__version__) < "2.13"
 
 
 def cause_of(error: BaseException) -> str:
@@ -68,8 +71,8 @@ class CheckpointWriter:
         timeout = timedelta(seconds=timeout_seconds)
         # Every rank is a member, which the type that torch 2.14 declares does not say.
         self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
-        pinned = torch.cuda.is_available()
-        self.stager = DefaultStager(StagingOptions(pinned, False, False, False)) if asynchronous else None
+        self.asynchronous = asynchronous
+        self.stager: DefaultStager | None = None
         self.thread: threading.Thread | None = None
         self.error: str | None = None
         self.saved: Path | None = None
@@ -89,9 +92,11 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self.wait()
-        if self.stager is None:
+        if not self.asynchronous:
             self._write(samples_seen, tensors, state, is_best)
         else:
+            if self.stager is None or STAGES_ONCE:
+                self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
             staged = self.stager.stage(dict(tensors))
             # A daemon: a rank whose peers are gone must be able to leave.
             self.thread = threading.Thread(target=self._write, args=(samples_seen, staged, state, is_best), daemon=True)

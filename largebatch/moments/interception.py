@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -23,6 +24,9 @@ from largebatch.moments import derived, elementwise, fallback, layout
 from largebatch.moments.scope import FALLBACK, RULES, WAY_OUT, Scope, Tracked, notes, state
 from largebatch.moments.tap import Operand, Square
 from largebatch.section import UserError
+
+# Before, the compiler could not tell parameters apart.
+COMPILES = TorchVersion(torch.__version__) >= "2.13"
 
 
 class Interception(TorchFunctionMode):
@@ -233,6 +237,10 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
     if not torch.compiler.is_compiling():
         scope.leave(module)
     return output
+
+
+if not COMPILES:
+    _forward_tapped = torch.compiler.disable(_forward_tapped)  # what it traced was wrong, without a word
 
 
 def _checkpoint_frame() -> types.FrameType | None:

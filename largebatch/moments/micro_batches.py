@@ -65,10 +65,22 @@ class MicroBatchSquares:
     Args:
         named: (name, parameter) of leaves; names are for messages.
         process_group: the data-parallel ranks; None for all.
+        projects: whether to find out at the update what was done to the gradients since; where False, the caller knows.
+        travels_in: type in which the squares are reduced; None for their own.
+
+    Attributes:
+        due: whether the hooks do anything; False leaves the regions as they are.
     """
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]], process_group: dist.ProcessGroup | None = None) -> None:
-        self.process_group = process_group
+    def __init__(
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        process_group: dist.ProcessGroup | None = None,
+        projects: bool = True,
+        travels_in: torch.dtype | None = None,
+    ) -> None:
+        self.process_group, self.projects, self.travels_in = process_group, projects, travels_in
+        self.due = True
         self.slots: dict[Tensor, Slot] = {}
         self.settings: dict[str, int] = {}
         """What has to be the same on every rank."""
@@ -128,7 +140,7 @@ class MicroBatchSquares:
 
         def hook(gradient: Tensor) -> None:
             squares = ours()
-            if squares is not None:
+            if squares is not None and squares.due:
                 squares._observe(slot, gradient.detach() if gradient.requires_grad else gradient)
 
         hook.__torch_unserializable__ = True  # type: ignore[attr-defined]  # it is put on again where it belongs
@@ -140,7 +152,7 @@ class MicroBatchSquares:
         for slot in self.slots.values():
             slot.holds = ""
         if gradients:
-            self._allocate()
+            self.allocate()
         for parameter, gradient in gradients.items():
             slot = self.slots[parameter]
             slot.region.copy_(gradient)
@@ -158,15 +170,16 @@ class MicroBatchSquares:
         if task != self._task:
             self._begin_pass(task)
         if not slot.is_placed:
-            self._allocate()
+            self.allocate()
         if slot.update != self._update or slot.parameter.grad is None:  # the first since gradients were cleared
             slot.update, slot.count, slot.first = self._update, 0, len(self._sizes) - 1
             if slot.holds == "squares":
                 slot.holds = ""
-            self._project(slot.sample(gradient), out=slot.projection)
+            if self.projects:
+                self._project(slot.sample(gradient), out=slot.projection)
             if self._joint is not None:  # cleared within a micro-batch: what came before is no part of it
                 self._joint.discard(slot)
-        else:
+        elif self.projects:
             slot.projection += self._project(slot.sample(gradient))
         further = self._joint is not None and slot in self._joint
         slot.count += not further
@@ -250,7 +263,7 @@ class MicroBatchSquares:
         finally:
             self._joint, self._task = None, -1
 
-    def _allocate(self) -> None:
+    def allocate(self) -> None:
         """Give every slot that has none its part of a buffer, one buffer for each device and type."""
         kinds: dict[tuple[torch.device, torch.dtype], list[Slot]] = {}
         for slot in self.slots.values():
@@ -283,7 +296,7 @@ class MicroBatchSquares:
             self._check_ranks()
         elif not live:
             return None
-        self._allocate()
+        self.allocate()
         used = set(map(id, fired))
         for _, projections, slots in self._buffers:
             idle = [index for index, slot in enumerate(slots) if id(slot) not in used]
@@ -306,7 +319,9 @@ class MicroBatchSquares:
             raise UserError(FOREIGN.format(live[0].name, NO_PASS))
         effective = size**2 / squares_of_size
         equal = abs(effective - num_units) < 1e-6 * num_units
-        factor, rounding = self._project.factor(live, num_units, self._world_size)
+        factor, rounding = 1.0, 0.0
+        if self.projects:
+            factor, rounding = self._project.factor(live, num_units, self._world_size)
         units = Units(num_units if equal else effective, size, equal, self._world_size, factor, rounding, live)
         if num_units > 1:
             for slot in live:  # alone, of a parameter that one unit used, or none
@@ -352,7 +367,7 @@ class MicroBatchSquares:
             return counts[0], counts[1], counts[2]
         for buffer, _, _ in self._buffers:
             buffer[-3:] = torch.tensor(counts, dtype=buffer.dtype, device="cpu")
-        sum_over_ranks([buffer for buffer, _, _ in self._buffers], self.process_group)
+        sum_over_ranks([buffer for buffer, _, _ in self._buffers], self.process_group, self.travels_in)
         totals = self._buffers[0][0][-3:].tolist()
         return totals[0], totals[1], totals[2]
 

@@ -36,8 +36,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
     """Walks the groups, hands gradients and state to `update`, and leaves gradients untouched."""
 
     state_names: tuple[str, ...] = ("exp_avg_sq",)
-    moment_source: Callable[[list[Tensor]], Moment] | None = None
-    """Says how an update's second moment is estimated, where no shadows do."""
+    moment_source: Callable[[dict[str, Any], list[Tensor]], Moment] | None = None
+    """Says, of a group and its parameters with a gradient, how the second moment is estimated where no shadows do."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -65,9 +65,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         """Return the names of the state tensors that this group's options need."""
         return self.state_names
 
-    def set_batch(
-        self, batch_size: int, num_units: float | None = None, world_size: int | None = None, due: bool = True
-    ) -> None:
+    def set_batch(self, batch_size: int, num_units: float | None = None, world_size: int | None = None) -> None:
         """Say what the coming step's gradients are means of; needed where squares are tracked.
 
         Args:
@@ -75,31 +73,14 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
             num_units: n, independent units in the mean whose squares were tracked: B for samples (the default); for
                 micro-batches their number, or 1/sum(w^2) where their weights w in the mean differ.
             world_size: ranks over which the engine averaged gradients; may be left out on one process.
-            due: whether the squares are complete in this step. Until then they add up in the shadows' gradients and the
-                second moment waits; then it takes their mean, with the weight of all the updates it waited for.
         """
         if world_size is None and num_ranks() > 1:
             raise UserError(
                 f"set_batch: expected world_size, the ranks that gradients were averaged over, as there are {num_ranks()}"
             )
         for group in self.param_groups:
-            if group.get("due", True):  # the last squares were complete, whether or not their update was taken
-                group["waited"], group["inverse_units"] = 0, 0.0
             group["batch_size"], group["num_units"] = batch_size, num_units or batch_size
-            group["world_size"], group["due"] = world_size or 1, due
-            group["waited"] += 1
-            # n units of weight 1/n leave squares of the sum q/n, so what has added up is q * sum(1/n).
-            group["inverse_units"] += 1.0 / group["num_units"]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; those of shadows only once their squares have been used."""
-        waiting = [g for g in self.param_groups if is_shadow_group(g) and not g.get("due", True)]
-        kept = [(shadow, shadow.grad) for group in waiting for shadow in group["params"]]
-        for shadow, _ in kept:
-            shadow.grad = None
-        super().zero_grad(set_to_none)
-        for shadow, squares in kept:
-            shadow.grad = squares
+            group["world_size"] = world_size or 1
 
     def update(
         self,
@@ -127,12 +108,9 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         if "batch_size" not in group:
             raise RuntimeError("call set_batch(batch_size, ...) before step(): the squares' scale depends on it")
         kappa, num_units = group["batch_size"] / reference, group["num_units"]
-        if not group["due"]:
-            return Moment(updates=0)
         # One unit alone says nothing of the variance between units.
         share = (kappa - 1.0) / (num_units - 1.0) if num_units > 1 else 0.0
-        scale = 1.0 / (group["world_size"] * group["inverse_units"])
-        return Moment([s.grad for s in shadows if s.grad is not None], share, scale, kappa, group["waited"])
+        return Moment([s.grad for s in shadows if s.grad is not None], share, num_units / group["world_size"], kappa)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -164,7 +142,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
             state = {name: [self.state[p][name] for p in params] for name in names}
             moment = self._moment(group, paired) if paired else Moment()
             if self.moment_source is not None:
-                moment = self.moment_source(params)
+                moment = self.moment_source(group, params)
             self.update(group, params, grads, state, moment)
         return loss
 
@@ -222,7 +200,7 @@ class Adam(AdaptiveOptimizer):
         """Apply the rule above."""
         lr, weight_decay, correction = group["lr"], group["weight_decay"], group["bias_correction"]
         weight1, divisor1 = advance_average(group, "first_moment_count", group["betas"][0], correction)
-        weight2, divisor2 = advance_average(group, "second_moment_count", group["betas"][1], correction, moment.updates)
+        weight2, divisor2 = advance_average(group, "second_moment_count", group["betas"][1], correction)
         if weight_decay and self.decoupled_weight_decay:
             torch._foreach_mul_(params, 1.0 - lr * weight_decay)
         decayed = _with_decay(grads, params, 0.0 if self.decoupled_weight_decay else weight_decay)
@@ -320,7 +298,7 @@ class RMSProp(AdaptiveOptimizer):
         moment: Moment,
     ) -> None:
         """Apply the rule above."""
-        weight, _ = advance_average(group, "second_moment_count", group["alpha"], self.bias_correction, moment.updates)
+        weight, _ = advance_average(group, "second_moment_count", group["alpha"], self.bias_correction)
         decayed = _with_decay(grads, params, group["weight_decay"])
         torch._foreach_mul_(state["exp_avg_sq"], 1.0 - weight)
         moment.add_to(state["exp_avg_sq"], grads, decayed, weight)
@@ -377,7 +355,7 @@ class Adagrad(AdaptiveOptimizer):
     ) -> None:
         """Apply the rule above."""
         decayed = _with_decay(grads, params, group["weight_decay"])
-        moment.add_to(state["exp_avg_sq"], grads, decayed, moment.kappa * moment.updates)
+        moment.add_to(state["exp_avg_sq"], grads, decayed, moment.kappa)
         torch._foreach_addcdiv_(
             params, decayed, _denominators(state["exp_avg_sq"], 0.5, group["eps"]), value=-group["lr"]
         )

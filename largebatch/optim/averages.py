@@ -14,9 +14,8 @@ def advance_average(
     key: str,
     beta: float,
     correction: Literal["published", "running_mean", "none"],
-    updates: int = 1,
 ) -> tuple[float, float]:
-    """Count updates of a running average; return the newest value's weight, and what the average is divided by.
+    """Count an update of a running average; return the newest value's weight, and what the average is divided by.
 
     ``published``: weight 1 - beta, divided by 1 - prod(beta), which is Adam's 1 - beta^t while beta is constant.
     ``running_mean``: weight 1/min(t, N) with N = 1/(1 - beta), divided by 1; for t <= N exactly the mean of x_1..x_t
@@ -27,42 +26,43 @@ def advance_average(
         key: the count's name.
         beta: coefficient of one update, in [0, 1).
         correction: which of the three.
-        updates: how many updates the value stands for; 0 leaves the average as it is.
     """
     if correction == "running_mean":
-        length = max(1.0 / (1.0 - beta), float(updates))
-        group[key] = min(group.get(key, 0.0) + updates, length)
-        return updates / group[key] if updates else 0.0, 1.0
-    decay = beta**updates
+        group[key] = min(group.get(key, 0.0) + 1.0, 1.0 / (1.0 - beta))
+        return 1.0 / group[key], 1.0
     if correction == "published":
-        group[key] = group.get(key, 1.0) * decay
-        return 1.0 - decay, 1.0 - group[key]
-    return 1.0 - decay, 1.0
+        group[key] = group.get(key, 1.0) * beta
+        return 1.0 - beta, 1.0 - group[key]
+    return 1.0 - beta, 1.0
 
 
 @dataclass(frozen=True)
 class Moment:
     """The second moment of one update, as a combination of squares of the mean gradient and of the tracked squares.
 
-        s_ref = (1 - a) * ghat^2 + a * q,   q = (n/W) * shadow gradient,   a = (kappa - 1) / (n - 1)
+        s_ref = (1 - a) * ghat^2 + a * q,   q = scale * squares,   a = (kappa - 1) / (n - 1)
 
     which estimates without bias the square that plain Adam would have seen at the reference batch size: with n
     independent units (samples, or micro-batches) in the mean, sigma^2/B = (q - ghat^2)/(n - 1), and s_ref = ghat^2 +
-    sigma^2*(1/B_ref - 1/B) = ghat^2 + (kappa - 1)*sigma^2/B. B_ref = 1 gives q, B_ref = B gives ghat^2.
+    sigma^2*(1/B_ref - 1/B) = ghat^2 + (kappa - 1)*sigma^2/B. B_ref = 1 gives q, B_ref = B gives ghat^2. Where sigma^2 is
+    given instead of squares,
+
+        s_ref = ghat^2 + a * sigma^2,   a = (kappa - 1) / B
 
     Args:
-        squares: the shadows' gradients, in the order of the parameters; None for plain second moments.
+        squares: sums of squares, as the shadows' gradients are, or sigma^2, in the order of the parameters; None for plain
+            second moments.
         share: a.
-        scale: n / W.
+        scale: from a sum of squares to their mean over units: n / W of a shadow's gradient.
         kappa: B / B_ref, the updates at the reference that this one stands for.
-        updates: updates that the squares have added up over; 0 while they are not complete.
+        of_variance: whether ``squares`` are sigma^2.
     """
 
     squares: list[Tensor] | None = None
     share: float = 0.0
     scale: float = 1.0
     kappa: float = 1.0
-    updates: int = 1
+    of_variance: bool = False
 
     def add_to(
         self,
@@ -87,12 +87,16 @@ class Moment:
             direction: u, what the root of the average divides; None: ``decayed``.
             bound: c, such that an average of squares with these weights is at least c * u^2; None: ``weight``.
         """
-        if self.updates == 0:
+        added = self.squares is not None and self.share != 0.0
+        subtracted = self.share if added and not self.of_variance else 0.0
+        if decayed is grads:
+            torch._foreach_addcmul_(average, grads, grads, weight * (1.0 - subtracted))
+        else:
+            torch._foreach_addcmul_(average, decayed, decayed, weight)
+            if subtracted:
+                torch._foreach_addcmul_(average, grads, grads, -weight * subtracted)
+        if self.squares is None or not added:
             return
-        torch._foreach_addcmul_(average, decayed, decayed, weight)
-        if self.squares is None or self.share == 0.0:
-            return
-        torch._foreach_addcmul_(average, grads, grads, -weight * self.share)
         torch._foreach_add_(average, self.squares, alpha=weight * self.share * self.scale)
         if not 0.0 <= self.share <= 1.0:
             direction, bound = direction or decayed, weight if bound is None else bound

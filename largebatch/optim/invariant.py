@@ -279,7 +279,7 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         move_second_moments(self._rows(units, kappa), units, spread)
         with self._written_at(kappa, units.num_units):
             if isinstance(self.base, AdaptiveOptimizer):
-                self.base.moment_source = lambda params: self._moment(params, units, spread, kappa)
+                self.base.moment_source = lambda _, params: self._moment(params, units, spread, kappa)
             self.base.step()
         progress.updates += 1
         if units.num_units <= 1:

@@ -172,9 +172,7 @@ class Quench(AdaptiveOptimizer):
         weights: list[Tensor],
         moment: Moment,
     ) -> None:
-        """Take the tracked squares into the average of sigma2; they may have waited for a few updates."""
-        if moment.updates == 0:
-            return
+        """Take the tracked squares into the average of sigma2."""
         if moment.squares is None:
             raise UserError(
                 "sigma2: 'sample' needs the parameter groups of a tracked model: call largebatch.track first"
@@ -183,9 +181,6 @@ class Quench(AdaptiveOptimizer):
             return  # a last batch of one sample, which has no variance
         if not group["num_units"] > 1:
             raise UserError("sigma2: 'sample' needs at least 2 samples in an update, got 1; take sigma2='average'")
-        if moment.updates > 1:
-            kept = torch._foreach_pow(torch._foreach_add(torch._foreach_neg(weights), 1.0), moment.updates)
-            weights = list(torch._foreach_add(torch._foreach_neg(kept), 1.0))
         estimates = torch._foreach_mul(moment.squares, moment.scale)
         torch._foreach_addcmul_(estimates, grads, grads, value=-1.0)
         torch._foreach_mul_(estimates, group["batch_size"] / (group["num_units"] - 1.0))

@@ -1,0 +1,125 @@
+"""Squares of micro-batches on an engine that keeps whole parameters on every rank: one process, or DDP.
+
+Hooks on the parameters add up squares beside the backward pass (`largebatch.moments.micro_batches`); after the last pass of
+an update they are summed over the ranks in one flat all-reduce, and DDP's own buckets carry gradients alone. Bytes a rank
+sends and receives for P parameters, in units of a plain update's 4*P:
+
+    float32     2          squares beside gradients
+    bfloat16    1.5        squares in half precision, gradients in float32
+    every k     1 + 1/k    the variance is measured in every k-th update, in either precision
+
+The second moment of the reference batch, s_ref = ghat^2 + (1/B_ref - 1/B) * sigma^2, takes ghat^2 from each update. Only
+sigma^2, the variance of a sample's gradient, may be of an update before: with `every` above 1 it is kept, element by element,
+until it is measured again. An element that had no gradient when it was measured (a row of an embedding that did not occur)
+takes ghat^2 for its variance: what one of two units alone would have said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from largebatch.moments import is_shadow
+from largebatch.moments.micro_batches import MicroBatchSquares
+from largebatch.optim.averages import Moment
+
+VARIANCE = "engine.sample_variance."  # by parameter, in a checkpoint
+
+
+class HookedSquares:
+    """The squares of a model's parameters, from the backward pass to the optimizer.
+
+    Args:
+        model: on its device, before it is wrapped.
+        every: updates between two measurements of the variance, >= 1.
+        travels_in: type in which squares are reduced; None for their own.
+
+    Attributes:
+        factor: by which the gradients were multiplied after the backward passes; the squares are not touched for it.
+    """
+
+    def __init__(self, model: nn.Module, every: int = 1, travels_in: torch.dtype | None = None) -> None:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad and not is_shadow(p)}
+        self.names, self.parameters = list(named), list(named.values())
+        self.hooks = MicroBatchSquares(named.items(), projects=False, travels_in=travels_in)
+        self.every, self.factor = every, 1.0
+        self._batch_size, self._num_units, self._world_size = 0, 0.0, 1
+        self._has_variance = False
+
+    def begin(self, batch_size: int, num_units: float, update: int) -> None:
+        """Say what the coming update is.
+
+        Args:
+            batch_size: B.
+            num_units: n, the micro-batches that take part in it, or 1/sum(w^2) of their shares w.
+            update: its number in the run, from 0.
+        """
+        self._batch_size, self._num_units, self.factor = batch_size, num_units, 1.0
+        # One unit alone has no variance.
+        is_turn = update % self.every == 0 or not self._has_variance
+        self.hooks.due = num_units > 1 and is_turn
+
+    @torch.no_grad()
+    def reduce(self, world_size: int, loss_scale: float = 1.0) -> None:
+        """Sum the squares over the ranks; after the last backward pass of the update."""
+        self._world_size = world_size
+        if not self.hooks.due:
+            return
+        units = self.hooks.collect()
+        if units is None or self.every == 1:
+            return
+        squares = [slot.region for slot in units.slots]
+        grads = [slot.gradient() for slot in units.slots]
+        n, scale = self._num_units, loss_scale**-2
+        torch._foreach_mul_(squares, self._of_squares * scale)
+        torch._foreach_addcmul_(squares, grads, grads, -scale)
+        torch._foreach_mul_(squares, self._batch_size / (n - 1.0))
+        torch._foreach_clamp_min_(squares, 0.0)
+        self._has_variance = True
+
+    @property
+    def _of_squares(self) -> float:
+        """From a region to the mean square of a unit's gradient, n/W^2."""
+        return self._num_units / self._world_size**2
+
+    def squares(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return, summed over passes and ranks, the squared gradients of some parameters; all of which have a gradient."""
+        return [self.hooks.slots[p].region for p in parameters]
+
+    def moment(self, group: Mapping[str, Any], parameters: Sequence[Tensor]) -> Moment:
+        """Return how the second moment of this update is estimated, for `AdaptiveOptimizer.moment_source`."""
+        kappa = self._batch_size / group["reference_batch_size"]
+        if not (self._has_variance or self.hooks.due):
+            return Moment(kappa=kappa)
+        if self.every == 1:
+            share = (kappa - 1.0) / (self._num_units - 1.0)
+            return Moment(self.squares(parameters), share, self._of_squares * self.factor**2, kappa)
+        variances = self.squares(parameters)
+        if not self.hooks.due:
+            variances = [self._completed(p, variance) for p, variance in zip(parameters, variances, strict=True)]
+        share = (kappa - 1.0) / self._batch_size * self.factor**2
+        return Moment(variances, share, kappa=kappa, of_variance=True)
+
+    def _completed(self, parameter: Tensor, variance: Tensor) -> Tensor:
+        assert parameter.grad is not None
+        gradient = parameter.grad / self.factor if self.factor not in (0.0, 1.0) else parameter.grad
+        return torch.where(variance == 0, self._batch_size * gradient.square(), variance)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the next updates need of the last ones, for a checkpoint."""
+        if not self._has_variance:
+            return {}
+        found = zip(self.names, self.squares(self.parameters), strict=True)
+        return {VARIANCE + name: variance for name, variance in found}
+
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Take up what `state` returned; without it, the variance is measured in the next update."""
+        self.hooks.restart()
+        self._has_variance = self.every > 1 and bool(saved)
+        if self._has_variance:
+            self.hooks.allocate()
+            for name, region in zip(self.names, self.squares(self.parameters), strict=True):
+                region.copy_(saved[VARIANCE + name])
