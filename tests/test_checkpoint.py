@@ -45,6 +45,7 @@ TESTS = Path(__file__).parent
 # A checkpoint every few updates, by samples and not by the clock.
 OFTEN = {"checkpoint.every_minutes": None, "checkpoint.every_epochs": 0.25, "checkpoint.keep_last": 100}
 ADAMW = {"optimizer.name": "adamw", "optimizer.lr": 1e-3}
+SAMPLES = ADAMW | {"optimizer.second_moment": "sample"}
 GROWING = {"schedule.name": "step", "schedule.milestones_epochs": [0.6, 1.2], "schedule.factor": 0.4,
            "schedule.epochs": 2, "schedule.realize": "batch", "batch.size": 60}  # fmt: skip
 
@@ -328,8 +329,8 @@ def noisy(task):
 
 EXACT = {
     "sgd, growing batch": GROWING,
-    "adamw, squares of samples, dropout": ADAMW | {"model.name": "test_checkpoint:noisy"},
-    "rmsprop, squares reduced every 4 updates, growing batch": GROWING | {
+    "adamw, squares of samples, dropout": SAMPLES | {"model.name": "test_checkpoint:noisy"},
+    "rmsprop, variance of every fourth update, growing batch": GROWING | {
         "optimizer.name": "rmsprop", "optimizer.lr": 1e-3, "optimizer.momentum": 0.9, "backend.squares_every": 4},
     "batch norm, rows of several updates": {
         "model.name": "cnn", "model.channels": [4], "model.norm": "batch", "model.norm_group_size": 16,
@@ -374,9 +375,11 @@ def test_a_resumed_fp16_run_keeps_its_loss_scale(rank_pool, tmp_path, monkeypatc
 
 ELASTIC = {
     "sgd, growing batch": GROWING,
-    "adamw, squares of samples, growing batch": GROWING | ADAMW,
-    "rmsprop, squares of samples": {"optimizer.name": "rmsprop", "optimizer.lr": 1e-3, "optimizer.momentum": 0.9, "batch.size": 60},
-    "adamw, squares reduced every 4 updates": ADAMW | {"backend.squares_every": 4, "batch.size": 60},
+    "adamw, squares of samples, growing batch": GROWING | SAMPLES,
+    "rmsprop, squares of samples": {"optimizer.name": "rmsprop", "optimizer.lr": 1e-3, "optimizer.second_moment": "sample",
+                                    "optimizer.momentum": 0.9, "batch.size": 60},
+    "adamw, variance of every fourth update": ADAMW | {"backend.squares_every": 4, "batch.size": 60, "batch.micro_size": 5,
+                                                       "schedule.epochs": 1440 / 1438},
     "batch norm over 16 samples, growing batch": {**GROWING, "batch.size": 64,
         "model.name": "cnn", "model.channels": [4], "model.norm": "batch", "model.norm_group_size": 16},
 }  # fmt: skip
@@ -386,7 +389,7 @@ ELASTIC = {
 def test_four_ranks_then_two_three_and_one_follow_one_trajectory(case, rank_pool, tmp_path):
     """Changed in mid-epoch, with another micro-batch on the way."""
     run = digits(**(ELASTIC[case] | OFTEN))
-    other = digits(**(ELASTIC[case] | OFTEN | {"batch.micro_size": 16, "evaluate.batch_size": 33}))
+    other = digits(**({"batch.micro_size": 16} | ELASTIC[case] | OFTEN | {"evaluate.batch_size": 33}))
     in_parts(rank_pool, run, tmp_path / "whole", [(1, None, None)])
     in_parts(rank_pool, run, tmp_path / "parts", [(4, 3, None), (2, 4, None), (3, 4, other), (1, None, None)])
     seen = [read_state(path)["world_size"] for path in saved(tmp_path / "parts")]
@@ -729,7 +732,7 @@ def test_a_skipped_update_is_left_out(rank_pool, tmp_path):
 
 def test_a_skip_is_told_once_however_often_the_run_is_resumed(tmp_path):
     """Killed after the skipped update and resumed before it, it comes past it again."""
-    flags = {"optimizer.non_finite": "skip", "batch.size": 90} | ADAMW
+    flags = {"optimizer.non_finite": "skip", "batch.size": 90} | SAMPLES  # of one pass an update
     train_poisoned(0, 1, tmp_path / "whole", [9], flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     for path in saved(tmp_path / "run")[2:]:
@@ -740,12 +743,14 @@ def test_a_skip_is_told_once_however_often_the_run_is_resumed(tmp_path):
     assert_same_bits(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("flags", [{}, ADAMW | {"backend.squares_every": 3}], ids=["sgd", "adamw, squares every 3"])
-def test_a_run_that_rolls_back_goes_on_with_other_samples(flags, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "passes"), [({}, 1), (ADAMW | {"backend.squares_every": 3}, 2)], ids=["sgd", "adamw, variance every 3"]
+)
+def test_a_run_that_rolls_back_goes_on_with_other_samples(flags, passes, tmp_path):
     flags = flags | {"optimizer.non_finite": "roll_back", "batch.size": 90}
     summaries = [
         train_poisoned(0, 1, tmp_path / name, bad, flags)
-        for name, bad in (("whole", []), ("run", [12]), ("again", [12]))
+        for name, bad in (("whole", []), ("run", [12 * passes]), ("again", [12 * passes]))
     ]
     assert [s.status for s in summaries] == ["finished"] * 3 and [s.rollbacks for s in summaries] == [0, 1, 1]
     for name in ("run", "again"):  # the event names the folder
@@ -787,7 +792,7 @@ def test_a_run_that_cannot_go_on_stops_with_its_last_good_state(case, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_skipping_does_not_go_with_squares_that_add_up():
+def test_skipping_does_not_go_with_a_variance_that_is_kept():
     from largebatch.planning import build_plan
 
     with pytest.raises(UserError, match=r"squares_every.*skip"):
