@@ -1,40 +1,30 @@
 """What per-sample squares cost: forward and backward against the plain model, medians of interleaved runs.
 
     python benchmarks/second_moments.py --threads 2 --rounds 15 --models mlp conv resnet18 gpt --memory
-    python benchmarks/second_moments.py --ddp
 
 BackPACK (SumGradSquared), Opacus (grad_sample, squared) and torch.func (vmap of grad, squared) run beside it where they
 are installed and support the model. Peak memory is what two forward and backward passes add to a fresh process.
-
-With --ddp: the same passes under DistributedDataParallel by two processes of one thread each, the squares reduced by the
-library's hook in each of its ways.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import logging
 import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from largebatch.distributed.hook import SquaresReduction, reduce_bucket
-from largebatch.moments import is_shadow, track
+from largebatch.moments import track
 
 Step = Callable[[], None]
 
@@ -232,95 +222,6 @@ def peak_memory(name: str, method: str, threads: int) -> float:
     return queue.get() if process.exitcode == 0 else float("nan")
 
 
-# Ways to reduce the squares: title -> (type in which they travel, updates between two reductions).
-REDUCTIONS = {"float32": (torch.float32, 1), "bfloat16": (torch.bfloat16, 1), "float32, every 4": (torch.float32, 4)}
-UPDATES = 4  # in one timed run
-
-
-class Replica:
-    """A model under DistributedDataParallel, its squares, if there are any, reduced in one of the ways."""
-
-    def __init__(self, name: str, reduction: str | None):
-        torch.manual_seed(0)
-        build, inputs, targets = MODELS[name]
-        model = build() if reduction is None else track(build())
-        self.inputs, self.targets = inputs(), targets()
-        self.wrapper = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        dtype, self.every = (torch.float32, 1) if reduction is None else REDUCTIONS[reduction]
-        self.squares = SquaresReduction(dtype)
-        self.bytes = 0
-        if reduction is not None:
-            self.wrapper.register_comm_hook(self.squares, reduce_bucket)
-
-    def run(self) -> None:
-        """Do the passes of a few updates; squares that are not due stay where they are."""
-        for update in range(UPDATES):
-            for parameter in self.wrapper.parameters():
-                if self.squares.due or not is_shadow(parameter):
-                    parameter.grad = None
-            self.squares.due = (update + 1) % self.every == 0
-            F.cross_entropy(self.wrapper(self.inputs), self.targets).backward()
-
-    def count_bytes(self) -> float:
-        """Return the bytes that one update hands to the all-reduce."""
-        plain = sum(4 * p.numel() for p in self.wrapper.parameters())
-        counted: list[int] = []
-        all_reduce = dist.all_reduce
-
-        def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            counted.append(tensor.numel() * tensor.element_size())
-            return all_reduce(tensor, *args, **kwargs)
-
-        dist.all_reduce = counting
-        self.run()
-        dist.all_reduce = all_reduce
-        return sum(counted) / UPDATES or plain  # the plain reducer does not come by here
-
-
-def _rank(rank: int, store: str, models: list[str], rounds: int) -> None:
-    """Time the replicas in turn; rank 0 prints."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for name in models:
-        replicas = {title: Replica(name, title or None) for title in ("", *REDUCTIONS)}
-        sizes = {title: replica.count_bytes() for title, replica in replicas.items()}
-        times: dict[str, list[float]] = {title: [] for title in replicas}
-        for _ in range(rounds):
-            for title, replica in replicas.items():
-                dist.barrier()
-                start = time.perf_counter()
-                replica.run()
-                times[title].append((time.perf_counter() - start) / UPDATES)
-        if rank == 0:
-            medians = {title: statistics.median(values) for title, values in times.items()}
-            ratios = [f"{medians[title] / medians['']:.2f}" for title in REDUCTIONS]
-            print(f"| {TITLES[name]} | {1e3 * medians['']:.1f} | " + " | ".join(ratios) + " |")
-            cells = [f"{sizes[title] / 1e6:.1f} ({sizes[title] / sizes['']:.2f})" for title in REDUCTIONS]
-            print(f"| MB reduced per update | {sizes[''] / 1e6:.1f} | " + " | ".join(cells) + " |", flush=True)
-        del replicas, replica
-        gc.collect()
-    dist.destroy_process_group()
-
-
-def compare_ddp(models: list[str], rounds: int) -> None:
-    """Print the table of two ranks."""
-    print(
-        f"torch {torch.__version__}, 2 gloo ranks of one thread, wall time, float32; forward + backward, plain DDP = 1"
-    )
-    print("| model (batch per rank) | plain, ms | " + " | ".join(REDUCTIONS) + " |")
-    print("|" + "---|" * (len(REDUCTIONS) + 2), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
-        arguments = str(Path(folder, "store")), models, rounds
-        processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit("a rank failed")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
@@ -334,16 +235,12 @@ def main() -> None:
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, for one thread on a busy machine"
     )
     parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
-    parser.add_argument("--ddp", action="store_true", help="two ranks under DistributedDataParallel instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     # The libraries' warnings are not about this table; the variable reaches the processes that are started.
     warnings.simplefilter("ignore")
     os.environ["PYTHONWARNINGS"] = "ignore"
     logging.disable(logging.WARNING)
-    if options.ddp:
-        compare_ddp(options.models, options.rounds)
-        return
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     methods = ["plain", *[m for m in options.methods if m != "plain"]]
     print(

@@ -56,6 +56,8 @@ def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str
         yield f"batch.micro_size {run.batch.micro_size} is not used: no rank has more than {share} samples of an update"
     if getattr(run.model, "fallback", ()) and run.tracked() != "sample":
         yield "model.fallback is not used: no squares of samples are tracked"
+    if run.optimizer.max_grad_norm_of != "reference" and run.optimizer.max_grad_norm is None:
+        yield "optimizer.max_grad_norm_of is not used: max_grad_norm is not set"
     if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
         yield "backend.squares_every and squares_dtype are not used: no squares are collected"
 
@@ -76,6 +78,12 @@ def _on_the_batch(run: Run, plan: Plan, largest: int) -> Iterator[str]:
         yield (
             f"the second moment of {optimizer.name} shrinks as the batch grows by {kappa:g}, so the linear rule does not "
             "keep the update's size; optimizer.second_moment micro_batch does"
+        )
+    of_reference = run.optimizer.max_grad_norm is not None and run.optimizer.max_grad_norm_of == "reference"
+    if of_reference and kappa != 1 and optimizer.takes_rule and not run.clips_reference():
+        yield (
+            f"optimizer.max_grad_norm {run.optimizer.max_grad_norm:g} bounds the norm of the batch's own gradient, not that of "
+            "the reference's: there are no squares for a second moment, which tell it"
         )
     scaled_lr = plan.reference.at(largest)["lr"]
     if isinstance(optimizer, AdaptiveBase) and run.second_moment() and scaled_lr > MEASURED_LR:

@@ -209,6 +209,11 @@ class Run(Section):
             )
         return wanted
 
+    def clips_reference(self) -> bool:
+        """Return whether the clipping threshold bounds the norm of a gradient of the reference batch."""
+        bounded, known = self.optimizer.max_grad_norm is not None, self.second_moment() is not None
+        return bounded and known and self.optimizer.takes_rule and self.optimizer.max_grad_norm_of == "reference"
+
     def grows(self) -> bool:
         """Return whether the batch size changes during the run."""
         return self.schedule.realize != "lr" or self.batch.growth == "adaptive" or self.warmup.grows_batch()

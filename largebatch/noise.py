@@ -175,6 +175,31 @@ class Noise:
     high: float
 
 
+def reference_norm_ratio(sums: Tensor, num_units: float, scale: float, kappa: float) -> float:
+    """Return the norm of a mean gradient over that of a gradient of the reference batch, from one update's sums.
+
+        |ghat|^2 / E|g_ref|^2,   E|g_ref|^2 = |ghat|^2 + (kappa - 1) * sum(V),   V = (q - ghat^2) / (n - 1)
+
+    is the square of it. A clipping threshold tuned at the reference, times this ratio, multiplies the mean gradient by what it
+    would have multiplied a gradient of the reference by.
+
+    Args:
+        sums: as in `noise_estimates`.
+        num_units: n; of one alone the answer is 1.
+        scale: n/W.
+        kappa: B / B_ref.
+
+    Returns:
+        A value in (0, 1/sqrt(kappa)] below the reference batch size and in (0, 1] above; 1 for sums that are not finite.
+    """
+    signal, squares = sums.sum(dim=1).tolist()
+    if not num_units > 1 or not signal > 0:
+        return 1.0
+    variance = max(0.0, scale * squares - signal) / (num_units - 1.0)
+    expected = max(signal + (kappa - 1.0) * variance, min(1.0, kappa) * signal)
+    return math.sqrt(signal / expected) if math.isfinite(expected) else 1.0
+
+
 def student_quantile(probability: float, degrees: float) -> float:
     """Return Student's t quantile for real degrees of freedom >= 7, by its expansion about the normal one.
 

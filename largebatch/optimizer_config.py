@@ -35,6 +35,9 @@ class OptimizerBase(Section):
     """Decay norms and biases too."""
     max_grad_norm: Positive | None = None
     """Clip the gradient's global norm to this."""
+    max_grad_norm_of: Literal["reference", "batch"] = "reference"
+    """Whose norm max_grad_norm bounds: that of a gradient of the reference batch, where squares for the second moment tell
+    it, or that of the batch's own mean gradient, which falls as the batch grows."""
     non_finite: Literal["stop", "skip", "roll_back"] = "stop"
     """At a NaN or infinite gradient: stop with the state before it; skip the update and count it; or go back to the last
     checkpoint and continue with other samples."""

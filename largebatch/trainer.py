@@ -31,6 +31,7 @@ from largebatch.evaluation import evaluate
 from largebatch.keeping import Keeper
 from largebatch.metering import NoiseMeter
 from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
+from largebatch.noise import reference_norm_ratio
 from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.plan import Plan
 from largebatch.progress import Observer, Progress, Row, Standing, Summary
@@ -222,11 +223,17 @@ class Trainer:
         if self._unchecked:
             backend.check_statistics(self.bare_model)
             self._unchecked = False
-        if self.meter is not None:
+        limit = run.optimizer.max_grad_norm
+        of_reference = limit is not None and run.clips_reference()
+        if self.meter is not None or of_reference:
             sums = backend.noise_sums(self.bare_model)
-            values["lr"] *= self.meter.update(sums, batch_size, num_units, backend.world_size)
+            if self.meter is not None:
+                values["lr"] *= self.meter.update(sums, batch_size, num_units, backend.world_size)
+            if limit is not None and of_reference:
+                kappa = batch_size / run.batch.reference_size
+                limit *= reference_norm_ratio(sums, num_units, num_units / backend.world_size, kappa)
         set_hyperparameters(self.optimizer, values)
-        grad_norm = backend.step(self.optimizer, run.optimizer.max_grad_norm)
+        grad_norm = backend.step(self.optimizer, limit)
         commit_batch_statistics(self.batch_norms, backend.sum)
         self.progress.loss_samples += batch_size
         self.progress.skipped_in_a_row = 0

@@ -342,6 +342,8 @@ def test_what_cannot_be_is_refused_in_a_line(flags, message):
         ({"batch.critical_share": 2.0}, "batch.critical_share is not used"),
         ({"noise.average_samples": 100}, "noise.average_samples is not used"),
         ({"noise.per": "sample"}, "noise.per is not used"),
+        ({"optimizer.max_grad_norm_of": "batch"}, "optimizer.max_grad_norm_of is not used"),
+        ({"optimizer.max_grad_norm": 1.0}, "bounds the norm of the batch's own gradient"),
         (
             {
                 "optimizer.name": "adamw",

@@ -18,7 +18,6 @@ from largebatch.distributed.squares import VARIANCE, HookedSquares
 from largebatch.distributed.state import read_tensors, tensor_metadata
 from largebatch.moments import is_shadow, shadows
 from largebatch.moments.interception import COMPILES
-from largebatch.noise import sums_with
 from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.reduce import sum_over_ranks
 from largebatch.section import UserError
@@ -154,10 +153,7 @@ class DataParallel(Engine):
         """Return each trained parameter's |ghat|^2 and sum of squares over all ranks, (2, P) in float64."""
         if self.hooked is None:
             return super().noise_sums(model)
-        parameters = self.hooked.parameters
-        sums = sums_with(zip(parameters, self.hooked.squares(parameters), strict=True))
-        sums[1] /= self.world_size  # as shadows, which the ranks average
-        return self.over_ranks(sums) / self.scaler.get_scale() ** 2
+        return self.over_ranks(self.hooked.sums()) / self.scaler.get_scale() ** 2
 
     def check_statistics(self, model: nn.Module) -> None:
         """Refuse a parameter of a tracked model that has a gradient and no statistic; after a backward pass."""

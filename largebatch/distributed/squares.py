@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from largebatch.moments import is_shadow
 from largebatch.moments.micro_batches import MicroBatchSquares
+from largebatch.noise import sums_with
 from largebatch.optim.averages import Moment
 
 VARIANCE = "engine.sample_variance."  # by parameter, in a checkpoint
@@ -88,6 +89,19 @@ class HookedSquares:
     def squares(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return, summed over passes and ranks, the squared gradients of some parameters; all of which have a gradient."""
         return [self.hooks.slots[p].region for p in parameters]
+
+    def sums(self) -> Tensor:
+        """Return of each parameter |ghat|^2 and the sum of squares over its shadow's average on W ranks, (2, P) in float64."""
+        parameters = self.parameters
+        if not (self._has_variance or self.hooks.due):
+            return sums_with((p, p.grad) for p in parameters)  # of one unit alone, whose squares say nothing
+        sums = sums_with(zip(parameters, self.squares(parameters), strict=True))
+        if self.every == 1:
+            sums[1] /= self._world_size
+        else:  # n/W * squares = ghat^2 + (n-1) * sigma^2/B
+            mean = sums[0] + (self._num_units - 1.0) / self._batch_size * sums[1]
+            sums[1] = mean * self._world_size / self._num_units
+        return sums
 
     def moment(self, group: Mapping[str, Any], parameters: Sequence[Tensor]) -> Moment:
         """Return how the second moment of this update is estimated, for `AdaptiveOptimizer.moment_source`."""
