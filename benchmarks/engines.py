@@ -1,11 +1,11 @@
-"""What each engine holds, sends and takes for an update, with the per-sample statistic and without.
+"""What each engine holds, sends and takes for an update, with squared gradients and without.
 
-    python benchmarks/engines.py --ranks 2 --rounds 7
+    python benchmarks/engines.py --ranks 2 --rounds 7 [--squares micro_batch]
     python benchmarks/engines.py --engines ddp fsdp zero-3 --depth 12 --width 1024 --batch-size 8
 
 A GPT under AdamW, float32; one process a rank, on GPUs through NCCL where there are some, else on the processor through gloo.
-An engine is started with and without the statistic, each in processes of its own, which take turns: an update of the one, an
-update of the other, so that what else the machine does falls on both alike; medians.
+An engine is started with and without squares (of its one pass on each rank, or of every sample), each in processes of its own,
+which take turns: an update of the one, an update of the other, so that what else the machine does falls on both alike; medians.
 
     held    unique storages of every tensor of a rank between backward pass and update, less the batch: weights, shadows,
             gradients, optimizer state, and the engine's own copies and buffers
@@ -37,7 +37,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.distributed import BackendConfig, create_backend, launched_ranks
 from largebatch.models import GPT
-from largebatch.moments import track
 from largebatch.optim import AdamW, param_groups
 
 ENGINES: dict[str, dict[str, Any]] = {"ddp": {"name": "ddp"}, "fsdp": {"name": "fsdp"}}
@@ -117,16 +116,20 @@ class Bench:
             self.base_resident = _resident("VmRSS")
         model = GPT(VOCABULARY, options.length, options.depth, options.width // 64, options.width)
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.num_units = self.global_batch if options.squares == "sample" else world_size
         if is_tracked:
-            track(model)
+            self.backend.track(model, options.squares)
         self.model, self.optimizer = self.backend.prepare(
             model, lambda bare: AdamW(param_groups(bare, 0.01), 1e-4, reference_batch_size=32 if is_tracked else None)
         )
+        if is_tracked:
+            self.backend.use_squares(self.optimizer)
         tokens = torch.randint(VOCABULARY, (options.batch_size, options.length + 1), device=self.device)
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def backward(self) -> None:
         """Do the passes of one update."""
+        self.backend.begin_update(self.global_batch, self.num_units, 0)
         with self.backend.accumulate(sync=True):
             with self.backend.autocast():
                 outputs = self.model(self.inputs)
@@ -135,7 +138,7 @@ class Bench:
 
     def step(self) -> None:
         """Update."""
-        self.optimizer.set_batch(self.global_batch, world_size=self.backend.world_size)
+        self.optimizer.set_batch(self.global_batch, self.num_units, self.backend.world_size)
         self.backend.step(self.optimizer)
 
     def update(self) -> float:
@@ -242,6 +245,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512, help="a multiple of 64")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sample")
     parser.add_argument("--batch-size", type=int, default=4, help="samples of a rank")
+    parser.add_argument("--squares", choices=["micro_batch", "sample"], default="micro_batch")
     options = parser.parse_args()
     on = f"{torch.cuda.get_device_name()}, nccl" if torch.cuda.is_available() else "CPU, gloo"
     model = GPT(VOCABULARY, options.length, options.depth, options.width // 64, options.width)
@@ -253,7 +257,9 @@ def main() -> None:
         f"{options.batch_size} samples of {options.length} tokens a rank; bytes in units of P = {unit / 1e6:.1f} MB\n"
     )
     print(
-        "| engine | held: batch | sample | peak: batch | sample | sent: batch | sample | update, s: batch | sample | ratio |"
+        f"squares of: {options.squares}\n\n"
+        "| engine | held: plain | squares | peak: plain | squares | sent: plain | squares | update, s: plain | squares "
+        "| ratio |"
     )
     print("|" + "---|" * 10, flush=True)
     for engine in options.engines:
