@@ -104,6 +104,12 @@ def test_a_stage_follows_one_process(stage, rank_pool):
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_squares_of_micro_batches_follow_one_process(stage, rank_pool):
+    assert max(follow(rank_pool, 2, "micro-batches", stage).values()) < TOLERANCE
+
+
+@needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, ""])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
