@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import math
-from collections import Counter
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from words import MLP, numbered
 
 import largebatch
 from largebatch.models.gpt import GPT
@@ -36,31 +36,10 @@ BETAS, KAPPAS = (0.95, 0.98, 0.99, 0.999), (8, 16, 32, 64)
 METHODS = ("1 unit", "2 units", "8 units", "square root", "square root, betas kept")
 
 
-class MLP(nn.Module):
-    """The next token from `context` tokens; logits [n, vocabulary]."""
-
-    def __init__(self, vocabulary: int, context: int, width: int, hidden: int):
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.Sequential(
-            nn.Linear(context * width, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, vocabulary),
-        )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Run the module."""
-        return self.layers(self.embedding(tokens).flatten(1))
-
-
 def problem(name: str, text: bytes) -> tuple[nn.Module, Tensor, int, bool]:
     """Return the model, all tokens, the tokens that it sees, and whether it predicts each of them."""
     if name == "words":
-        words = text.decode().split()
-        kept = {word: index + 1 for index, (word, _) in enumerate(Counter(words).most_common(4_999))}
-        return MLP(5_000, 4, 32, 64), torch.tensor([kept.get(word, 0) for word in words]), 4, False
+        return MLP(5_000, 4, 32, 64), numbered(text.decode(), 5_000), 4, False
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     if name == "bytes":
         return MLP(128, 16, 16, 256), tokens, 16, False
