@@ -163,8 +163,8 @@ class MicroBatchSquares:
     def _observe(self, slot: Slot, gradient: Tensor) -> None:
         if gradient.layout is not torch.strided:
             raise UserError(
-                f"batch_size_invariant: parameter {slot.name} has a sparse gradient; expected dense ones: build the embedding "
-                "with sparse=False"
+                f"squares of micro-batches: parameter {slot.name} has a sparse gradient; expected dense ones: build the "
+                "embedding with sparse=False"
             )
         task = torch._C._current_graph_task_id()
         if task != self._task:
@@ -342,9 +342,9 @@ class MicroBatchSquares:
             counts = {slot.count for slot in fired}
             if len(counts) > 1:
                 raise UserError(
-                    "batch_size_invariant: backward passes within backward passes (re-entrant activation checkpoints) in which "
-                    f"parameters took part unequally often ({min(counts)} to {max(counts)} times); use "
-                    "checkpoint(..., use_reentrant=False), or `with optimizer.micro_batch(size):` around each micro-batch"
+                    "squares of micro-batches: backward passes within backward passes (re-entrant activation checkpoints) in "
+                    f"which parameters took part unequally often ({min(counts)} to {max(counts)} times); use checkpoint(..., "
+                    "use_reentrant=False), or in a loop of your own `with optimizer.micro_batch(size):` around each micro-batch"
                 )
             return [1.0] * counts.pop()
         return sizes
