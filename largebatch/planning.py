@@ -23,6 +23,10 @@ from largebatch.schedules import Warmup
 from largebatch.section import UserError
 from largebatch.task import Task
 
+# Multiple of the reference batch from the first update on, above which two micro-batches an update are too few at first, when
+# the average has hardly begun: an element whose two gradients happen to agree takes too large a step (docs/results.md).
+TWO_SUFFICE, EARLY_UNITS = 16, 4
+
 
 def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 1) -> tuple[Plan, list[str]]:
     """Return the plan of a run, and what its user should know.
@@ -135,7 +139,9 @@ def _least_units(run: Run, plan: Plan) -> int:
         return 1
     values = plan.reference.at(largest_batch(run, plan))
     coefficient = values["betas"][1] if "betas" in values else values.get("alpha", 0.0)
-    return micro_batches_needed(coefficient) if run.second_moment() and coefficient else 2
+    needed = micro_batches_needed(coefficient) if run.second_moment() and coefficient else 2
+    begins_at = plan.full_batch_size(0) / run.batch.reference_size
+    return max(needed, EARLY_UNITS) if run.second_moment() and begins_at > TWO_SUFFICE else needed
 
 
 def _check_noise(run: Run) -> None:

@@ -77,6 +77,9 @@ def test_the_plan_says_how_passes_are_cut(capsys):
     assert "1 x 100 x 2" in printed
     assert f"{64 * 32 + 32 + 32 * 10 + 10:,} parameters" in printed
     assert build_plan(digits(**ADAMW, **{"optimizer.betas": [0.9, 0.9]}), 1438)[0].least_units == 4
+    far = {"batch.reference_size": 8}  # 25 times the reference: from the first update, or after a warm-up from 8
+    assert build_plan(digits(**ADAMW, **far), 1438)[0].least_units == 4
+    assert build_plan(digits(**ADAMW, **far, **{"warmup.realize": "batch"}), 1438)[0].least_units == 2
     assert build_plan(digits(), 1438)[0].least_units == 1
     assert build_plan(digits(**{"noise.measure": True}), 1438)[0].least_units == 2
 
