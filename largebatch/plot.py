@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from largebatch.tracking import read_metrics
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9702b", "#3a8a5f", "#8a8f98"
-METHOD_COLORS = (ORANGE, BLUE, GREY, GREEN, "#9c4dcc", "#c2a200")
+METHOD_COLORS = (ORANGE, BLUE, GREY, GREEN, "#9c4dcc", "#c2a200", "#c0392b", "#159a9c", "#795548")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -154,7 +154,9 @@ def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
             colors = ["#111418", *(METHOD_COLORS if by_method else shades)]
             for number, (label, variant) in enumerate(lines):
                 mean, deviation = variant.val_loss.mean(axis=0), variant.val_loss.std(axis=0)
-                color, width = colors[number % len(colors)], 2.4 if number == 0 else 1.5
+                # The reference's colour is its own.
+                color = colors[0] if number == 0 else colors[1 + (number - 1) % (len(colors) - 1)]
+                width = 2.4 if number == 0 else 1.5
                 axis.plot(variant.epochs, mean, color=color, linewidth=width, label=label)
                 axis.fill_between(
                     variant.epochs, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0
