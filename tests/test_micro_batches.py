@@ -197,3 +197,34 @@ def test_clipping_bounds_the_norm_of_a_reference_gradient(every, tmp_path):
     }
     assert [row["loss"] for row in runs["batch"]] == [row["loss"] for row in free]
     assert [row["loss"] for row in runs["reference"]] != [row["loss"] for row in free]
+
+
+def test_a_closed_engine_leaves_the_parameters():
+    model = torch.nn.Linear(6, 4).double()
+    found, _ = engine(model)
+    assert all(p._backward_hooks for p in model.parameters())
+    found.close()
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_gradients_are_those_of_the_plain_model_bit_for_bit(precision):
+    """In the same passes: nothing of the model is replaced."""
+    gradients = []
+    for tracked in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(6, 32), torch.nn.GELU(), torch.nn.LayerNorm(32), torch.nn.Linear(32, 4)
+        )
+        found = DataParallel(Ranks(), torch.device("cpu"), precision)
+        if tracked:
+            found.track(model, "micro_batch")
+        found.prepare(model, lambda m: AdamW(m.parameters(), 1e-3))
+        found.begin_update(24, 3, 0)
+        for index, (inputs, targets) in enumerate(data(3)):
+            with found.accumulate(sync=index == 2):
+                with found.autocast():
+                    loss = torch.nn.functional.cross_entropy(model(inputs.to(found.dtype)), targets)
+                found.backward(loss)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(ours, plain) for plain, ours in zip(*gradients, strict=True))

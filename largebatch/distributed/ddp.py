@@ -170,3 +170,9 @@ class DataParallel(Engine):
         if self.hooked is not None:
             names = [name for name in tensor_metadata(path) if name.startswith(VARIANCE)]
             self.hooked.load_state(read_tensors(path, names))
+
+    def close(self) -> None:
+        """Leave the process group, and the parameters."""
+        if self.hooked is not None:
+            self.hooked.hooks.close()
+        super().close()
