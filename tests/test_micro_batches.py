@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from largebatch.distributed.ddp import DataParallel
 from largebatch.noise import reference_norm_ratio
 from largebatch.optim import AdamW, param_groups
 from largebatch.planning import build_plan, say_plan
-from largebatch.run import build_model
+from largebatch.run import build_model, train
 from largebatch.scaling import micro_batches_needed
 from largebatch.section import UserError
+from largebatch.tracking import read_metrics
 
 ADAMW = {"optimizer.name": "adamw", "optimizer.lr": 1e-3}
 
@@ -228,3 +230,23 @@ def test_gradients_are_those_of_the_plain_model_bit_for_bit(precision):
                 found.backward(loss)
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(ours, plain) for plain, ours in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_channels_last_changes_the_layout_alone(every, tmp_path):
+    """Weights, squares, moments and what is kept lie alike, whatever the memory order; a resume puts them back."""
+    flags = ADAMW | {
+        "model.name": "cnn",
+        "model.channels": [4, 6],
+        "schedule.epochs": 0.8,
+        "backend.squares_every": every,
+    }
+    plain, _ = rows_of(digits(**flags), tmp_path / "plain")
+    run = digits(**flags, **{"backend.channels_last": True, "checkpoint.every_minutes": None, "checkpoint.every_epochs": 0.3,
+                             "checkpoint.keep_last": 9})  # fmt: skip
+    ours, _ = rows_of(run, tmp_path / "last")
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in plain], rel=1e-10)
+    shutil.rmtree(sorted((tmp_path / "last" / "checkpoints").glob("samples-*"))[-1])
+    result = train(run, tmp_path / "last", ranks=Ranks(), resume="auto")
+    resumed, _ = read_metrics(result.folder / "metrics.jsonl")
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in ours]

@@ -29,6 +29,8 @@ class BackendConfig(Section):
     """Device type; auto takes a GPU where there is one."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    channels_last: bool | None = None
+    """ddp: keep the weights of convolutions with their channels last in memory. None: on a GPU in bf16 and fp16."""
     timeout_seconds: Positive = 600.0
     """A rank that is not heard of for so long stops the run; more than the slowest update with its compilation takes, and
     than reading a checkpoint through when the run is resumed."""
@@ -235,6 +237,7 @@ def create_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
         _refuse_keys(config, name, "only fsdp has it; remove it", "shard", "offload")
     if name != "ddp":
         _refuse_keys(config, name, "its squares travel with the gradients; use ddp", "squares_dtype", "squares_every")
+        _refuse_keys(config, name, "it lays parameters out by itself; use ddp", "channels_last")
     if name != "deepspeed":
         _refuse_keys(config, name, "only deepspeed has it; remove it", "zero_stage", "ds_config")
     if name == "deepspeed":
@@ -256,7 +259,10 @@ def create_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
     from largebatch.distributed.ddp import DataParallel
 
     dtype = getattr(torch, config.squares_dtype)
-    return DataParallel(ranks, device, precision, config.compile, dtype, config.squares_every)
+    channels_last = config.channels_last
+    if channels_last is None:
+        channels_last = use_cuda and precision in ("bf16", "fp16")
+    return DataParallel(ranks, device, precision, config.compile, dtype, config.squares_every, channels_last)
 
 
 def _refuse_keys(config: BackendConfig, engine: str, why: str, *keys: str) -> None:

@@ -42,6 +42,7 @@ class DataParallel(Engine):
         compile_model: compile the model with torch.compile.
         squares_dtype: in which squares travel between ranks.
         squares_every: updates between two measurements of the variance between micro-batches.
+        channels_last: keep the weights of two-dimensional convolutions with their channels last in memory; outputs follow.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class DataParallel(Engine):
         compile_model: bool = False,
         squares_dtype: torch.dtype = torch.float32,
         squares_every: int = 1,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(ranks, device, precision)
         self.name = "DistributedDataParallel" if self.world_size > 1 else "single process"
         self.compile_model = compile_model
         self.travels_in = torch.float64 if precision == "fp64" else squares_dtype
-        self.squares_every = squares_every
+        self.squares_every, self.channels_last = squares_every, channels_last
         self.hooked: HookedSquares | None = None
         self._hooks = False
 
@@ -73,6 +75,9 @@ class DataParallel(Engine):
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters."""
         model.to(self.device, self.dtype)
+        for module in model.modules() if self.channels_last else ():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self._hooks:
             self.hooked = HookedSquares(model, self.squares_every, self.travels_in)
         of_samples = list(shadows(model).values())
