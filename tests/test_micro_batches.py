@@ -16,6 +16,7 @@ from largebatch.distributed import Ranks
 from largebatch.distributed.ddp import DataParallel
 from largebatch.noise import reference_norm_ratio
 from largebatch.optim import AdamW, param_groups
+from largebatch.optim.averages import Moment
 from largebatch.planning import build_plan, say_plan
 from largebatch.run import build_model, train
 from largebatch.scaling import micro_batches_needed
@@ -250,3 +251,16 @@ def test_channels_last_changes_the_layout_alone(every, tmp_path):
     result = train(run, tmp_path / "last", ranks=Ranks(), resume="auto")
     resumed, _ = read_metrics(result.folder / "metrics.jsonl")
     assert [row["loss"] for row in resumed] == [row["loss"] for row in ours]
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_squares_without_noise_make_no_second_moment_negative(rounded):
+    """Equal gradients at 1,000 times the reference: q is ghat^2 but for rounding, which (kappa-1)/(n-1) multiplies."""
+    torch.manual_seed(0)
+    gradient = torch.randn(10_000)
+    squares = 2 * (gradient / 2).square()
+    if rounded:
+        squares = squares.bfloat16().float()
+    average = torch.zeros(10_000)
+    Moment([squares], 999.0, 2.0, 1000.0, equal=not rounded).add_to([average], [gradient], [gradient], 0.05)
+    assert (average > 0).all()

@@ -220,24 +220,6 @@ def test_sigma2_of_a_tracked_model():
         torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], variance / 10, rtol=1e-10, atol=0.0, msg=name)
 
 
-def test_squares_that_wait_count_for_all_their_updates():
-    """Two updates' squares taken at once, of one gradient: as if they had been taken one by one."""
-    paths = []
-    for due_every in (1, 2):
-        p = nn.Parameter(torch.ones(3, dtype=torch.float64))
-        shadow = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-        optimizer = optim.Quench([{"params": [shadow], "role": "shadow"}, {"params": [p]}], K=80, sigma2="sample")
-        for step in range(1, 5):
-            p.grad = torch.full_like(p, 2.0)
-            squares = torch.full_like(p, 7.0 / 8)
-            shadow.grad = squares if shadow.grad is None else shadow.grad + squares
-            optimizer.set_batch(8, due=step % due_every == 0)
-            optimizer.step()
-            optimizer.zero_grad()
-        paths.append(optimizer.state[p]["exp_avg_sq"].clone())
-    torch.testing.assert_close(paths[0], paths[1], rtol=1e-12, atol=0.0)
-
-
 def test_a_parameter_without_gradients_stands_still():
     p = nn.Parameter(torch.ones(3))
     optimizer = optim.Quench([p], K=2)

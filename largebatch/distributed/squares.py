@@ -110,7 +110,9 @@ class HookedSquares:
             return Moment(kappa=kappa)
         if self.every == 1:
             share = (kappa - 1.0) / (self._num_units - 1.0)
-            return Moment(self.squares(parameters), share, self._of_squares * self.factor**2, kappa)
+            squares, scale = self.squares(parameters), self._of_squares * self.factor**2
+            equal = float(self._num_units).is_integer() and self.hooks.travels_in != torch.bfloat16
+            return Moment(squares, share, scale, kappa, equal=equal)
         variances = self.squares(parameters)
         if not self.hooks.due:
             variances = [self._completed(p, variance) for p, variance in zip(parameters, variances, strict=True)]

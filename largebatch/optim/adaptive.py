@@ -110,7 +110,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         kappa, num_units = group["batch_size"] / reference, group["num_units"]
         # One unit alone says nothing of the variance between units.
         share = (kappa - 1.0) / (num_units - 1.0) if num_units > 1 else 0.0
-        return Moment([s.grad for s in shadows if s.grad is not None], share, num_units / group["world_size"], kappa)
+        squares, scale = [s.grad for s in shadows if s.grad is not None], num_units / group["world_size"]
+        return Moment(squares, share, scale, kappa, equal=float(num_units).is_integer())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

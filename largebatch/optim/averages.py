@@ -56,6 +56,7 @@ class Moment:
         scale: from a sum of squares to their mean over units: n / W of a shadow's gradient.
         kappa: B / B_ref, the updates at the reference that this one stands for.
         of_variance: whether ``squares`` are sigma^2.
+        equal: whether q >= ghat^2, element by element: where all units have one size, and squares come in full precision.
     """
 
     squares: list[Tensor] | None = None
@@ -63,6 +64,7 @@ class Moment:
     scale: float = 1.0
     kappa: float = 1.0
     of_variance: bool = False
+    equal: bool = True
 
     def add_to(
         self,
@@ -75,9 +77,10 @@ class Moment:
     ) -> None:
         """Add weight * s_ref to a running average.
 
-        Below the reference batch size s_ref is a difference, so single estimates may be negative and their average may
-        come near zero, by which the update would be divided. Averages of squares obey s >= c * u^2, and with E[s_ref] >=
-        kappa * E[ghat^2] so does this one: it is kept at kappa * c * u^2 or more, and the update at lr / sqrt(kappa * c).
+        Below the reference batch size, and where units differ in size, s_ref is a difference, so single estimates may be
+        negative and their average may come near zero, by which the update would be divided. Averages of squares obey
+        s >= c * u^2, and with E[s_ref] >= kappa * E[ghat^2] so does this one: it is kept at kappa * c * u^2 or more, and the
+        update at lr / sqrt(kappa * c).
 
         Args:
             average: the running average, changed in place.
@@ -98,8 +101,9 @@ class Moment:
         if self.squares is None or not added:
             return
         torch._foreach_add_(average, self.squares, alpha=weight * self.share * self.scale)
-        if not 0.0 <= self.share <= 1.0:
+        if self.share < 0.0 or (self.share > 1.0 and not self.equal):
             direction, bound = direction or decayed, weight if bound is None else bound
             lowest = torch._foreach_mul(direction, direction)
             torch._foreach_mul_(lowest, bound * min(1.0, self.kappa))
-            torch._foreach_maximum_(average, lowest)
+            for value, least in zip(average, lowest, strict=True):  # DTensors have no foreach maximum before torch 2.13
+                value.copy_(torch.maximum(value, least))

@@ -372,7 +372,8 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         slots = [self._squares.slots[p] for p in params]
         regions = [slot.region for slot in slots]
         if units.num_units > 1:
-            return Moment(regions, (kappa - 1.0) / (units.num_units - 1.0), units.scale, kappa)
+            share = (kappa - 1.0) / (units.num_units - 1.0)
+            return Moment(regions, share, units.scale, kappa, equal=units.equal)
         estimates = []
         for slot, region in zip(slots, regions, strict=True):
             gradient = slot.gradient()

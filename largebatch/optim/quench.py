@@ -61,7 +61,8 @@ def learning_rates(
     """
     rates = torch._foreach_mul(means, means)
     torch._foreach_mul_(rates, batch_size / lambda_B)
-    least = torch._foreach_maximum(variances, rates)
+    # DTensors have no foreach maximum before torch 2.13.
+    least = [torch.maximum(*pair) for pair in zip(variances, rates, strict=True)]
     # 0/0 where no sample has a gradient: no step.
     torch._foreach_clamp_min_(least, torch.finfo(least[0].dtype).tiny)
     torch._foreach_div_(rates, least)

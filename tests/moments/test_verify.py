@@ -160,7 +160,7 @@ def run(folder, *flags):
         "data": {"name": "digits"},
         "model": {"name": "hidden_models:mixing"},
         "batch": {"reference_size": 16, "size": 64},
-        "optimizer": {"name": "adamw", "lr": 0.001},
+        "optimizer": {"name": "adamw", "lr": 0.001, "second_moment": "sample"},
         "schedule": {"name": "constant", "epochs": 0.1},
     }
     path = folder / "run.yaml"
