@@ -61,7 +61,6 @@ def learning_rates(
     """
     rates = torch._foreach_mul(means, means)
     torch._foreach_mul_(rates, batch_size / lambda_B)
-    # DTensors have no foreach maximum before torch 2.13.
     least = [torch.maximum(*pair) for pair in zip(variances, rates, strict=True)]
     # 0/0 where no sample has a gradient: no step.
     torch._foreach_clamp_min_(least, torch.finfo(least[0].dtype).tiny)
@@ -158,9 +157,9 @@ class Quench(AdaptiveOptimizer):
         batch_size = group["batch_size"]
         if group.get("samples", 0) <= group["K"]:
             return [torch.full_like(mean, min(batch_size / group["K"], LARGEST_WEIGHT)) for mean in means]
-        weights = list(
-            torch._foreach_reciprocal(critical_batch_sizes(means, variances, group["lambda_B"], group["eps"]))
-        )
+        sizes = critical_batch_sizes(means, variances, group["lambda_B"], group["eps"])
+        # DTensors have no foreach reciprocal and maximum of two before torch 2.13.
+        weights = [size.reciprocal() for size in sizes]
         torch._foreach_mul_(weights, batch_size)
         torch._foreach_clamp_max_(weights, LARGEST_WEIGHT)
         return weights
