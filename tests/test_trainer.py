@@ -124,7 +124,7 @@ def test_ranks_do_not_change_a_run_with_the_same_micro_batches(flags, rank_pool,
     run = digits(**SAME_UNITS | flags)
     expected = rows_of(run, tmp_path / "one")
     assert run.second_moment() == "micro_batch" and len(expected[0]) >= 12
-    for world_size in (2, 3, 4):
+    for world_size in (2, 4):
         ours = rank_pool(world_size, _train_on_rank, run, tmp_path / str(world_size))[0]
         assert_same_curve(ours, expected, 1e-10)
 
