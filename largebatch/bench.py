@@ -44,10 +44,12 @@ def variants(run: Run) -> dict[str, Run]:
     found = {}
     for name, squares in (("plain", "batch"), ("samples", "sample"), ("micro-batches", "micro_batch")):
         changed: dict[str, Any] = {}
+        # What waits for other updates is only there for micro-batches, as a second moment's.
+        if not isinstance(run.optimizer, AdaptiveBase) or squares == "sample":
+            changed["backend"] = with_(run.backend, squares_every=1)
         if isinstance(run.optimizer, AdaptiveBase):
             changed["optimizer"] = with_(run.optimizer, second_moment=squares)
         else:
-            changed["backend"] = with_(run.backend, squares_every=1)
             if isinstance(run.optimizer, QuenchConfig):
                 changed["optimizer"] = with_(run.optimizer, sigma2="average")
             if squares != "batch":

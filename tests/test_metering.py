@@ -504,8 +504,9 @@ def test_samples_of_a_norm_group_are_not_independent():
         {"warmup.realize": "batch", "backend.squares_every": 2},
         {"optimizer.name": "quench", "optimizer.lr": 0.02, "optimizer.K": 500, "optimizer.sigma2": "sample"},
         {"batch.growth": "adaptive", "batch.max_size": 400},
+        {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "backend.squares_every": 8},
     ],
-    ids=["growing", "warm-up", "quench", "adaptive"],
+    ids=["growing", "warm-up", "quench", "adaptive", "variance of every eighth update"],
 )  # fmt: skip
 def test_bench_takes_any_config(flags):
     runs = variants(digits(**flags))

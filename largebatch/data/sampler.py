@@ -111,6 +111,7 @@ def largest_micro_batch(
     return min(size, micro_batch_size or size)
 
 
+@lru_cache(maxsize=64)  # asked for at every update, and as long as the job has ranks
 def effective_micro_batches(
     batch_size: int, world_size: int, micro_batch_size: int | None, group_size: int = 1, least_units: int = 1
 ) -> float:

@@ -108,8 +108,8 @@ class MicroBatchSquares:
                 kind = "a DTensor" if hasattr(parameter, "to_local") else "a FlatParameter of FSDP1"
             if kind:
                 raise UserError(
-                    f"batch_size_invariant: parameter {name} is {kind}; expected real leaf tensors that every data-parallel "
-                    "rank holds whole. For FSDP2, tensor parallelism and DeepSpeed ZeRO use the trainer's engines "
+                    f"squares of micro-batches: parameter {name} is {kind}; expected real leaf tensors that every "
+                    "data-parallel rank holds whole. For FSDP2, tensor parallelism and DeepSpeed ZeRO use the trainer's engines "
                     "(docs/engines.md)"
                 )
             slot = self.slots[parameter] = Slot(parameter, name)
