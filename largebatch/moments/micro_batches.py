@@ -109,8 +109,8 @@ class MicroBatchSquares:
             if kind:
                 raise UserError(
                     f"squares of micro-batches: parameter {name} is {kind}; expected real leaf tensors that every "
-                    "data-parallel rank holds whole. For FSDP2, tensor parallelism and DeepSpeed ZeRO use the trainer's engines "
-                    "(docs/engines.md)"
+                    "data-parallel rank holds whole. For FSDP2, tensor parallelism and DeepSpeed ZeRO use the trainer's "
+                    "engines (docs/engines.md)"
                 )
             slot = self.slots[parameter] = Slot(parameter, name)
             frozen = not parameter.requires_grad

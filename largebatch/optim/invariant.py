@@ -18,30 +18,17 @@ from largebatch.moments import is_shadow
 from largebatch.moments.micro_batches import MicroBatchSquares, Units
 from largebatch.noise import Noise, NoiseScale
 from largebatch.optim.adaptive import AdaptiveOptimizer
+from largebatch.optim.around import Around, is_decoupled, second_moment_name
 from largebatch.optim.averages import Moment
 from largebatch.optim.fused import may_fuse
 from largebatch.optim.host import loader_size, samples, warn_of_short_batches
-from largebatch.optim.layerwise import LARS
 from largebatch.optim.progress import Progress
 from largebatch.optim.quench import Quench
-from largebatch.optim.sgd import SGD
 from largebatch.optim.shift import Count, Row, coefficient_at, move_second_moments, noise_sums, shift_of
 from largebatch.section import UserError
 
-# The state that holds the second moment, of torch's optimizers.
-SECOND_MOMENTS: dict[type, str | None] = {
-    torch.optim.Adam: "exp_avg_sq",
-    torch.optim.AdamW: "exp_avg_sq",
-    torch.optim.RMSprop: "square_avg",
-    torch.optim.Adagrad: "sum",
-    torch.optim.SGD: None,
-}
-OURS = (AdaptiveOptimizer, LARS, SGD)
 KEY = "batch_size_invariant"  # in the first group of a state dict
 SAVED = ("batch_size", "kappa", "samples_seen", "updates", "previous_batch_size", "loss_scale")
-STATE_DICT_HOOKS = tuple(
-    f"_optimizer_{what}_{when}_hooks" for what in ("state_dict", "load_state_dict") for when in ("pre", "post")
-)
 
 # Updates at the reference that the averages of the noise scale span. It is measured at each of the first updates, then now and
 # then: what hundreds of updates say is said by every eighth of them.
@@ -108,7 +95,7 @@ def batch_size_invariant(
     )
 
 
-class BatchSizeInvariant(torch.optim.Optimizer):
+class BatchSizeInvariant(Around):
     """What `batch_size_invariant` returns.
 
     Attributes:
@@ -124,8 +111,7 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         loss: Literal["mean", "sum"] = "mean",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        self.base = optimizer
-        self._moment_name = _second_moment(optimizer)
+        self._moment_name = second_moment_name(optimizer)
         micro = micro_batch_size if hasattr(micro_batch_size, "__index__") else loader_size(micro_batch_size)
         reference, micro = samples("reference_batch_size", reference_batch_size), samples("micro_batch_size", micro)
         if loss not in ("mean", "sum"):
@@ -135,40 +121,9 @@ class BatchSizeInvariant(torch.optim.Optimizer):
         self._noise = NoiseScale(["all"], NOISE_UPDATES * reference / NOISE_EVERY, least_updates=NOISE_FIRST)
         self._squares = MicroBatchSquares([], process_group)
         self._squares.settings = {"reference_batch_size": reference, "micro_batch_size": micro}
-        super().__setstate__({})  # hooks and profiling; groups and state are those of the base
-        for name in STATE_DICT_HOOKS:
-            setattr(self, name, getattr(optimizer, name))
+        super().__init__(optimizer)
         self._hook_parameters()
         self._progress.counts = self._counts_of_state()
-
-    # Shared with the base
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups, with the values of the reference."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The optimizer's state by parameter."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's defaults."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch.optim."""
@@ -350,7 +305,7 @@ class BatchSizeInvariant(torch.optim.Optimizer):
             present = [p for p in group["params"] if p in slots]
             if any(not self.state[p] for p in present):
                 self.base._init_group(group, [], [], [], [], [], [])  # type: ignore[attr-defined]
-            decay = 0.0 if _is_decoupled(self.base, group) else group["weight_decay"]
+            decay = 0.0 if is_decoupled(self.base, group) else group["weight_decay"]
             for p in present:
                 state = self.state[p]
                 shift = shift_of(self.base, group, kappa, bounded, self._progress.counts.setdefault(p, Count()))
@@ -511,25 +466,3 @@ class BatchSizeInvariant(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"BatchSizeInvariant(reference_batch_size={self.reference_batch_size}, {self.base!r})"
-
-
-def _second_moment(optimizer: torch.optim.Optimizer) -> str | None:
-    """Return the name of an optimizer's second moment that is to be moved; None where there is none, or it takes a `Moment`.
-
-    Raises:
-        UserError: for an optimizer whose update is not known.
-    """
-    for cls, name in SECOND_MOMENTS.items():
-        if type(optimizer) is cls:
-            return name
-    if isinstance(optimizer, OURS):
-        return None
-    known = ", ".join(cls.__name__ for cls in SECOND_MOMENTS)
-    raise UserError(
-        f"batch_size_invariant: expected {known} of torch.optim or an optimizer of largebatch.optim, got "
-        f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-    )
-
-
-def _is_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    return isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
