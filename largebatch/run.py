@@ -36,9 +36,24 @@ from largebatch.trainer import Trainer
 
 
 def build_model(run: Run, task: Task) -> nn.Module:
-    """Return the model with initial weights that depend on the seed alone, the same on every rank."""
+    """Return the model with initial weights that depend on the seed alone, the same on every rank.
+
+    Raises:
+        UserError: if there is nothing to train, or a complex tensor, which no precision of a run has room for.
+    """
     torch.manual_seed(run.seed)
-    return run.model.build(task)
+    model = run.model.build(task)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_complex():
+            raise UserError(
+                f"model.name: '{name}' of {run.model.name} is complex, and would lose its imaginary part; make it real and use "
+                "torch.view_as_complex on it"
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"model.name: {run.model.name} has no parameter to train: expected one with requires_grad or more"
+        )
+    return model
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_trainer import digits, rows_of
+from torch.utils.checkpoint import checkpoint
 
 from largebatch.data.sampler import PlanSampler, effective_micro_batches, largest_micro_batch
 from largebatch.distributed import Ranks
@@ -264,3 +265,45 @@ def test_squares_without_noise_make_no_second_moment_negative(rounded):
     average = torch.zeros(10_000)
     Moment([squares], 999.0, 2.0, 1000.0, equal=not rounded).add_to([average], [gradient], [gradient], 0.05)
     assert (average > 0).all()
+
+
+class Tower(torch.nn.Module):
+    """Every parameter is used twice, in re-entrant checkpoints or by a backward pass within forward."""
+
+    def __init__(self, task, how):
+        super().__init__()
+        self.tower, self.how = torch.nn.Linear(64, task.num_outputs), how
+
+    def forward(self, inputs):
+        x = inputs.flatten(1).requires_grad_(self.training)
+        if self.how == "checkpoints" and self.training:
+            return checkpoint(self.tower, x, use_reentrant=True) + checkpoint(self.tower, x.flip(1), use_reentrant=True)
+        if self.how == "backward" and self.training:
+            (0.0 * self.tower(x).sum()).backward()
+        return self.tower(x) + self.tower(x.flip(1))
+
+
+@pytest.mark.parametrize("how", ["checkpoints", "backward"])
+def test_backward_passes_that_are_no_micro_batches_are_refused(how, tmp_path):
+    """Counted as further micro-batches, they gave another second moment without a word."""
+    flags = {"model.name": "test_micro_batches:Tower", "model.options": {"how": how}, "batch.size": 32}
+    with pytest.raises(UserError, match=r"4 backward passes reached the parameters in an update of 2 micro-batches"):
+        rows_of(digits(**flags, **ADAMW, **{"batch.reference_size": 16}), tmp_path / "run")
+
+
+def frozen(task):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, task.num_outputs)).requires_grad_(False)
+
+
+def with_complex(task):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, task.num_outputs))
+    model.register_buffer("rotation", torch.full((3,), 1j))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("frozen", "has no parameter to train"), ("with_complex", "'rotation' of .* is complex")]
+)
+def test_a_model_that_cannot_be_trained_is_refused_in_a_line(name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        rows_of(digits(**{"model.name": f"test_micro_batches:{name}"}), tmp_path / "run")

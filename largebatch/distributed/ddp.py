@@ -115,6 +115,8 @@ class DataParallel(Engine):
         """Run one micro-batch; DDP reduces gradients in the backward pass of the one with ``sync``, squares are after it."""
         with nullcontext() if sync or self.wrapper is None else self.wrapper.no_sync():
             yield
+        if self.hooked is not None:
+            self.hooked.passes += 1
         if sync and self.hooked is not None:
             self.hooked.reduce(self.world_size, self.scaler.get_scale())
         elif sync and self.world_size > 1 and self._shadows:

@@ -26,6 +26,7 @@ from largebatch.moments import is_shadow
 from largebatch.moments.micro_batches import MicroBatchSquares
 from largebatch.noise import sums_with
 from largebatch.optim.averages import Moment
+from largebatch.section import UserError
 
 VARIANCE = "engine.sample_variance."  # by parameter, in a checkpoint
 
@@ -40,13 +41,14 @@ class HookedSquares:
 
     Attributes:
         factor: by which the gradients were multiplied after the backward passes; the squares are not touched for it.
+        passes: micro-batches of this rank since the update began.
     """
 
     def __init__(self, model: nn.Module, every: int = 1, travels_in: torch.dtype | None = None) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad and not is_shadow(p)}
         self.names, self.parameters = list(named), list(named.values())
         self.hooks = MicroBatchSquares(named.items(), projects=False, travels_in=travels_in)
-        self.every, self.factor = every, 1.0
+        self.every, self.factor, self.passes = every, 1.0, 0
         self._batch_size, self._num_units, self._world_size = 0, 0.0, 1
         self._has_variance = False
 
@@ -58,19 +60,35 @@ class HookedSquares:
             num_units: n, the micro-batches that take part in it, or 1/sum(w^2) of their shares w.
             update: its number in the run, from 0.
         """
-        self._batch_size, self._num_units, self.factor = batch_size, num_units, 1.0
+        self._batch_size, self._num_units, self.factor, self.passes = batch_size, num_units, 1.0, 0
         # One unit alone has no variance.
         is_turn = update % self.every == 0 or not self._has_variance
         self.hooks.due = num_units > 1 and is_turn
 
     @torch.no_grad()
     def reduce(self, world_size: int, loss_scale: float = 1.0) -> None:
-        """Sum the squares over the ranks; after the last backward pass of the update."""
+        """Sum the squares over the ranks; after the last backward pass of the update.
+
+        Raises:
+            UserError: if more backward passes reached the parameters than micro-batches were run, on every rank alike.
+        """
         self._world_size = world_size
         if not self.hooks.due:
             return
         units = self.hooks.collect()
-        if units is None or self.every == 1:
+        if units is None:
+            return
+        expected = self.passes * world_size
+        # In bfloat16 a count of hundreds is rounded.
+        tolerance = expected * 2**-8 if self.hooks.travels_in == torch.bfloat16 else 0.0
+        if abs(units.num_units - expected) > tolerance:
+            raise UserError(
+                f"squares of micro-batches: {units.num_units:g} backward passes reached the parameters in an update of "
+                f"{expected} micro-batches: re-entrant activation checkpoints that share weights, and gradients that are taken within "
+                "forward, cannot be told from further micro-batches; use checkpoint(..., use_reentrant=False), or plain second "
+                "moments (optimizer.second_moment batch, noise.measure false)"
+            )
+        if self.every == 1:
             return
         squares = [slot.region for slot in units.slots]
         grads = [slot.gradient() for slot in units.slots]
