@@ -84,7 +84,7 @@ class HookedSquares:
         if abs(units.num_units - expected) > tolerance:
             raise UserError(
                 f"squares of micro-batches: {units.num_units:g} backward passes reached the parameters in an update of "
-                f"{expected} micro-batches: re-entrant activation checkpoints that share weights, and gradients that are taken within "
+                f"{expected} micro-batches: re-entrant activation checkpoints that share weights, and gradients taken within "
                 "forward, cannot be told from further micro-batches; use checkpoint(..., use_reentrant=False), or plain second "
                 "moments (optimizer.second_moment batch, noise.measure false)"
             )
