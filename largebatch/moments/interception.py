@@ -183,6 +183,8 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if state.is_replaying or not torch.is_grad_enabled():
         if state.scope is not None and not torch.compiler.is_compiling():
             _note_segment(state.scope, self)
+        elif state.aliases is not None and not torch.compiler.is_compiling():
+            _refuse_further_segment(self)
         elif state.is_aliasing and _checkpoint_frame() is not None:
             raise UserError(
                 "track: under ZeRO-3, per='micro_batch' does not go with the re-entrant checkpoint around "
@@ -263,6 +265,22 @@ def _note_segment(scope: Scope, module: nn.Module) -> None:
             used.update(id(owner._parameters.get(name)) for name in notes(owner).names)
 
 
+def _refuse_further_segment(module: nn.Module) -> None:
+    """Refuse a parameter in two re-entrant checkpoints, or in one and outside: each would square its own part of a gradient."""
+    segment = 0
+    if not torch.is_grad_enabled():
+        frame = _checkpoint_frame()
+        if frame is None:
+            return  # nothing is differentiated
+        segment = id(frame.f_locals["ctx"])
+    for name in notes(module).names:
+        if state.segments.setdefault(id(module._parameters[name]), segment) != segment:
+            raise UserError(
+                f"track: per='micro_batch': '{notes(module).path}.{name}' is used by several re-entrant checkpoints, or by one "
+                "and outside of it; call torch.utils.checkpoint with use_reentrant=False"
+            )
+
+
 def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> Scope:
     """Return the scope of a forward pass that starts here; its first tensor argument tells the number of samples."""
     dim = tracked.batch_dim
@@ -282,6 +300,8 @@ def _forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: A
     if state.is_aliasing:
         return original(*args, **kwargs)
     is_outermost = state.aliases is None
+    if not is_outermost and not torch.compiler.is_compiling():
+        _refuse_further_segment(module)
     if is_outermost and _is_cut_up(tracked):
         with Aliasing(tracked):
             return original(*args, **kwargs)
@@ -316,6 +336,7 @@ def _forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: A
                 values[name] = value
         if is_outermost:
             state.aliases = None
+            state.segments.clear()
 
 
 def _is_cut_up(tracked: Tracked) -> bool:

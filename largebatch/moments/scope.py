@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -294,12 +294,14 @@ class State:
     Attributes:
         scope: the forward pass that is running under per="sample".
         aliases: the same under per="micro_batch": id of a parameter -> (the parameter, its alias).
+        segments: there, by id of a parameter, the re-entrant checkpoint that uses it; 0 for none.
         is_aliasing: whether `Aliasing` is at work there instead.
         is_replaying: whether the fallback is running a module again, in which nothing is to be intercepted.
     """
 
     scope: Scope | None = None
     aliases: dict[int, tuple[Tensor, Tensor]] | None = None
+    segments: ClassVar[dict[int, int]] = {}
     is_aliasing = False
     is_replaying = False
 

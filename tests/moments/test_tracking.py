@@ -350,6 +350,24 @@ class TestMicroBatch:
         for name, statistic in grad_sample_sq(model, 1).items():
             torch.testing.assert_close(statistic, dict(model.named_parameters())[name].grad.square())
 
+    @pytest.mark.parametrize("outside", [False, True])
+    def test_a_weight_in_several_reentrant_checkpoints_is_refused(self, outside):
+        """Each would square its own part of the gradient."""
+
+        class Tower(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.tower, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x):
+                y = checkpoint(self.other, checkpoint(self.tower, x, use_reentrant=True), use_reentrant=True)
+                return y + (self.tower(x) if outside else checkpoint(self.tower, x, use_reentrant=True))
+
+        model, inputs = track(Tower(), per="micro_batch"), torch.randn(3, 4, requires_grad=True)
+        for _ in range(2):  # a refusal leaves nothing behind
+            with pytest.raises(UserError, match=r"'tower\.weight' is used by several re-entrant checkpoints"):
+                model(inputs)
+
     @pytest.mark.skipif(
         TorchVersion(torch.__version__) < "2.12",
         reason="torch 2.11 does not compile the exchange of a module's parameters",
