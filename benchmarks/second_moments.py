@@ -1,7 +1,8 @@
-"""What per-sample squares cost: forward and backward against the plain model, medians of interleaved runs.
+"""What squares of samples cost: forward and backward against the plain model, medians of interleaved runs.
 
-    python benchmarks/second_moments.py --threads 2 --rounds 15 --models mlp conv resnet18 gpt --memory
+    python benchmarks/second_moments.py --threads 2 --rounds 15 --models mlp conv resnet18 gpt vit --memory
 
+*A sixteenth* squares that share of each batch's samples, as an update of 256 samples does by default (`squares_samples`).
 BackPACK (SumGradSquared), Opacus (grad_sample, squared) and torch.func (vmap of grad, squared) run beside it where they
 are installed and support the model. Peak memory is what two forward and backward passes add to a fresh process.
 """
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from largebatch.models import resnet50
 from largebatch.moments import track
 
 Step = Callable[[], None]
@@ -106,18 +108,40 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
 
 
+class ViT(nn.Module):
+    """A vision transformer with nn.MultiheadAttention, on 32 x 32 images in patches of 4."""
+
+    def __init__(self, width: int = 192, depth: int = 6):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.token, self.positions = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 65, width))
+        layer = nn.TransformerEncoderLayer(width, 3, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the module."""
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        return self.head(self.blocks(x)[:, 0])
+
+
 # name -> (model, inputs, targets)
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], Callable[[], Tensor]]] = {
     "mlp": (mlp, lambda: torch.randn(256, 784), lambda: torch.randint(0, 10, (256,))),
     "conv": (conv_stack, lambda: torch.randn(32, 3, 32, 32), lambda: torch.randint(0, 10, (32,))),
     "resnet18": (resnet18, lambda: torch.randn(32, 3, 32, 32), lambda: torch.randint(0, 10, (32,))),
     "gpt": (GPT, lambda: torch.randint(0, 65, (16, 128)), lambda: torch.randint(0, 65, (16, 128))),
+    "vit": (ViT, lambda: torch.randn(32, 3, 32, 32), lambda: torch.randint(0, 10, (32,))),
+    "resnet50": (lambda: resnet50(1000), lambda: torch.randn(16, 3, 224, 224), lambda: torch.randint(0, 1000, (16,))),
 }
 TITLES = {
     "mlp": "MLP 784-1024-1024-10, 256",
     "conv": "6 conv layers 64-256 channels, 32 x 3x32x32",
     "resnet18": "ResNet-18, 32 x 3x32x32",
     "gpt": "GPT, 4 blocks d=256, 16 x 128 tokens",
+    "vit": "ViT, 6 blocks d=192, nn.MultiheadAttention, 32 x 3x32x32",
+    "resnet50": "ResNet-50, 16 x 3x224x224",
 }
 
 
@@ -132,6 +156,10 @@ def plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
 
 def ours(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
     return plain(track(model), inputs, targets)
+
+
+def ours_share(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    return plain(track(model, samples=max(1, len(inputs) // 16)), inputs, targets)
 
 
 def ours_micro_batch(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
@@ -186,7 +214,7 @@ def vmap(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
     return step
 
 
-METHODS = {"plain": plain, "ours": ours, "micro_batch": ours_micro_batch}
+METHODS = {"plain": plain, "all samples": ours, "a sixteenth": ours_share, "micro_batch": ours_micro_batch}
 METHODS |= {"BackPACK": backpack, "Opacus": opacus, "vmap": vmap}
 
 

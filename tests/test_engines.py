@@ -201,15 +201,12 @@ def test_an_engine_follows_one_process(engine, precision, world_size, case, rank
     if precision != "bf16":
         assert found[worst] < TOLERANCES[precision], found
         return
-    # bfloat16 rounds the gradients of a sample's outputs, which carry a factor of the number of ranks: under 2 and 4 to
-    # the same bits as on one process, under 3 to others. Both runs are roundings of the one in float32, so they are as
-    # far apart as two such roundings are.
+    # bfloat16 rounds the gradient of each micro-batch, which is another on each number of ranks. Both runs are roundings of the one
+    # in float32, so they are as far apart as two such roundings are.
     rounding = apart(theirs[1], _one_process(case, "fp32")[1])
     distance = apart(ours[1], theirs[1])
     print(f"weights {distance:.1e} apart, rounding takes them {rounding:.1e} from float32")
     assert distance < 2 * rounding
-    if world_size != 3:
-        assert found["loss"] < TOLERANCES["fp32"]
 
 
 def apart(state, other):

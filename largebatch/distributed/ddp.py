@@ -17,7 +17,6 @@ from largebatch.distributed.engine import Engine
 from largebatch.distributed.squares import VARIANCE, HookedSquares
 from largebatch.distributed.state import read_tensors, tensor_metadata
 from largebatch.moments import is_shadow, shadows
-from largebatch.moments.interception import COMPILES
 from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.reduce import sum_over_ranks
 from largebatch.section import UserError
@@ -81,15 +80,11 @@ class DataParallel(Engine):
         if self._hooks:
             self.hooked = HookedSquares(model, self.squares_every, self.travels_in)
         of_samples = list(shadows(model).values())
-        if self.compile_model and of_samples and not COMPILES:
-            raise UserError(
-                f"backend.compile: with squares of samples it needs PyTorch 2.13 or later, this is {torch.__version__}; take "
-                "those of micro-batches (optimizer.second_moment, noise.per)"
-            )
         if self.compile_model and of_samples:
-            # The compiler cuts its graph where DDP's buckets end, and fails on a size that crosses a cut, as that of a
-            # sample's gradient does once batches differ. Whole, the graph's gradients are reduced after its backward pass.
-            torch._dynamo.config.optimize_ddp = False
+            raise UserError(
+                "backend.compile: squares of samples are taken operation by operation, which the compiler does not do; take "
+                "those of micro-batches (optimizer.second_moment, noise.per), or leave it uncompiled"
+            )
         called: nn.Module = torch.compile(model) if self.compile_model else model  # type: ignore[assignment]
         self._shadows = of_samples
         if self.world_size == 1:

@@ -1,8 +1,8 @@
 """Per-sample squares of gradients: the statistic behind batch-invariant second moments."""
 
-from largebatch.moments import conv, embedding, linear, norm
 from largebatch.moments.tracking import (
     check_statistics,
+    chosen_samples,
     grad_sample_sq,
     is_shadow,
     shadows,
@@ -15,12 +15,9 @@ from largebatch.moments.verify import verify
 
 __all__ = [
     "check_statistics",
-    "conv",
-    "embedding",
+    "chosen_samples",
     "grad_sample_sq",
     "is_shadow",
-    "linear",
-    "norm",
     "shadows",
     "statistic_scale",
     "track",

@@ -1,345 +1,190 @@
-"""Everything without a rule: recurrent layers, unknown operations, whole modules named by the user.
+"""The slow way: an operation, or a module named by the user, run again for one sample at a time.
 
-Each sample's gradient is a vector-Jacobian product of its own, of the operation run again on the sample alone. If that
-does not reproduce the sample's output, because the operation mixes samples or draws random numbers, the operation is
-run again on the whole batch, with the generator set back, and differentiated once for each sample's rows of the
-output. Exact either way, and slow.
+Exact where samples do not interact and nothing is drawn at random, which is checked by what comes out.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from largebatch.moments import layout
-from largebatch.moments.scope import WAY_OUT, Scope, notes, state
-from largebatch.moments.tap import CHUNK_ELEMENTS, Operand, Operation, _deliver, refuse_double_backward, statistic_dtype
+from largebatch.moments.private import with_parameters
+from largebatch.moments.provenance import FOLLOW, WHOLE, Rows, by_sample, mark_of, verdicts
+from largebatch.moments.rules import tap
+from largebatch.moments.scope import Refusal, Scope, notes, state
+from largebatch.moments.uses import Looped, Operand, Use, statistic_dtype
 from largebatch.section import UserError
 
-_VF = torch._C._VariableFunctions
-_RECURRENT = {getattr(_VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-_CELLS = {getattr(_VF, name) for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")}
 _warned: set[str] = set()
 
 
-class Replay(Operation):
-    """An operation that is run again, sample by sample.
-
-    Attributes:
-        function: takes the flat list of arguments, returns the flat list of tensor results.
-        leaves: the arguments, None in place of the saved tensors.
-        where: positions of the saved tensors in `leaves`: the operands first, then the other tensors.
-        dims: for each position in `leaves`, the dimension of its samples; None for what every sample shares.
-        output_dims: the same for each result.
-        random_state: of the generators before the operation, None if it drew nothing.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        function: Callable[[list[Any]], list[Tensor]],
-        leaves: list[Any],
-        where: list[int],
-        dims: list[int | None],
-        output_dims: list[int],
-        random_state: tuple[Tensor, Tensor | None] | None,
-    ):
-        super().__init__(num_samples, ())
-        self.function = function
-        self.leaves = leaves
-        self.where = where
-        self.dims = dims
-        self.output_dims = output_dims
-        self.random_state = random_state
-        self._cache: dict[int, list[Tensor]] = {}
-        self._whole: tuple[list[Tensor], list[Tensor]] | None = None
-
-    def forget(self) -> None:
-        """Begin a backward pass: nothing is known of its gradients."""
-        self._cache, self._whole = {}, None
-
-    def run(self, ready: tuple[Tensor, ...], sample: int) -> list[Tensor]:
-        """Return one sample's gradient of every role."""
-        if sample in self._cache:
-            return self._cache[sample]
-        count = len(self.output_dims)
-        grads, outputs, saved = ready[:count], ready[count : 2 * count], ready[2 * count :]
-        if self._whole is None and self.random_state is None:
-            mine = [
-                _rows(out, dim, sample, self.num_samples) for out, dim in zip(outputs, self.output_dims, strict=True)
-            ]
-            try:
-                results, params = self._forward(saved, sample)
-            except RuntimeError:  # an operation that insists on the whole batch
-                results, params = [], []
-            if len(results) == len(mine) and all(_same(a, b) for a, b in zip(results, mine, strict=True)):
-                vectors = [
-                    _rows(g, dim, sample, self.num_samples) for g, dim in zip(grads, self.output_dims, strict=True)
-                ]
-                return self._differentiate(results, params, vectors, sample)
-        if self._whole is None:
-            self._whole = self._forward(saved, None)
-        vectors = []
-        for grad, dim in zip(grads, self.output_dims, strict=True):
-            only = torch.zeros_like(grad)
-            _rows(only, dim, sample, self.num_samples).copy_(_rows(grad, dim, sample, self.num_samples))
-            vectors.append(only)
-        return self._differentiate(*self._whole, vectors, sample)
-
-    def _forward(self, saved: tuple[Tensor, ...], sample: int | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Run the operation on one sample, or on all for None; return results and operands."""
-        leaves = list(self.leaves)
-        params: list[Tensor] = []
-        for position, tensor in zip(self.where, saved, strict=True):
-            dim = self.dims[position]
-            if len(params) < len(self.roles):
-                tensor = tensor.detach().requires_grad_()
-                params.append(tensor)
-            elif sample is not None and dim is not None:
-                tensor = _rows(tensor, dim, sample, self.num_samples)
-            leaves[position] = tensor
-        with torch.enable_grad(), _generators(self.random_state, saved[0].device):
-            return self.function(leaves), params
-
-    def _differentiate(
-        self, results: list[Tensor], params: list[Tensor], vectors: list[Tensor], sample: int
-    ) -> list[Tensor]:
-        pairs = [(r, v) for r, v in zip(results, vectors, strict=True) if r.requires_grad]
-        grads = torch.autograd.grad(
-            [r for r, _ in pairs],
-            params,
-            [v for _, v in pairs],
-            retain_graph=self._whole is not None,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        if (len(self._cache) + 1) * sum(grad.numel() for grad in grads) > CHUNK_ELEMENTS:
-            self._cache = {}
-        self._cache[sample] = [grad.to(statistic_dtype(grad.dtype)) for grad in grads]
-        return self._cache[sample]
-
-    def per_sample(self, role: str, ready: tuple[Tensor, ...], lo: int, hi: int) -> Tensor:
-        """Return the gradients of samples lo to hi for one role."""
-        index = self.roles.index(role)
-        return torch.stack([self.run(ready, sample)[index] for sample in range(lo, hi)])
-
-    def all_moments(self, roles: list[str], ready: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
-        """Run every sample once for all roles."""
-        indices = [self.roles.index(role) for role in roles]
-        sums: list[tuple[Tensor, Tensor]] = []
-        for sample in range(self.num_samples):
-            grads = self.run(ready, sample)
-            if not sums:
-                sums = [(torch.zeros_like(grads[i]), torch.zeros_like(grads[i])) for i in indices]
-            for (total, squares), index in zip(sums, indices, strict=True):
-                total.add_(grads[index])
-                squares.addcmul_(grads[index], grads[index])
-        return sums
-
-
-class ReplayTap(torch.autograd.Function):
-    """A tap on all results of an operation at once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, operation: Replay, num_outputs: int, num_saved: int, token: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return the results; `tensors` are results, saved tensors, then (operand, shadow) for each role."""
-        ctx.operation, ctx.num_saved = operation, num_saved
-        outputs = tuple(tensor.detach() for tensor in tensors[:num_outputs])
-        ctx.save_for_backward(*outputs, *tensors[num_outputs : num_outputs + num_saved])
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Hand the gradients on and add the operands' gradients and squares."""
-        refuse_double_backward()
-        ctx.operation.forget()
-        with torch.autocast(grads[0].device.type, enabled=False):
-            delivered = _deliver(ctx.operation, grads[0], (*grads[1:], *ctx.saved_tensors))
-        return (None, None, None, None, *grads, *([None] * ctx.num_saved), *delivered)
-
-
 def run(scope: Scope, func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation without a rule."""
+    """Run an operation whose samples are followed, but which has no rule for what a parameter is owed.
+
+    Raises:
+        Refusal: if they are not.
+    """
     name = getattr(func, "__name__", str(func))
-    if name.endswith("_") and not name.endswith("__"):
-        operand = next(o for value in (*args, *kwargs.values()) if (o := scope.operand(value)) is not None)
-        raise UserError(
-            f"track: parameter '{operand.bases[0].name}' is used by {name}, which changes a tensor in place, so that it "
-            f"cannot be run again for each sample; use {name.rstrip('_')}, {WAY_OUT}"
-        )
-    if func in _RECURRENT:
-        return _run_recurrent(scope, func, args, kwargs, name)
-    if func in _CELLS:  # their states are a row for each sample, zeros included
-        return _replay(scope, func, args, kwargs, name, lambda tensor: 0, lambda result: 0)
-    return _replay(scope, func, args, kwargs, name, _by_mark(scope), lambda result: scope.batch_dim)
-
-
-def _by_mark(scope: Scope) -> Callable[[Tensor], int | None]:
-    return lambda tensor: scope.batch_dim if scope.is_batched(tensor) else None
-
-
-def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
-    """Run a module as one operation on its parameters and arguments."""
-    tracked = notes(module)
-    # By name, which makes them whole under ZeRO-3.
-    named = {name: module.get_parameter(name) for name, _ in module.named_parameters()}
-    operands = {name: p for name, p in named.items() if scope.operand(p) is not None}
-
-    def call(params: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        state.is_replaying = True
-        try:
-            with torch.nn.utils.stateless._reparametrize_module(module, params):
-                return original(*args, **kwargs)
-        finally:
-            state.is_replaying = False
-
-    name = f"module '{tracked.path}'"
-    return _replay(scope, call, (operands, *args), kwargs, name, _by_mark(scope), lambda result: scope.batch_dim)
-
-
-def _run_recurrent(scope: Scope, func: Any, args: Any, kwargs: Any, name: str) -> Any:
-    if isinstance(args[1], Tensor) and args[1].dtype == torch.int64:
-        raise UserError(
-            f"track: {name} on a PackedSequence has no per-sample statistic; pad the batch, or use per='micro_batch'"
-        )
-    batch_dim = 0 if args[-1] else 1  # the last argument of all four is batch_first
-    sequence = args[0]
-    if sequence.ndim != 3:
-        raise UserError(f"track: {name} without a batch dimension has no samples to tell apart")
-    states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)
-    outer = scope.batch_dim
-    scope.batch_dim = batch_dim
-    try:
-        results = _replay(
-            scope,
-            func,
-            args,
-            kwargs,
-            name,
-            lambda tensor: batch_dim if tensor is sequence else 1 if any(tensor is h for h in states) else None,
-            lambda index: batch_dim if index == 0 else 1,
-        )
-    finally:
-        scope.batch_dim = outer
-    for result, dim in zip(results, (batch_dim, 1, 1), strict=False):
-        if dim != scope.batch_dim:
-            layout.mark(scope, result, dim)
-    return results
-
-
-def _replay(
-    scope: Scope,
-    func: Any,
-    args: Any,
-    kwargs: Any,
-    name: str,
-    dim_of: Callable[[Tensor], int | None],
-    output_dim_of: Callable[[int], int],
-) -> Any:
-    if torch.compiler.is_compiling():
-        raise UserError(f"track: {name} has no rule and torch.compile cannot trace the fallback; leave it uncompiled")
-    leaves, spec = tree_flatten((args, kwargs))
-    found = [(i, operand) for i, leaf in enumerate(leaves) if (operand := scope.operand(leaf)) is not None]
-    known = {i for i, _ in found}
-    dims = [dim_of(x) if isinstance(x, Tensor) and i not in known else None for i, x in enumerate(leaves)]
-    if not all(dim is None or leaf.ndim > dim for leaf, dim in zip(leaves, dims, strict=True)):
-        raise UserError(
-            f"track: parameter '{found[0][1].bases[0].name}' meets a tensor in {name} in which the samples can no longer be "
-            f"told apart; {WAY_OUT}"
-        )
-    rows = [leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]
-    num_samples = scope.samples_in(rows[0], name)
-    if any(count != rows[0] for count in rows):
-        raise UserError(f"track: {name} has arguments of {sorted(set(rows))} rows; {WAY_OUT}")
+    output = func(*args, **kwargs)
+    again = Again(scope, func, args, kwargs, name)
+    again.name = f"{name} with parameter '{next(iter(again.operands.values())).bases[0].name}'"
+    marks = [(again.leaves[i], found) for i, found in again.rows.items()]
+    (rows,) = verdicts(scope.batch, func, args, kwargs, marks, [output]) if func in FOLLOW else (None,)
+    if not isinstance(rows, Rows):
+        raise Refusal("there is no rule for it")
     if name not in _warned:
         _warned.add(name)
         warnings.warn(
-            f"{name} has no rule for per-sample squares: each backward pass runs it {num_samples} times over, once for "
-            "each sample. track(model, per='micro_batch') costs nothing of the kind.",
+            f"{name} has no rule for squares of samples: each backward pass runs it again for every sample that is squared",
             stacklevel=2,
         )
-    output_specs: list[TreeSpec] = []
-
-    def function(flat: list[Any]) -> list[Tensor]:
-        again_args, again_kwargs = tree_unflatten(flat, spec)
-        results, output_spec = tree_flatten(func(*again_args, **again_kwargs))
-        output_specs[:] = [output_spec]
-        return results
-
-    operands: dict[int, Operand] = {}
-    plain = list(leaves)
-    for position, operand in found:
-        plain[position] = leaves[position].detach()
-        operands[position] = operand
-    device = found[0][1].tensor.device
-    before = _random_state(device)
-    results = function(plain)
-    after = _random_state(device)
-    has_drawn = any(
-        a is not None and b is not None and not torch.equal(a, b) for a, b in zip(before, after, strict=True)
-    )
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in operands]
-    where = [*operands, *tensors]
-    operation = Replay(
-        num_samples,
-        function,
-        [None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
-        where,
-        dims,
-        [output_dim_of(i) for i in range(len(results))],
-        before if has_drawn else None,
-    )
-    operation.roles = tuple(str(position) for position in operands)
-    operation.operands = tuple(operands.values())
-    token = scope.token(operation.operands)
-    pairs = [t for operand in operation.operands for t in operand.targets()]
-    # Detached: through the operands autograd would go on and free the graph that the collector is to differentiate.
-    saved = [plain[position] for position in where]
-    outputs = ReplayTap.apply(operation, len(results), len(saved), token, *results, *saved, *pairs)
-    return tree_unflatten(list(outputs), output_specs[0])
+    return again.tapped(0, output, rows)
 
 
-def _rows(tensor: Tensor, dim: int, sample: int, num_samples: int) -> Tensor:
-    count = tensor.shape[dim] // num_samples
-    return tensor.narrow(dim, sample * count, count)
+def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+    """Run a module as one operation on its parameters and arguments.
+
+    Raises:
+        Refusal: if an output does not show which part of it belongs to one sample.
+    """
+    # By name, which makes them whole under ZeRO-3.
+    named = {
+        name: p
+        for name, _ in module.named_parameters()
+        if not (p := module.get_parameter(name)).requires_grad or scope.operand(p)
+    }
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+    def call(parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        with with_parameters(module, {**parameters, **copies}):
+            return original(*args, **kwargs)
+
+    with _paused(scope):
+        output = original(*args, **kwargs)
+        again = Again(scope, call, (named, *args), kwargs, f"module '{notes(module).path}'")
+        single = again.outputs(again.first)
+    results, spec = tree_flatten(output)
+    for number, result in enumerate(results):
+        if isinstance(result, Tensor) and result.requires_grad:
+            results[number] = again.tapped(number, result, again.rows_like(result, single[number]))
+    return tree_unflatten(results, spec)
+
+
+@contextmanager
+def _paused(scope: Scope) -> Iterator[None]:
+    """Neither follow nor tap what runs within."""
+    before = state.scope, state.is_replaying, scope.is_paused
+    state.scope, state.is_replaying, scope.is_paused = None, True, True
+    try:
+        yield
+    finally:
+        state.scope, state.is_replaying, scope.is_paused = before
+
+
+class Again:
+    """A call that can be made again for one sample.
+
+    Raises:
+        Refusal: if none of its arguments holds samples, or some are mixed or not the same.
+    """
+
+    def __init__(self, scope: Scope, func: Any, args: Any, kwargs: Any, name: str):
+        self.scope, self.func, self.name = scope, func, name
+        self.leaves, self.spec = tree_flatten((args, kwargs))
+        self.operands = {i: o for i, leaf in enumerate(self.leaves) if (o := scope.operand(leaf)) is not None}
+        found = {i: mark_of(scope.batch, x) for i, x in enumerate(self.leaves) if isinstance(x, Tensor)}
+        self.rows = {i: m for i, m in found.items() if isinstance(m, Rows) and i not in self.operands}
+        if any(not isinstance(m, Rows) for i, m in found.items() if m is not None and i not in self.operands):
+            raise Refusal("the samples of an argument are mixed")
+        if len({(m.first, m.length) for m in self.rows.values()}) != 1:
+            raise Refusal("its arguments do not hold the same samples")
+        one = next(iter(self.rows.values()))
+        self.first, self.count, self.is_whole = one.first, one.length, one.dim == WHOLE
+        self.plain = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        self.versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in self.plain]
+
+    def outputs(self, sample: int, operands: dict[int, Tensor] | None = None) -> list[Any]:
+        """Return the leaves of what it returns for one sample."""
+        again = list(self.plain)
+        for i, rows in self.rows.items() if not self.is_whole else ():
+            again[i] = by_sample(again[i], rows)[sample - rows.first].movedim(0, rows.dim)
+        for i, tensor in (operands or {}).items():
+            again[i] = tensor
+        args, kwargs = tree_unflatten(again, self.spec)
+        devices = {leaf.device for leaf in self.plain if isinstance(leaf, Tensor) and leaf.is_cuda}
+        with _paused(self.scope), torch.random.fork_rng(devices):
+            return tree_flatten(self.func(*args, **kwargs))[0]
+
+    def rows_like(self, result: Tensor, single: Tensor) -> Rows:
+        """Return where a module's output has its samples: the one dimension in which it is longer than for one."""
+        if self.is_whole:
+            return Rows(WHOLE, 1, 0, 1)
+        pairs = list(zip(result.shape, single.shape, strict=True)) if result.ndim == single.ndim else []
+        dims = [dim for dim, (whole, one) in enumerate(pairs) if whole != one]
+        if len(dims) != 1 or pairs[dims[0]][0] != pairs[dims[0]][1] * self.count:
+            raise Refusal("its output does not show which part of it is one sample's")
+        return Rows(dims[0], 1, self.first, self.count)
+
+    def tapped(self, number: int, result: Tensor, rows: Rows) -> Tensor:
+        """Put a tap on one output."""
+        samples = self.scope.batch.samples_of(rows)
+        kept, version = result.detach(), result._version
+        used = list(self.operands.items())
+
+        def left(grad: Tensor, _: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
+            d = self.scope.batch.take(grad, rows)
+            if any(isinstance(x, Tensor) and x._version != v for x, v in zip(self.plain, self.versions, strict=True)):
+                raise UserError(
+                    f"track: what {self.name} was given was changed in place since; use operations out of place"
+                )
+            expected = self.scope.batch.take(kept, rows) if kept._version == version else None
+            made: dict[int, tuple[Tensor, ...]] = {}
+
+            def gradients(index: int) -> tuple[Tensor, ...]:
+                if index not in made:
+                    made.clear()  # of one sample at a time
+                    made[index] = self._gradients(
+                        number, rows, samples[index], d[index], None if expected is None else expected[index]
+                    )
+                return made[index]
+
+            def maker(place: int) -> Callable[[int], Tensor]:
+                return lambda index: gradients(index)[place].clone()
+
+            return [(operand, Looped(maker(place), len(samples))) for place, (_, operand) in enumerate(used)]
+
+        return tap(self.scope, result, rows, [operand for _, operand in used], left, [])
+
+    def _gradients(
+        self, number: int, rows: Rows, sample: int, d: Tensor, expected: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        copies = {i: self.plain[i].clone().requires_grad_() for i in self.operands}
+        try:
+            with torch.enable_grad():
+                result = self.outputs(sample, copies)[number]
+                result = result[None] if self.is_whole else result.movedim(rows.dim, 0)
+        except RuntimeError as error:
+            raise UserError(
+                f"track: {self.name} does not run on a sample alone: {str(error).splitlines()[0]}"
+            ) from error
+        if result.shape != d.shape or (expected is not None and not _same(result.detach(), expected)):
+            raise UserError(
+                f"track: {self.name} gives a sample another output alone than among the others: its samples interact, or it "
+                "draws random numbers; per='micro_batch' takes any model"
+            )
+        grads = torch.autograd.grad(result, list(copies.values()), d.to(result.dtype), allow_unused=True)
+        filled = (torch.zeros_like(c) if g is None else g for g, c in zip(grads, copies.values(), strict=True))
+        return tuple(g.to(statistic_dtype(g.dtype)) for g in filled)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two results agree but for rounding."""
-    if a.shape != b.shape:
-        return False
-    scale = float(b.detach().abs().max()) if b.numel() else 0.0
-    # 1000 units in the last place: sums in another order differ by far less, another sample's data by far more.
+    """Whether two results agree but for rounding: sums in another order do by far, another sample's data do not."""
+    scale = float(b.abs().max()) if b.numel() else 0.0
     return bool(((a - b).abs() <= 1e3 * torch.finfo(a.dtype).eps * scale).all()) if a.is_floating_point() else True
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-class _generators:
-    """Set the generators back for a block, if there is a state to set them to."""
-
-    def __init__(self, state: tuple[Tensor, Tensor | None] | None, device: torch.device):
-        self.state, self.device = state, device
-
-    def __enter__(self) -> None:
-        if self.state is not None:
-            self.now = _random_state(self.device)
-            self._set(self.state)
-
-    def __exit__(self, *_: Any) -> None:
-        if self.state is not None:
-            self._set(self.now)
-
-    def _set(self, state: tuple[Tensor, Tensor | None]) -> None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], self.device)

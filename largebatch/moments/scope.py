@@ -1,44 +1,25 @@
-"""The bookkeeping of one forward pass: its parameters, its samples, and the taps put on its operations.
-
-Three kinds of tensors are told apart: *operands* (tracked parameters and what is computed from them alone), *batched*
-tensors (the inputs of the outermost tracked forward, whatever is computed from them, and anything else that requires a
-gradient), and constants, such as `torch.arange(positions)`.
-
-The samples lie along dimension 0 (or the `batch_dim` given to `track`). A dimension of k times as many rows is read as
-k rows for each sample, sample by sample, which is what `x.view(batch * tokens, width)` makes.
-"""
+"""One forward pass of the outermost tracked module: its batch, and its parameters and what is computed from them alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from largebatch.moments.tap import Base, Collect, Expand, Expanded, Operand, Operation, Part, Spread, Tap
+from largebatch.moments import provenance
+from largebatch.moments.provenance import Batch, Lost
+from largebatch.moments.uses import CASTS, Base, Operand
 from largebatch.section import UserError
 
-Rule = Callable[..., Any]
-
-# Where messages send who needs the exact, slow way.
+# Where messages send who needs squares of samples from an operation without a rule.
 FALLBACK = "track(model, fallback=[...]) or a config's model.fallback"
-WAY_OUT = f"name its module in {FALLBACK}, or use per='micro_batch'"
-
-# Filled by `rule`: a rule takes (scope, *args, **kwargs of the operation).
-RULES: dict[Any, Rule] = {}
+WAY_OUT = f"per='micro_batch' (a config's optimizer.second_moment) takes any model; or name its module in {FALLBACK}"
 
 
-def rule(*functions: Any) -> Callable[[Rule], Rule]:
-    """Register the decorated function as the rule of `functions`."""
-
-    def register(handler: Rule) -> Rule:
-        for function in functions:
-            RULES[function] = handler
-        return handler
-
-    return register
+class Refusal(Exception):
+    """An operation under which a sample's part of the gradient is not known; the message says why, not where."""
 
 
 @dataclass
@@ -50,10 +31,11 @@ class Tracked:
         path: the module's name in the model, for messages.
         owners: the modules of the subtree that own tracked parameters.
         per: "sample" or "micro_batch".
-        batch_dim: dimension of the samples in this module's activations.
-        distinct: this module's integer buffers in which no value occurs twice, such as position indices.
-        shared: the names of those known to be used more than once in a forward pass.
+        batch_dim: dimension of the samples in the model's inputs.
+        inputs: which tensor arguments hold samples: "first" or "all".
+        samples: how many samples to square in a forward pass, None for all.
         use_fallback: whether to differentiate the module as a whole, one sample at a time.
+        passes: shadow's name -> number of the last backward pass that squared it.
     """
 
     names: dict[str, str]
@@ -61,9 +43,10 @@ class Tracked:
     owners: list[nn.Module]
     per: str
     batch_dim: int
-    distinct: set[str]
-    shared: set[str]
+    inputs: str
+    samples: int | None
     use_fallback: bool
+    passes: dict[str, int]
 
 
 def notes(module: nn.Module) -> Tracked:
@@ -72,220 +55,129 @@ def notes(module: nn.Module) -> Tracked:
 
 
 class Scope:
-    """One forward pass of the outermost tracked module.
+    """See above.
 
     Attributes:
-        num_samples: n, samples in the pass; None if no input tells.
-        batch_dim: dimension of the samples in the module that is running.
-        width: rows along `batch_dim` where it is not 0, needed to undo a flattening of (time, batch).
+        batch: its samples.
         operands: id of a parameter -> its bookkeeping.
-        inputs: the tensors the outermost module was called with; compared by identity, not by id(), which torch.compile
-            would guard and so compile anew for every batch.
-        distinct: ids of the integer buffers in which no value occurs twice.
-        segments: for each re-entrant checkpoint, the ids of its parameters.
-        is_used: whether a tap was put anywhere yet.
-        has_moved: whether any tensor has its samples elsewhere than along `batch_dim` (`layout`).
-        parts: the pieces of the last split of the batch and what came of them, each with its run of samples; compared by
-            identity, as the inputs.
+        is_open: whether the outermost module's parameters are in.
+        is_paused: whether a module runs whose inside is not looked at.
     """
 
-    def __init__(self, num_samples: int | None, batch_dim: int):
-        self.num_samples = num_samples
-        self.batch_dim = batch_dim
-        self.width: int | None = None
+    def __init__(self, batch: Batch):
+        self.batch = batch
         self.operands: dict[int, Operand] = {}
-        self.inputs: list[Tensor] = []
-        self.distinct: set[int] = set()
-        self.segments: dict[int, set[int]] = {}
-        self.is_used = False
-        self.has_moved = False
-        self.parts: list[tuple[Tensor, Part]] = []
+        self.is_paused = False
+        self.is_open = False
 
     def enter(self, module: nn.Module) -> None:
         """Take in the parameters of a module that is about to run, its children's too: it may use them itself.
 
-        They are looked at with `get`: ZeRO-3 makes whole what is read with [], which is for `Base.gather` to do, at their use.
+        They are looked at with `get`: ZeRO-3 makes whole what is read with [], which is for `Base.collector` to do.
         """
         for owner in notes(module).owners:
             tracked = notes(owner)
-            self.distinct.update([id(owner._buffers[name]) for name in tracked.distinct])
             for name, shadow_name in tracked.names.items():
                 parameter = owner._parameters.get(name)
-                if parameter is None or not parameter.requires_grad or id(parameter) in self.operands:
+                if parameter is None or not parameter.requires_grad:
+                    continue
+                if id(parameter) in self.operands:
+                    if self.is_open:  # nobody has exchanged this module's parameters since its parent was entered
+                        return
                     continue
                 shadow = owner._parameters.get(shadow_name)
                 assert shadow is not None
                 label = f"{tracked.path}.{name}".lstrip(".")
-                base = Base(label, parameter, shadow, name in tracked.shared, (owner, shadow_name))
-                counts = (base.count,)
-                self.operands[id(parameter)] = Operand(parameter, shadow, (base,), counts, counts)
+                base = Base(label, parameter, shadow, (owner, shadow_name, tracked.passes), self.batch)
+                self.operands[id(parameter)] = Operand(parameter, (base,))
+                self.batch.parameters.add(id(parameter))
 
     def operand(self, value: Any) -> Operand | None:
         """Return the bookkeeping of an operand, None for any other value."""
-        if not isinstance(value, Tensor) or self.is_input(value):
+        if not isinstance(value, Tensor):
             return None
         found = self.operands.get(id(value))
         if found is None:
-            found = getattr(value, "_largebatch_operand", None)
+            batch, found = getattr(value, "_largebatch_operand", (None, None))
+            return found if batch is self.batch else None
         return found
 
-    def is_batched(self, value: Any) -> bool:
-        """Whether a tensor that is no operand depends on the samples."""
-        return isinstance(value, Tensor) and (
-            value.requires_grad or hasattr(value, "_largebatch_batched") or self.is_input(value)
+    def derive(self, func: Any, args: Any, kwargs: Any, operands: list[Operand]) -> Any:
+        """Run a function of operands and constants, and note on its results how they come about."""
+        output = func(*args, **kwargs)
+        pieces = output if isinstance(output, (list, tuple)) else (output,)
+        bases = tuple(dict.fromkeys(base for operand in operands for base in operand.bases))
+        is_rearranged = len(bases) == len(operands) and all(operand.is_rearranged for operand in operands)
+        is_rearranged = is_rearranged and (func in _REARRANGING or (func is Tensor.__getitem__ and _is_slice(args[1])))
+        if func is torch.embedding:
+            index = args[1] if len(args) > 1 else kwargs["indices"]
+            is_rearranged = all(o.is_rearranged for o in operands) and index.unique().numel() == index.numel()
+            is_rearranged = is_rearranged and (args[2] if len(args) > 2 else -1) < 0
+        held = self._held(args), self._held(kwargs)
+        for number, piece in enumerate(pieces):
+            if not isinstance(piece, Tensor) or not piece.requires_grad or self.operand(piece) is not None:
+                continue  # contiguous(), float() and the like may return their argument
+            recipe = (func, *held, None if isinstance(output, Tensor) else number)
+            operand = Operand(piece.detach(), bases, recipe, is_rearranged)  # the tensor itself will hold it
+            piece._largebatch_operand = (self.batch, operand)  # type: ignore[attr-defined]
+        return output
+
+    def _held(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._held(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(self._held, value))
+        return self.operand(value) or value
+
+    def refuse(self, func: Any, operands: list[Operand], why: str) -> UserError:
+        """Return the error for a parameter in an operation that is not understood."""
+        name = getattr(func, "__name__", str(func))
+        return UserError(
+            f"track: parameter '{operands[0].bases[0].name}' meets the batch in {name}, where samples' gradients cannot be "
+            f"told apart: {why}. {WAY_OUT}"
         )
 
-    def is_input(self, value: Tensor) -> bool:
-        """Whether the outermost module was called with this very tensor."""
-        return any(value is tensor for tensor in self.inputs)
+    def lost(self, tensors: list[Tensor]) -> Lost | None:
+        """Return the mark of an argument whose samples are lost, None where there is none that matters."""
+        marks = [(t, m) for t in tensors if (m := provenance.mark_of(self.batch, t))]
+        live = [m for t, m in marks if t.requires_grad] or [m for _, m in marks]
+        return next((m for m in live if isinstance(m, Lost)), None)
 
-    def part(self, value: Tensor) -> Part | None:
-        """Return the run of samples in a tensor that `note_split` or `hand_on_part` saw, None for any other tensor."""
-        for tensor, part in self.parts:
-            if tensor is value:
-                return part
-        return None
-
-    def note_split(self, source: Tensor, dim: int, pieces: tuple[Tensor, ...]) -> None:
-        """Note which samples each piece of the batch holds, as in a batch norm over groups of samples."""
-        if dim % source.ndim != self.batch_dim or source.shape[dim] != self.num_samples:
-            return
-        self.parts = []  # the last split's are enough, and let go of the tensors before
-        first = 0
-        for piece in pieces:
-            self.parts.append((piece, (first, first + piece.shape[dim])))
-            first += piece.shape[dim]
-
-    def hand_on_part(self, arguments: Iterable[Any], output: Any) -> None:
-        """Note the run of samples in what was computed from it row by row."""
-        if not isinstance(output, Tensor) or output.ndim <= self.batch_dim:
-            return
-        found: Part | None = None
-        for value in arguments:  # as plain as can be: torch.compile traces it
-            part = self.part(value) if isinstance(value, Tensor) else None
-            if part is not None and found is not None and part != found:
-                return
-            found = found if part is None else part
-        if found is not None and output.shape[self.batch_dim] == found[1] - found[0]:
-            self.parts.append((output, found))
-
-    def samples_in(self, rows: int, function: str, part: Part | None = None) -> int:
-        """Return the number of samples in the pass, given the rows along the batch dimension of an argument of `function`.
-
-        Args:
-            rows: as many for each sample, unless there is a `part`.
-            function: its name, for messages.
-            part: the run of samples that the argument holds, where its rule can do with one.
-        """
-        if part is not None and self.num_samples is not None:
-            return self.num_samples
-        if self.num_samples is None:
-            self.num_samples = rows
-        if self.num_samples == 0:
-            raise UserError(f"track: {function} was given a batch without samples; skip an empty batch")
-        if rows % self.num_samples or rows == 0:
-            raise UserError(
-                f"track: an argument of {function} has {rows} rows along dimension {self.batch_dim}, where the model's "
-                f"input has {self.num_samples} samples; give track() the batch_dim of this module, name it in "
-                f"{FALLBACK}, or use per='micro_batch'"
-            )
-        return self.num_samples
-
-    def leave(self, module: nn.Module) -> None:
-        """Note which parameters were used more than once, for a later torch.compile.
+    def check_outputs(self, tensors: list[Tensor]) -> None:
+        """Raise if the outcome of the pass mixes samples otherwise than by a sum of them.
 
         Raises:
-            UserError: if one of them was also used in a re-entrant checkpoint.
+            UserError: naming the function that did so.
         """
-        for operand in self.operands.values() if self.segments else ():
-            base = operand.bases[0]
-            times = sum(id(base.parameter) in used for used in self.segments.values())
-            if times and times + base.count.uses > 1:
+        for tensor in tensors:
+            found = provenance.mark_of(self.batch, tensor) if tensor.requires_grad else None
+            if isinstance(found, Lost) and not found.is_sum:
                 raise UserError(
-                    f"track: parameter '{base.name}' is used in a re-entrant checkpoint and elsewhere, so its gradients "
-                    "cannot be added per sample; use checkpoint(..., use_reentrant=False) or per='micro_batch'"
+                    f"track: the model's output is not computed sample by sample: {why_lost(found)}. {WAY_OUT}"
                 )
-        for owner in notes(module).owners:
-            tracked = notes(owner)
-            for name in tracked.names:
-                found = self.operands.get(id(owner._parameters.get(name)))
-                if found is not None and found.bases[0].count.uses > 1:
-                    tracked.shared.add(name)
 
-    def token(self, operands: tuple[Operand, ...]) -> Tensor | None:
-        """Count a use of the operands and return a token of a collector behind all of them."""
-        self.is_used = True
-        if torch.compiler.is_compiling():
-            for operand in operands:
-                operand.use()
-                is_spread = operand.bases[0].is_shared and operand.tensor is operand.bases[0].parameter
-                if not operand.is_alone and not is_spread:
-                    names = ", ".join([base.name for base in operand.bases])
-                    raise UserError(
-                        f"track: parameter '{names}' is used more than once, or through a function, in one forward pass. "
-                        "Under torch.compile that needs one forward pass before compiling, and a direct use each time; "
-                        "or leave its module uncompiled, or use per='micro_batch'"
-                    )
-            return None
-        fresh: list[Base] = []
-        tokens: list[Tensor] = []
-        for operand in operands:
-            operand.use()
-            for base in operand.bases:
-                base.gather()
-                if base.token is None and base not in fresh:
-                    fresh.append(base)
-                elif base.token is not None and all(base.token is not token for token in tokens):
-                    tokens.append(base.token)
-        if fresh:
-            token = Collect.apply(tuple(fresh), *[t for base in fresh for t in (base.parameter, base.shadow)])
-            for base in fresh:
-                base.token = token
-            tokens.append(token)
-        return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
-    def tap(self, operation: Operation, output: Tensor, saved: tuple[Tensor, ...], operands: tuple[Any, ...]) -> Tensor:
-        """Put a tap for `operands` (one for each of the operation's roles) on `output`."""
-        token = self.token(operands)
-        if token is not None:
-            operation.operands = operands
-        pairs = [t for operand in operands for t in operand.targets()]
-        if token is None:
-            operation.spread, pairs = self._spread(operation, operands, pairs)
-        return Tap.apply(operation, len(saved), output, token, *saved, *pairs)
+def why_lost(lost: Lost) -> str:
+    """Return what became of the samples, for a message."""
+    return f"some of it comes through {lost.by}, which mixes or moves the rows of samples, or is not known not to"
 
-    def _spread(
-        self, operation: Operation, operands: tuple[Operand, ...], pairs: list[Tensor]
-    ) -> tuple[tuple[str, ...], list[Tensor]]:
-        """Under torch.compile, send the per-sample gradients of shared parameters to their `Spread`."""
-        roles = []
-        for index, (role, operand) in enumerate(zip(operation.roles, operands, strict=True)):
-            base = operand.bases[0]
-            if base.is_shared and operand.tensor is base.parameter:
-                if base.spread is None:
-                    base.spread = Spread.apply(base.parameter, base.shadow, operation.num_samples)
-                assert base.spread is not None
-                pairs[2 * index] = base.spread
-                roles.append(role)
-        return tuple(roles), pairs
 
-    def expand(
-        self, operand: Operand, dim: int, rows: int, ndim: int, function: str, part: Part | None = None
-    ) -> Tensor:
-        """Return `operand` as [.., rows at `dim`, ..] of `ndim` dimensions, with a tap that tells the samples apart."""
-        operation = Expanded(self.samples_in(rows, function, part), part)
-        token = self.token((operand,))
-        if token is not None:
-            operation.operands = (operand,)
-        shape = (1,) * (ndim - operand.tensor.ndim) + tuple(operand.tensor.shape)
-        if shape[dim] != 1:
-            raise UserError(
-                f"track: {function} meets a parameter of shape {list(operand.tensor.shape)} whose own dimension lies "
-                f"along the samples ({rows} rows); {WAY_OUT}"
-            )
-        tensor, shadow = operand.targets()
-        expanded = Expand.apply(operation, dim, rows, token, tensor.reshape(shape), shadow.reshape(shape))
-        return expanded
+def _is_slice(index: Any) -> bool:
+    items = index if isinstance(index, tuple) else (index,)
+    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
+
+
+# Functions that take no more than a type or a shape from a second tensor.
+LIKE = {*CASTS, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
+
+# Functions whose result has the elements of their arguments, each at most once.
+_NAMES = """
+    t transpose permute view view_as reshape reshape_as flatten unflatten unsqueeze squeeze select narrow contiguous
+    clone movedim swapaxes flip roll diagonal cat concat stack hstack vstack chunk split unbind tensor_split __iter__
+"""
+_REARRANGING = {Tensor.T.__get__, Tensor.mT.__get__, *CASTS}  # type: ignore[attr-defined]
+for _name in _NAMES.split():
+    _REARRANGING |= {getattr(home, _name) for home in (torch, Tensor) if hasattr(home, _name)}
 
 
 class State:
@@ -293,17 +185,20 @@ class State:
 
     Attributes:
         scope: the forward pass that is running under per="sample".
-        aliases: the same under per="micro_batch": id of a parameter -> (the parameter, its alias).
+        choice: (samples to square, weight of each) of the forward passes to come, where somebody chose.
+        aliases: the pass under per="micro_batch": id of a parameter -> (the parameter, its alias).
         segments: there, by id of a parameter, the re-entrant checkpoint that uses it; 0 for none.
         is_aliasing: whether `Aliasing` is at work there instead.
         is_replaying: whether the fallback is running a module again, in which nothing is to be intercepted.
     """
 
-    scope: Scope | None = None
-    aliases: dict[int, tuple[Tensor, Tensor]] | None = None
-    segments: ClassVar[dict[int, int]] = {}
-    is_aliasing = False
-    is_replaying = False
+    def __init__(self) -> None:
+        self.scope: Scope | None = None
+        self.choice: tuple[list[int], float] | None = None
+        self.aliases: dict[int, tuple[Tensor, Tensor]] | None = None
+        self.segments: dict[int, int] = {}
+        self.is_aliasing = False
+        self.is_replaying = False
 
 
 state = State()

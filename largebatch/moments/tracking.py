@@ -8,8 +8,8 @@ and `load_state_dict` do not know of it.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.moments.interception import Intercepted, forward
-from largebatch.moments.scope import FALLBACK, Tracked, notes
-from largebatch.moments.tap import statistic_dtype
+from largebatch.moments.scope import FALLBACK, Tracked, notes, state
+from largebatch.moments.uses import statistic_dtype
 from largebatch.section import UserError, nearest
 
 SUFFIX = "_grad_sq"
@@ -30,24 +30,24 @@ def track(
     model: ModelT,
     per: Literal["sample", "micro_batch"] = "sample",
     *,
-    batch_dim: int | Mapping[str, int] = 0,
+    batch_dim: int = 0,
+    inputs: Literal["first", "all"] = "first",
+    samples: int | None = None,
     fallback: Iterable[str] = (),
 ) -> ModelT:
     """Make every backward pass of `model` leave sum g^2 in the gradient of each parameter's shadow.
 
-    Scale: the squares are those of the gradients as they arrive. Let a backward pass of a *mean* loss over B samples
-    give ghat = (1/B) sum_b g_b. Then
+    Gradients stay the model's own, bit for bit. Scale: the squares are those of the gradients as they arrive. Let a backward
+    pass of a *mean* loss over B samples give ghat = (1/B) sum_b g_b. Then
         per="sample":       shadow.grad = sum_b (g_b / B)^2,
         per="micro_batch":  shadow.grad = sum_k (G_k / K)^2 over K micro-batches whose losses were divided by K,
     and `statistic_scale` turns either into a mean of squares. Gradients and squares accumulate over backward passes.
 
-    How samples are found: they lie along `batch_dim` of the first tensor the model is called with, and of every
-    activation that meets a parameter, unless the model was seen to permute it; k times as many rows are k rows a sample,
-    sample by sample. Each call of the
-    tracked model is a batch of its own: track the outermost module, not an encoder that is called twice on one sample.
-    What a forward pass does to a parameter without any sample (a penalty on its norm) is no part of the statistic.
-
-    A model that hides its samples from that is refused where it shows; `verify` finds the rest.
+    With per="sample" the samples are followed from the model's arguments through every operation; a parameter that meets them
+    in an operation without a rule, or after one that may have mixed them, is refused by name (`provenance`, `rules`). Call the
+    tracked model once for each backward pass. What a forward pass does to a parameter without any sample, and what the loss
+    does to it outside of the model (a penalty on its norm), is no part of the statistic. torch.compile leaves such
+    a model uncompiled.
 
     Cast the model first (`model.bfloat16()` would cast the shadows too). Call it before wrapping the model (DDP, FSDP2,
     DeepSpeed) and before building the optimizer. Calling it again is allowed: it takes in what was added or unfrozen
@@ -55,34 +55,38 @@ def track(
 
     Args:
         model: any module; changed in place.
-        per: "sample" for the squares of every sample's gradient, by one rule per operation; "micro_batch" for the
-            square of the whole backward pass's gradient, which every module has and which costs next to nothing.
-        batch_dim: dimension of the samples in the inputs and activations, for the model or by module name
-            ({"": 0, "encoder": 1}; a name speaks for its subtree). `nn.MultiheadAttention`, `nn.LSTM` and the like say
-            it themselves, by their batch_first.
-        fallback: names of modules to differentiate as a whole, sample by sample: exact for any module, and slow.
+        per: "sample" for the squares of single samples' gradients; "micro_batch" for the square of the whole backward pass's
+            gradient, which every module has and which costs next to nothing.
+        batch_dim: dimension of the samples in the model's arguments.
+        inputs: "first" for samples in the first tensor that the model is called with, the others being the same for all
+            samples, or numbers such as masks; "all" for samples in every one.
+        samples: squares of so many samples of each forward pass, at even distances, each weighted for those it stands for;
+            None for all. A sixteenth of the batch costs a fraction and is as good for an optimizer.
+        fallback: names of modules to differentiate as a whole, sample by sample: for any whose samples do not interact.
 
     Returns:
         `model`.
 
     Raises:
-        UserError: for an unknown `per` or module name.
+        UserError: for an unknown argument or module name.
     """
     if per not in ("sample", "micro_batch"):
         raise UserError(f"track: per must be 'sample' or 'micro_batch', got '{per}'")
+    if inputs not in ("first", "all"):
+        raise UserError(f"track: inputs must be 'first' or 'all', got '{inputs}'")
+    if samples is not None and samples < 1:
+        raise UserError(f"track: samples must be at least 1, got {samples}")
     if isinstance(model, DistributedDataParallel):
         raise UserError(
             "track: the model is wrapped by DistributedDataParallel already, which would not reduce the squares; track it first"
         )
     modules = dict(model.named_modules())
-    dims = {"": batch_dim} if isinstance(batch_dim, int) else dict(batch_dim)
     slow = set(fallback)
-    for name in {*dims, *slow} - set(modules):
+    for name in slow - set(modules):
         raise UserError(f"track: the model has no module '{name}'{nearest(name, modules)}")
     for name, parameter in model.named_parameters():
         if parameter.is_complex() and parameter.requires_grad:
             raise UserError(f"track: parameter '{name}' is complex; make it real and use torch.view_as_complex on it")
-    times = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
     shadow_of: dict[int, nn.Parameter] = {}
     for path, module in modules.items():
         names = dict(notes(module).names) if hasattr(module, "_largebatch") else {}
@@ -99,30 +103,29 @@ def track(
                 shadow_of[id(parameter)] = _shadow(parameter)
             module.register_parameter(name + SUFFIX, shadow_of[id(parameter)])
             names[name] = name + SUFFIX
-        shared = {name for name in names if times[id(module._parameters[name])] > 1}
-        distinct = {name for name, buffer in module._buffers.items() if _is_distinct(buffer)}
-        _install(module, Tracked(names, path, [], per, _inherited(dims, path), distinct, shared, path in slow))
+        _install(module, Tracked(names, path, [], per, batch_dim, inputs, samples, path in slow, {}))
     for module in modules.values():
-        notes(module).owners = [m for m in module.modules() if notes(m).names or notes(m).distinct]
+        notes(module).owners = [m for m in module.modules() if notes(m).names]
     return model
+
+
+@contextmanager
+def chosen_samples(samples: list[int], weight: float) -> Iterator[None]:
+    """Square these samples of the forward passes within, by their places in the batch, each counted `weight` times.
+
+    For a caller who cuts an update into several passes and knows which of its samples stand for all.
+    """
+    before, state.choice = state.choice, (samples, weight)
+    try:
+        yield
+    finally:
+        state.choice = before
 
 
 def _shadow(parameter: nn.Parameter) -> nn.Parameter:
     shadow = nn.Parameter(torch.zeros_like(parameter, dtype=statistic_dtype(parameter.dtype)))
     shadow._is_largebatch_shadow = True  # type: ignore[attr-defined]
     return shadow
-
-
-def _is_distinct(buffer: Tensor | None) -> bool:
-    if buffer is None or buffer.is_meta or buffer.is_floating_point() or buffer.is_complex() or buffer.ndim == 0:
-        return False
-    return buffer.unique().numel() == buffer.numel()
-
-
-def _inherited(dims: dict[str, int], path: str) -> int:
-    """Return the entry of the longest name that is `path` or contains it."""
-    fitting = [name for name in dims if not name or path == name or path.startswith(name + ".")]
-    return dims[max(fitting, key=len)] if fitting else 0
 
 
 def _install(module: nn.Module, tracked: Tracked) -> None:

@@ -1,0 +1,99 @@
+"""What is used of PyTorch beyond its documented interface, each with its reason; tried with 2.11 to 2.14.
+
+tests/moments/test_private.py holds each to what is expected of it here.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+
+def backward_pass() -> int:
+    """Return the number of the backward pass that runs, -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def inside_function_transform() -> bool:
+    """Whether torch.func runs: its gradients do not go to .grad, and squares have no place to go."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# By these FSDP2 and DeepSpeed pass on a module's inputs and outputs as they are, to run code of theirs in the backward pass.
+_IDENTITIES = {
+    "RegisterPostBackwardFunctionBackward",
+    "PreBackwardFunctionForModuleBackward",
+    "PostBackwardFunctionModuleBackward",
+}
+
+
+def identity_edge(tensor: Tensor) -> tuple[Any, int] | None:
+    """Return the node and output of the graph that an engine's identity passed on as this tensor, None for any other tensor."""
+    node = tensor.grad_fn
+    if node is None or type(node).__name__ not in _IDENTITIES:
+        return None
+    edges = [edge for edge in node.next_functions if edge[0] is not None]
+    edge = edges[min(tensor.output_nr, len(edges) - 1)]
+    return edge if type(edge[0]).__name__ not in _IDENTITIES else _further(edge)
+
+
+def _further(edge: tuple[Any, int]) -> tuple[Any, int]:
+    while type(edge[0]).__name__ in _IDENTITIES:
+        edge = edge[0].next_functions[edge[1]]
+    return edge
+
+
+def metadata_of(node: Any) -> dict[Any, Any]:
+    """Return the dictionary that a node of the graph carries (torch.autograd.graph.Node.metadata)."""
+    return node.metadata
+
+
+def batch_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and 1 / sd that a batch norm in training took, None where its node does not tell."""
+    node = output.grad_fn
+    mean, factor = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
+    if mean is None or factor is None or mean.numel() == 0 or mean.numel() != factor.numel():
+        return None
+    return mean.detach(), factor.detach()
+
+
+def with_parameters(module: nn.Module, parameters: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """Let a module compute with other tensors: torch.func.functional_call, but for the module's own hooks."""
+    return torch.nn.utils.stateless._reparametrize_module(module, parameters)
+
+
+def checkpoint_frame() -> types.FrameType | None:
+    """Return the frame of the re-entrant activation checkpoint that runs, None outside of any."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def _body(function: types.FunctionType) -> types.FunctionType:
+    skip = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)
+    names = {**function.__globals__, **skip}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+# The functions of torch.nn.functional written in Python, which hand themselves to a mode before they do anything else; these
+# copies go straight to their bodies, whose operations the mode then sees.
+BODIES: dict[Any, Callable[..., Any]] = {
+    function: _body(function)
+    for function in vars(F).values()
+    if isinstance(function, types.FunctionType) and "has_torch_function" in " ".join(function.__code__.co_names)
+}

@@ -1,0 +1,472 @@
+"""What a sample owes to a parameter, operation by operation: the operations under which `per="sample"` knows it.
+
+Each rule runs its operation as it was called and puts a tap on the output (`uses`). Parameters meet the batch in linear maps,
+convolutions, lookups, norms, and broadcasts such as position embeddings and scales. Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from largebatch.moments import provenance
+from largebatch.moments.private import batch_statistics
+from largebatch.moments.provenance import WHOLE, Batch, Rows, mark, mark_of
+from largebatch.moments.scope import Refusal, Scope
+from largebatch.moments.uses import Given, Left, Looped, Operand, Product, Tap, Use, statistic_dtype
+
+Rule = Callable[..., Any]
+
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*functions: Any) -> Callable[[Rule], Rule]:
+    """Register the decorated function, which takes (scope, func, args, kwargs), as the rule of `functions`."""
+
+    def register(handler: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def rows_of(scope: Scope, tensor: Any, what: str = "its input") -> Rows:
+    """Return where the samples of an operation's input lie."""
+    found = mark_of(scope.batch, tensor) if isinstance(tensor, Tensor) else None
+    if isinstance(found, Rows):
+        return found
+    raise Refusal(f"{what} does not come from the batch")
+
+
+def tap(
+    scope: Scope, output: Tensor, rows: Rows, operands: Sequence[Operand], left: Left, saved: Sequence[Tensor]
+) -> Tensor:
+    """Put a tap on an operation's output.
+
+    Args:
+        scope: the forward pass.
+        output: of the operation, which ran as it was called.
+        rows: where the output's samples lie.
+        operands: those it used.
+        left: takes the gradient of the output and the saved tensors, and returns what each operand is owed.
+        saved: tensors of the chosen samples.
+    """
+    if not output.requires_grad:
+        return output
+    tokens = [base.collector() for base in dict.fromkeys(base for operand in operands for base in operand.bases)]
+    samples = scope.batch.samples_of(rows)
+    output = Tap.apply(left, samples, output, len(saved), *(s.detach() for s in saved), *tokens)
+    mark(scope.batch, output, rows)
+    return output
+
+
+def wide(tensor: Tensor, grad: Tensor) -> Tensor:
+    """Return a tensor in the type of squares, rounded as the operation took it under autocast."""
+    return tensor.to(grad.dtype).to(statistic_dtype(grad.dtype))
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """[samples, rows of each, .., features] -> [samples, positions, features]."""
+    return rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+def _arguments(names: str, args: Any, kwargs: Any) -> list[Any]:
+    given = dict(zip(names.split(), args, strict=False)) | kwargs
+    return [given.get(name) for name in names.split()]
+
+
+def _linear(scope: Scope, output: Tensor, x: Tensor, weight: Any, bias: Any, is_transposed: bool) -> Tensor:
+    """Y = x w^T + b, or x w + b."""
+    found, of_weight, of_bias = rows_of(scope, x), scope.operand(weight), scope.operand(bias)
+    is_vector = weight.ndim == 1
+    if weight.ndim > 2 or found.dim == x.ndim - 1 or x.ndim < 2:
+        raise Refusal("its samples, or its weight, have other dimensions than (samples, .., features)")
+    if bias is not None and (is_vector or bias.shape != output.shape[-1:]):
+        raise Refusal("its bias has other dimensions than (features)")
+    rows = found  # those of the output, in which the last dimension alone is another
+    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
+
+    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
+        d = wide(_flat(scope.batch.take(grad.unsqueeze(-1) if is_vector else grad, rows)), grad)
+        uses: list[tuple[Operand, Use]] = []
+        if of_weight is not None:
+            a, b = d, wide(_flat(saved[0]), grad)
+            uses.append((of_weight, Product(b, a) if is_transposed else Product(a, b)))
+        if of_bias is not None:
+            uses.append((of_bias, Given(d.sum(1))))
+        return uses
+
+    return tap(scope, output, rows, operands, left, [scope.batch.take(x, found)] if of_weight is not None else [])
+
+
+@rule(F.linear)
+def linear(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """X w^T + b."""
+    x, weight, bias = _arguments("input weight bias", args, kwargs)
+    return _linear(scope, func(*args, **kwargs), x, weight, bias, False)
+
+
+@rule(torch.addmm, Tensor.addmm)
+def addmm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """B + x w."""
+    if set(kwargs) - {"input", "mat1", "mat2"}:
+        raise Refusal("it has factors, alpha or beta")
+    bias, x, weight = _arguments("input mat1 mat2", args, kwargs)
+    return _linear(scope, func(*args, **kwargs), x, weight, bias, True)
+
+
+@rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+def matmul(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """X w."""
+    x, weight = args if not kwargs else _arguments("input other", args, kwargs)
+    if scope.operand(weight) is None:
+        raise Refusal("the parameter stands on the left")
+    return _linear(scope, func(*args, **kwargs), x, weight, None, True)
+
+
+# Small weight gradients leave a processor's threads idle unless several are made at once (64 -> 128 channels at 16 x 16: 4.2 ms
+# for 32 samples by fours, 8.1 ms one by one, two cores); from 256 -> 256 channels of 3 x 3 on a second sample only costs cache.
+FOLD_ELEMENTS = 1 << 18
+
+
+class Convolved(Use):
+    """Weight gradients of a convolution: d [samples, rows, o, ..] and x [samples, rows, i, ..]."""
+
+    def __init__(self, d: Tensor, x: Tensor, shape: torch.Size, options: tuple[Any, ...]):
+        self.d, self.x, self.shape, self.options = d, x, shape, options
+
+    def gradient(self, number: int) -> Tensor:
+        """Return one sample's."""
+        return self._gradients(self.d[number], self.x[number], 1)[0]
+
+    def squares(self, weight: float) -> Tensor:
+        """Fold some samples into the groups of one convolution at a time."""
+        count, rows = self.d.shape[:2]
+        step = math.ceil(FOLD_ELEMENTS / math.prod(self.shape)) if rows == 1 else 1
+        total = torch.zeros(self.shape, dtype=self.d.dtype, device=self.d.device)
+        for first in range(0, count, step):
+            d, x = (t[first : first + step].flatten(0, 1) for t in (self.d, self.x))
+            for grad in self._gradients(d, x, len(d) if rows == 1 else 1):
+                total.addcmul_(grad, grad, value=weight)
+        return total
+
+    def _gradients(self, d: Tensor, x: Tensor, folded: int) -> Tensor:
+        *options, groups = self.options
+        if folded > 1:
+            d, x = (t.reshape(1, -1, *t.shape[2:]) for t in (d, x))
+        weight = d.new_empty(1).expand(folded * self.shape[0], *self.shape[1:])
+        backward = torch.ops.aten.convolution_backward
+        _, grad, _ = backward(d, x, weight, None, *options, folded * groups, (False, True, False))
+        return grad.reshape(folded, *self.shape)
+
+
+def _tuple(value: Any, length: int) -> tuple[int, ...]:
+    return tuple(value) * (length // len(value)) if isinstance(value, (list, tuple)) else (value,) * length
+
+
+_TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
+
+
+@rule(torch.conv1d, torch.conv2d, torch.conv3d, *_TRANSPOSED)
+def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Convolutions, with zero padding given as numbers or by name, and transposed ones."""
+    names = "input weight bias stride padding dilation groups"
+    if func in _TRANSPOSED:
+        names = "input weight bias stride padding output_padding groups dilation"
+    values = dict(zip(names.split(), _arguments(names, args, kwargs), strict=True))
+    x, weight, bias = values["input"], values["weight"], values["bias"]
+    ndim = weight.ndim - 2
+    rows, of_weight, of_bias = rows_of(scope, x), scope.operand(weight), scope.operand(bias)
+    if x.ndim != ndim + 2 or rows.dim not in (0, WHOLE):
+        raise Refusal("its samples do not lie along the first dimension")
+    default = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+    numbers = {key: values.get(key) if values.get(key) is not None else start for key, start in default.items()}
+    padded = x
+    if numbers["padding"] == "valid":
+        numbers["padding"] = 0
+    elif numbers["padding"] == "same":  # an even window pads one more on the right, which a convolution cannot say
+        spare = [d * (k - 1) for d, k in zip(_tuple(numbers["dilation"], ndim), weight.shape[2:], strict=True)]
+        numbers["padding"] = [s // 2 for s in spare]
+        if any(s % 2 for s in spare):
+            padded = F.pad(x, [p for s in reversed(spare) for p in (s // 2, s - s // 2)])
+            numbers["padding"] = 0
+    stride, padding, dilation, extra = (_tuple(numbers[key], ndim) for key in default)
+    options = (stride, padding, dilation, func in _TRANSPOSED, extra, values["groups"] or 1)
+    shape = weight.shape
+    is_pointwise = weight[0, 0].numel() == 1 and not any(padding) and options[-1] == 1 and func not in _TRANSPOSED
+    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
+
+    def positions(t: Tensor) -> Tensor:
+        return t.reshape(len(t), -1, *t.shape[-ndim - 1 :])
+
+    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
+        d = wide(positions(scope.batch.take(grad, rows)), grad)
+        uses: list[tuple[Operand, Use]] = []
+        if of_weight is not None:
+            x = wide(positions(saved[0]), grad)
+            use: Use = Convolved(d, x, shape, options)
+            if is_pointwise:  # a linear map at each position
+                for at, step in enumerate(stride):
+                    x = x[(slice(None),) * (at + 3) + (slice(None, None, step),)]
+                use = Product(*(t.movedim(2, -1).flatten(1, -2) for t in (d, x)))
+            uses.append((of_weight, use))
+        if of_bias is not None:
+            uses.append((of_bias, Given(d.flatten(3).sum((1, 3)))))
+        return uses
+
+    saved = [scope.batch.take(padded, rows)] if of_weight is not None else []
+    return tap(scope, func(*args, **kwargs), rows, operands, left, saved)
+
+
+class LookedUp(Use):
+    """Rows of a table of v: d [samples, t, features], and which rows they are, [samples, t]."""
+
+    def __init__(self, d: Tensor, index: Tensor, num_rows: int):
+        self.d, self.index, self.num_rows = d, index, num_rows
+
+    def gradient(self, number: int) -> Tensor:
+        """Return a table."""
+        table = self.d.new_zeros(self.num_rows, self.d.shape[-1])
+        return table.index_add_(0, self.index[number], self.d[number])
+
+    def squares(self, weight: float) -> Tensor:
+        """Add what a sample owes to one row, then square, then add the samples."""
+        samples = torch.arange(len(self.d), device=self.d.device).unsqueeze(1)
+        pairs, where = torch.unique(samples * self.num_rows + self.index, return_inverse=True)
+        grads = self.d.new_zeros(len(pairs), self.d.shape[-1]).index_add_(0, where.flatten(), self.d.flatten(0, 1))
+        grads.square_().mul_(weight)
+        return self.d.new_zeros(self.num_rows, self.d.shape[-1]).index_add_(0, pairs % self.num_rows, grads)
+
+
+@rule(torch.embedding)
+def embedding(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Rows of a table by numbers from the batch."""
+    names = "weight indices padding_idx scale_grad_by_freq sparse"
+    weight, index, padding, by_frequency, _ = _arguments(names, args, kwargs)
+    operand, rows = scope.operand(weight), rows_of(scope, index)
+    if operand is None or by_frequency:
+        raise Refusal("it scales gradients by how often rows occur in the batch")
+    num_rows = len(weight)
+
+    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
+        d = wide(_flat(scope.batch.take(grad, rows)), grad)
+        index = saved[0].reshape(len(d), -1)
+        if padding is not None and padding >= 0:
+            d = d.masked_fill((index == padding).unsqueeze(-1), 0)
+        return [(operand, LookedUp(d, index, num_rows))]
+
+    return tap(scope, func(*args, **kwargs), rows, [operand], left, [scope.batch.take(index, rows)])
+
+
+def _norm(
+    scope: Scope,
+    output: Tensor,
+    x: Tensor,
+    pair: tuple[Any, Any],
+    normalize: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
+    extra: Sequence[Tensor] = (),
+    is_last: bool = False,
+) -> Tensor:
+    """Y = xhat w + b, with xhat = normalize(rows of x, extra) and w, b for the last dimensions, or else for dimension 1."""
+    rows = rows_of(scope, x)
+    weight, bias = (scope.operand(value) for value in pair)
+    operands = [operand for operand in (weight, bias) if operand is not None]
+    shape = operands[0].tensor.shape
+    if rows.dim != WHOLE and (rows.dim >= x.ndim - len(shape) if is_last else rows.dim != 0):
+        raise Refusal("its samples lie along a dimension that is normalized, or not along the first")
+
+    def reduced(t: Tensor) -> Tensor:
+        if is_last:
+            return t.reshape(len(t), -1, *shape).sum(1)
+        return t.reshape(len(t), -1, x.shape[1], x.shape[2:].numel()).sum((1, 3))
+
+    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
+        d = wide(scope.batch.take(grad, rows), grad)
+        uses: list[tuple[Operand, Use]] = []
+        if weight is not None:
+            hat = normalize(saved[0] if is_last else saved[0].reshape(-1, *x.shape[1:]), saved[1:])
+            uses.append((weight, Given(reduced(hat.to(d.dtype).reshape(d.shape) * d))))
+        if bias is not None:
+            uses.append((bias, Given(reduced(d))))
+        return uses
+
+    saved = [scope.batch.take(x, rows), *extra] if weight is not None else []
+    return tap(scope, output, rows, operands, left, saved)
+
+
+@rule(torch.layer_norm)
+def layer_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Layer norm."""
+    x, shape, weight, bias, eps = _arguments("input normalized_shape weight bias eps", args, kwargs)
+    eps = 1e-5 if eps is None else eps
+    output = func(*args, **kwargs)
+    return _norm(scope, output, x, (weight, bias), lambda x, _: F.layer_norm(x, shape, None, None, eps), is_last=True)
+
+
+@rule(torch.rms_norm)
+def rms_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """RMS norm."""
+    x, shape, weight, eps = _arguments("input normalized_shape weight eps", args, kwargs)
+    output = func(*args, **kwargs)
+    return _norm(scope, output, x, (weight, None), lambda x, _: F.rms_norm(x, shape, None, eps), is_last=True)
+
+
+@rule(torch.group_norm)
+def group_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Group norm."""
+    x, groups, weight, bias, eps = _arguments("input num_groups weight bias eps", args, kwargs)
+    eps = 1e-5 if eps is None else eps
+    output = func(*args, **kwargs)
+    return _norm(scope, output, x, (weight, bias), lambda x, _: F.group_norm(x, groups, None, None, eps))
+
+
+@rule(torch.batch_norm, torch.instance_norm)
+def batch_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Batch and instance norm, by the statistics of the batch or the running ones.
+
+    By those of the batch, xhat depends on the other samples; what a sample owes is its summand of the gradient.
+    """
+    x, weight, bias, mean, var, by_batch, _, eps, _ = args
+    if func is torch.instance_norm and by_batch:
+        return _norm(scope, func(*args), x, (weight, bias), lambda x, _: F.instance_norm(x, eps=eps))
+    running = None if by_batch else (mean.clone(), (var + eps).rsqrt())  # as they are now
+    output = func(*args)
+    statistics = running or batch_statistics(output)
+    if statistics is None:
+        deviation, average = torch.var_mean(x.detach(), [0, *range(2, x.ndim)], correction=0)
+        statistics = average, (deviation + eps).rsqrt()
+
+    def normalize(x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
+        mean, factor = (t.view(-1, *[1] * (x.ndim - 2)) for t in statistics)
+        return (x - mean) * factor
+
+    return _norm(scope, output, x, (weight, bias), normalize, statistics)
+
+
+def pointwise(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """A function of single elements in which a parameter is broadcast over the batch.
+
+    The tap stands on the parameter, once it is expanded: there its gradient still has an element for each of the output's.
+    Autograd sums them as it does where it broadcasts by itself, and gets the same bits.
+    """
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    found = [operand for t in tensors if (operand := scope.operand(t)) is not None]
+    if func in _NOT_BROADCAST or any(isinstance(value, Tensor) for value in kwargs.values()):
+        raise Refusal("its parameter is not broadcast")
+    if len({t.dtype for t in tensors if t.is_floating_point()}) > 1:
+        raise Refusal("its arguments differ in type")
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    marks = [(t, m) for t in tensors if (m := mark_of(scope.batch, t))]
+    piece = torch.empty(shape, device="meta")
+    (rows,) = provenance.verdicts(scope.batch, torch.add, args, {}, marks, [piece])
+    if not isinstance(rows, Rows) or (provenance.is_in_place(func) and args[0].shape != shape):
+        raise Refusal("its arguments hold their samples differently")
+    expanded = []
+    for value in args:
+        operand = scope.operand(value)
+        if operand is not None:
+            if rows.dim != WHOLE:
+                _check_rows(operand, rows.dim - len(shape))
+            left = functools.partial(_broadcast_back, scope.batch, operand, rows)
+            value = tap(scope, value.expand(shape), rows, [operand], left, [])
+        expanded.append(value)
+    output = func(*expanded, **kwargs)
+    if found and isinstance(output, Tensor):
+        mark(scope.batch, output, rows)
+    return output
+
+
+_NOT_BROADCAST = {
+    getattr(home, name)
+    for home in (torch, Tensor)
+    for name in ("prelu", "masked_fill", "masked_fill_")
+    if hasattr(home, name)
+}
+
+
+def _broadcast_back(
+    batch: Batch, operand: Operand, rows: Rows, grad: Tensor, _: tuple[Tensor, ...]
+) -> list[tuple[Operand, Use]]:
+    """Sum the gradient of an expanded operand to its own shape, for each sample."""
+    shape = (1,) * (grad.ndim - operand.tensor.ndim) + tuple(operand.tensor.shape)
+    g = batch.take(grad, rows)
+    g = g.to(statistic_dtype(g.dtype))
+    if rows.dim == WHOLE:
+        return [(operand, Given(g.squeeze(1).sum_to_size(1, *shape).reshape(1, *operand.tensor.shape)))]
+    if shape[rows.dim] > 1:  # it has a row for each of the output's
+        others = shape[: rows.dim] + shape[rows.dim + 1 :]
+        g = g.sum_to_size(len(g), g.shape[1], *others)
+        return [(operand, _rowwise(g, operand, rows, batch, grad.ndim))]
+    g = g.movedim(1, rows.dim + 1).sum_to_size(len(g), *shape)
+    return [(operand, Given(g.reshape(len(g), *operand.tensor.shape)))]
+
+
+def _check_rows(operand: Operand, dim: int) -> None:
+    """Raise where a parameter has a row of its own for each sample: of a sample alone it would be another."""
+    tensor = operand.tensor
+    if -dim > tensor.ndim or tensor.shape[dim] == 1 or tensor.stride(dim) == 0:
+        return
+    func: Any = None
+    args: Any = ()
+    if operand.recipe:
+        func, args, *_ = operand.recipe
+    if func is torch.embedding and -dim > 1 and -dim - 1 <= args[1].ndim:
+        index = args[1].movedim(dim + 1, 0)
+        if bool((index == index[:1]).all()):  # one kind of token, or positions laid out by sample
+            return
+    source = args[0].tensor if func in _REPEATING and isinstance(args[0], Operand) else None
+    if source is None or (-dim <= source.ndim and source.shape[dim] > 1):
+        raise Refusal("the parameter has a row of its own for each sample")
+
+
+_REPEATING = {Tensor.repeat, Tensor.tile, torch.tile}
+
+
+def _rowwise(g: Tensor, operand: Operand, rows: Rows, batch: Batch, ndim: int) -> Use:
+    """A gradient whose only rows are those of the sample: [samples, rows of each, *others]."""
+    shape, dim = operand.tensor.shape, rows.dim - ndim
+    numbers = batch.take(torch.arange(shape[dim], device=g.device), rows._replace(dim=0)).reshape(len(g), -1)
+
+    def make(number: int) -> Tensor:
+        whole = g.new_zeros(*[1] * (ndim - len(shape)), *shape).movedim(dim, 0)
+        return whole.index_copy(0, numbers[number], g[number]).movedim(0, dim).reshape(shape)
+
+    return Looped(make, len(g))
+
+
+@rule(torch.cat, torch.concat, torch.concatenate)
+def cat(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Tensors of the batch and parameters, such as class tokens, joined along another dimension than the samples'."""
+    output = func(*args, **kwargs)
+    joined = args[0] if args else kwargs["tensors"]
+    marks = [(t, m) for t in joined if (m := mark_of(scope.batch, t)) is not None]
+    (rows,) = provenance.verdicts(scope.batch, func, args, kwargs, marks, [output])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))) % output.ndim
+    if not isinstance(rows, Rows) or rows.dim == dim:
+        raise Refusal("it joins along the samples, or tensors that hold them differently")
+    found, first = [], 0
+    for t in joined:
+        if (operand := scope.operand(t)) is not None:
+            if rows.dim != WHOLE:
+                _check_rows(operand, rows.dim - output.ndim)
+            found.append((operand, first, t.shape[dim]))
+        first += t.shape[dim]
+
+    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
+        uses: list[tuple[Operand, Use]] = []
+        for operand, start, length in found:
+            g = scope.batch.take(grad.narrow(dim, start, length), rows)
+            g = g.to(statistic_dtype(g.dtype))
+            whole = rows.dim == WHOLE
+            uses.append(
+                (operand, Given(g.squeeze(1)) if whole else _rowwise(g, operand, rows, scope.batch, output.ndim))
+            )
+        return uses
+
+    return tap(scope, output, rows, [operand for operand, *_ in found], left, [])
