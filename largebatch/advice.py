@@ -56,6 +56,8 @@ def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str
         yield f"batch.micro_size {run.batch.micro_size} is not used: no rank has more than {share} samples of an update"
     if getattr(run.model, "fallback", ()) and run.tracked() != "sample":
         yield "model.fallback is not used: no squares of samples are tracked"
+    if run.optimizer.squares_samples is not None and run.tracked() != "sample":
+        yield "optimizer.squares_samples is not used: no squares of samples are tracked"
     if run.optimizer.max_grad_norm_of != "reference" and run.optimizer.max_grad_norm is None:
         yield "optimizer.max_grad_norm_of is not used: max_grad_norm is not set"
     if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):

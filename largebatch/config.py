@@ -19,6 +19,10 @@ from largebatch.scaling import AveragingRule, LrRule, Reference
 from largebatch.schedule_config import SCHEDULES, ScheduleBase, WarmupConfig
 from largebatch.section import Coefficient, Count, Positive, Section, UserError
 
+# Squares of so small a share of an update's samples, and of so many at the least, follow the reference as well as those of all
+# (docs/results.md).
+SQUARED_SHARE, LEAST_SQUARED = 16, 16
+
 
 class BatchConfig(Section):
     """Batch sizes, in samples over all ranks and accumulation steps."""
@@ -208,6 +212,12 @@ class Run(Section):
                 "those of the reference batch, which go with linear"
             )
         return wanted
+
+    def squared_samples(self, batch_size: int) -> int:
+        """Return how many samples of an update are squared, where squares are those of samples."""
+        given = self.optimizer.squares_samples
+        wanted = max(LEAST_SQUARED, batch_size // SQUARED_SHARE) if given is None else given
+        return batch_size if wanted == "all" else min(wanted, batch_size)
 
     def clips_reference(self) -> bool:
         """Return whether the clipping threshold bounds the norm of a gradient of the reference batch."""

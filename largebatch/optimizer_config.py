@@ -38,6 +38,9 @@ class OptimizerBase(Section):
     max_grad_norm_of: Literal["reference", "batch"] = "reference"
     """Whose norm max_grad_norm bounds: that of a gradient of the reference batch, where squares for the second moment tell
     it, or that of the batch's own mean gradient, which falls as the batch grows."""
+    squares_samples: Count | Literal["all"] | None = None
+    """Samples of an update that are squared, where squares are those of samples (second_moment, sigma2 or noise.per sample).
+    None: a sixteenth of the update, and 16 at the least."""
     non_finite: Literal["stop", "skip", "roll_back"] = "stop"
     """At a NaN or infinite gradient: stop with the state before it; skip the update and count it; or go back to the last
     checkpoint and continue with other samples."""

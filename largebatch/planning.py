@@ -239,6 +239,11 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
     console.print(reference_table(plan, run.second_moment(), run.optimizer.takes_rule), stages)
     if run.tracked() == "micro_batch":
         console.print(_say_units(run, plan, world_size, group_size), highlight=False)
+    elif run.tracked() == "sample":
+        size = plan.full_batch_size(0)
+        squared = run.squared_samples(size)
+        which = f"{squared:,} of an update's {size:,} samples" if squared < size else "every sample"
+        console.print(f"{_squared_for(run)}: from the squared gradients of {which}", highlight=False)
     if run.batch.growth == "adaptive":
         most = largest_batch(run, plan)
         line = f"batch size: adaptive, follows the measured critical batch size up to {most:,}"
@@ -261,8 +266,7 @@ def _say_units(run: Run, plan: Plan, world_size: int, group_size: int) -> str:
     """Return a line that says what the squares of an update are of."""
     size, micro_size = plan.full_batch_size(0), run.batch.micro_size
     units = effective_micro_batches(size, world_size, micro_size, group_size, plan.least_units)
-    what = "second moments" if run.second_moment() else "the gradient noise"
-    line = f"{what}: from the squared gradients of {units:.3g} micro-batches an update"
+    line = f"{_squared_for(run)}: from the squared gradients of {units:.3g} micro-batches an update"
     whole = largest_micro_batch(size, world_size, micro_size, group_size)
     cut = largest_micro_batch(size, world_size, micro_size, group_size, plan.least_units)
     if cut < whole:
@@ -271,6 +275,10 @@ def _say_units(run: Run, plan: Plan, world_size: int, group_size: int) -> str:
             f"; a rank's {whole:,} samples are cut into {passes} passes of {cut:,}, as {plan.least_units} are needed"
         )
     return line
+
+
+def _squared_for(run: Run) -> str:
+    return "second moments" if run.second_moment() else "the gradient noise"
 
 
 def say_warnings(console: Console, warnings: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from largebatch.checkpoint import CheckpointFolder
 from largebatch.config import Run
 from largebatch.data import Source
 from largebatch.data.loader import MicroBatch, TrainLoader
-from largebatch.data.sampler import PlanSampler
+from largebatch.data.sampler import PlanSampler, evenly_spaced
 from largebatch.distributed import Backend, NonFiniteError, is_communication
 from largebatch.distributed.state import (
     group_state,
@@ -31,8 +31,10 @@ from largebatch.evaluation import evaluate
 from largebatch.keeping import Keeper
 from largebatch.metering import NoiseMeter
 from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
+from largebatch.moments import chosen_samples
 from largebatch.noise import reference_norm_ratio
 from largebatch.optim import param_groups, set_hyperparameters
+from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.plan import Plan
 from largebatch.progress import Observer, Progress, Row, Standing, Summary
 from largebatch.resume import Found, find_checkpoint
@@ -214,13 +216,16 @@ class Trainer:
         """
         backend, run = self.backend, self.run
         num_units = self._num_units(batch_size)
+        squared = run.squared_samples(batch_size) if self.tracked == "sample" else batch_size
         backend.begin_update(batch_size, num_units, self.progress.step)
         for micro_batch, is_last in self.loader.next(batch_size):
-            with backend.accumulate(sync=is_last):
+            with backend.accumulate(sync=is_last), self._choice(micro_batch, batch_size, squared):
                 backend.backward(self.loss_sum(micro_batch) / batch_size)
         if hasattr(self.optimizer, "set_batch"):  # Quench needs it without squares too
             self.optimizer.set_batch(batch_size, num_units, backend.world_size)
-        if self._unchecked:
+        if isinstance(self.optimizer, AdaptiveOptimizer):
+            self.optimizer.squares_all = squared == batch_size
+        if self._unchecked and squared == batch_size:  # or some squares may be zero beside a gradient that is not
             backend.check_statistics(self.bare_model)
             self._unchecked = False
         limit = run.optimizer.max_grad_norm
@@ -238,6 +243,13 @@ class Trainer:
         self.progress.loss_samples += batch_size
         self.progress.skipped_in_a_row = 0
         return grad_norm
+
+    def _choice(self, micro_batch: MicroBatch, batch_size: int, count: int) -> AbstractContextManager[None]:
+        """Choose the samples of a micro-batch that are squared: the same of an update whatever ranks and micro-batches."""
+        if count == batch_size:
+            return nullcontext()
+        first, size = micro_batch.first, micro_batch.num_samples
+        return chosen_samples(evenly_spaced(batch_size, count, slice(first, first + size)), batch_size / count)
 
     def _num_units(self, batch_size: int) -> float:
         """Return how many independent units an update's squares are of."""

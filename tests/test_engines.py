@@ -50,6 +50,8 @@ OTHERS = {  # what else a run may have: at two ranks, in float64
     "adagrad": {"optimizer.name": "adagrad", "optimizer.lr": 1e-3},
     "sgd": {"optimizer.name": "sgd", "optimizer.second_moment": None, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.nesterov": True},
     "sgd, average form": {"optimizer.name": "sgd", "optimizer.second_moment": None, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.form": "average"},
+    "squares of all samples": {"optimizer.squares_samples": "all"},
+    "squares of few samples": {"optimizer.squares_samples": 5, "batch.micro_size": 30},
     "quench": {"optimizer.name": "quench", "optimizer.second_moment": None, "optimizer.lr": 0.02, "optimizer.K": 300},
     "quench, exact": {"optimizer.name": "quench", "optimizer.second_moment": None, "optimizer.lr": 0.02, "optimizer.K": 300, "optimizer.sigma2": "sample"},
 }  # fmt: skip
@@ -119,7 +121,7 @@ def gathered(results):
     return results[0][0], state, results[0][2]
 
 
-QUICK = ("cnn with batch norm", "tied transformer", "idle ranks", "centered rmsprop")
+QUICK = ("squares of few samples", "cnn with batch norm", "tied transformer", "idle ranks", "centered rmsprop")
 
 
 @functools.cache

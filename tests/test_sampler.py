@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from largebatch.data.sampler import PlanSampler, SampleKeys, epoch_permutation, global_batch, micro_batches, rank_share
+from largebatch.data.sampler import (
+    PlanSampler,
+    SampleKeys,
+    epoch_permutation,
+    evenly_spaced,
+    global_batch,
+    micro_batches,
+    rank_share,
+)
 
 
 @dataclass(frozen=True)
@@ -162,3 +171,13 @@ class _Echo:
 
 def _identity(batch):
     return batch
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 1), (7, 3), (200, 16), (256, 16), (97, 96), (64, 64), (1000, 1)])
+@pytest.mark.parametrize("micro_size", [1, 3, 16, 64, 1000])
+def test_evenly_spaced_samples_are_the_same_however_a_batch_is_cut(batch_size, count, micro_size):
+    pieces = [slice(first, min(first + micro_size, batch_size)) for first in range(0, batch_size, micro_size)]
+    found = [piece.start + place for piece in pieces for place in evenly_spaced(batch_size, count, piece)]
+    assert found == [(2 * i + 1) * batch_size // (2 * count) for i in range(count)]
+    assert len(set(found)) == count and max(np.diff([*found, batch_size + found[0]])) <= math.ceil(batch_size / count)
+    assert evenly_spaced(batch_size, count, slice(0, 0)) == []

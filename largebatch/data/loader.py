@@ -35,11 +35,13 @@ class MicroBatch:
         inputs: (n, ...) on the device.
         targets: (n, ...) on the device.
         num_samples: samples that count; 0 where an idle rank holds a stand-in so that it can take part in the reduction.
+        first: place of the first of them in the update's batch.
     """
 
     inputs: Tensor
     targets: Tensor
     num_samples: int
+    first: int = 0
 
 
 def _as_is(batch: Any) -> Any:
@@ -113,7 +115,7 @@ class TrainLoader:
         pieces = self.sampler.pieces(batch_size)
         for number, piece in enumerate(pieces, start=1):
             inputs, targets = _fetch(self.batches, self.device, self.dtype)
-            yield MicroBatch(inputs, targets, piece.stop - piece.start), number == len(pieces)
+            yield MicroBatch(inputs, targets, piece.stop - piece.start, piece.start), number == len(pieces)
 
 
 def evaluation_batches(

@@ -111,6 +111,20 @@ def largest_micro_batch(
     return min(size, micro_batch_size or size)
 
 
+def evenly_spaced(batch_size: int, count: int, piece: slice) -> list[int]:
+    """Return which samples of a piece of a batch, by number within it, are among `count` of the batch at even distances.
+
+    The order of a batch is random, so they are a random sample, and the same one however the batch is cut.
+    """
+    first = -(-(2 * piece.start * count - batch_size) // (2 * batch_size))
+    chosen, number = [], max(0, first)
+    while number < count and (place := (2 * number + 1) * batch_size // (2 * count)) < piece.stop:
+        if place >= piece.start:
+            chosen.append(place - piece.start)
+        number += 1
+    return chosen
+
+
 @lru_cache(maxsize=64)  # asked for at every update, and as long as the job has ranks
 def effective_micro_batches(
     batch_size: int, world_size: int, micro_batch_size: int | None, group_size: int = 1, least_units: int = 1

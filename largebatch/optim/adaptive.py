@@ -38,6 +38,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
     state_names: tuple[str, ...] = ("exp_avg_sq",)
     moment_source: Callable[[dict[str, Any], list[Tensor]], Moment] | None = None
     """Says, of a group and its parameters with a gradient, how the second moment is estimated where no shadows do."""
+    squares_all = True
+    """Whether the coming update's squares are of all its units, and not of a share of them."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -111,7 +113,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         # One unit alone says nothing of the variance between units.
         share = (kappa - 1.0) / (num_units - 1.0) if num_units > 1 else 0.0
         squares, scale = [s.grad for s in shadows if s.grad is not None], num_units / group["world_size"]
-        return Moment(squares, share, scale, kappa, equal=float(num_units).is_integer())
+        return Moment(squares, share, scale, kappa, equal=self.squares_all and float(num_units).is_integer())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

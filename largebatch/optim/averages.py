@@ -56,7 +56,7 @@ class Moment:
         scale: from a sum of squares to their mean over units: n / W of a shadow's gradient.
         kappa: B / B_ref, the updates at the reference that this one stands for.
         of_variance: whether ``squares`` are sigma^2.
-        equal: whether q >= ghat^2, element by element: where all units have one size, and squares come in full precision.
+        equal: whether q >= ghat^2, element by element: where all units have one size, all are squared, and in full precision.
     """
 
     squares: list[Tensor] | None = None
