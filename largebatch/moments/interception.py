@@ -18,7 +18,7 @@ from largebatch.moments import fallback, provenance, rules
 from largebatch.moments.aliasing import forward_squared, refuse_further_segment
 from largebatch.moments.private import BODIES, backward_pass, checkpoint_frame, inside_function_transform
 from largebatch.moments.provenance import WHOLE, Batch, Rows, mark
-from largebatch.moments.scope import LIKE, Refusal, Scope, Tracked, notes, state, why_lost
+from largebatch.moments.scope import Refusal, Scope, Tracked, notes, state, why_lost
 from largebatch.section import UserError
 
 
@@ -46,7 +46,11 @@ class Interception(TorchFunctionMode):
             return self._plain(func, args, kwargs, tensors)
         if provenance.is_in_place(func) and scope.operand(args[0]) is not None:
             raise scope.refuse(func, operands, "it changes the parameter, or what was computed from it, in place")
-        if func in LIKE and scope.operand(args[0]) is not None and not any(scope.operand(a) for a in args[1:]):
+        if (
+            func in provenance.LIKE
+            and scope.operand(args[0]) is not None
+            and not any(scope.operand(a) for a in args[1:])
+        ):
             return scope.derive(func, args, kwargs, operands)  # of the other it takes the type or the shape alone
         if all(provenance.mark_of(scope.batch, t) is None for t in tensors):
             return scope.derive(func, args, kwargs, operands)

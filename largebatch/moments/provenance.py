@@ -210,9 +210,13 @@ def verdicts(
     batch: Batch, func: Any, args: Any, kwargs: Any, marks: Sequence[tuple[Tensor, Rows | Lost]], pieces: Any
 ) -> list[Rows | Lost]:
     """Return where the samples lie in each result of a function; `marks` are its tensors that have any."""
+    if func in LIKE:
+        marks = [(t, m) for t, m in marks if t is args[0]]
     live = [(t, m) for t, m in marks if t.requires_grad] or list(marks)
     name = getattr(func, "__name__", str(func))
     lost = [m for _, m in live if isinstance(m, Lost)]
+    if not live:
+        return [Lost(name)] * len(pieces)
     if lost:
         is_sum = len(lost) == len(live) and all(m.is_sum for m in lost) and func in POINTWISE
         mixed = lost[0] if is_sum or not lost[0].is_sum else Lost(name)
@@ -328,6 +332,10 @@ def _sum(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> 
         return True
     return rows if piece.ndim == tensor.ndim else rows._replace(dim=rows.dim - sum(dim < rows.dim for dim in dims))
 
+
+# Functions that take no more than a type or a shape from a second tensor.
+CASTS = {Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as}
+LIKE = {*CASTS, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 
 _STEP = 7  # no stride that a view makes up for a new dimension
 _VIEWS = """

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.moments import provenance
-from largebatch.moments.provenance import Batch, Lost
-from largebatch.moments.uses import CASTS, Base, Operand
+from largebatch.moments.provenance import CASTS, Batch, Lost
+from largebatch.moments.uses import Base, Operand
 from largebatch.section import UserError
 
 # Where messages send who needs squares of samples from an operation without a rule.
@@ -166,9 +166,6 @@ def _is_slice(index: Any) -> bool:
     items = index if isinstance(index, tuple) else (index,)
     return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
 
-
-# Functions that take no more than a type or a shape from a second tensor.
-LIKE = {*CASTS, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 
 # Functions whose result has the elements of their arguments, each at most once.
 _NAMES = """

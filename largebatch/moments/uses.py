@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.moments.private import backward_pass
-from largebatch.moments.provenance import Batch
+from largebatch.moments.provenance import CASTS, Batch
 from largebatch.section import UserError
 
 # Elements of samples' gradients held at a time: 16 MiB of float32, about a processor's last-level cache.
@@ -225,8 +225,6 @@ class Operand:
 def _unchanged(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
     return tensor
 
-
-CASTS = {Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as}
 
 Left = Callable[[Tensor, tuple[Tensor, ...]], "Sequence[tuple[Operand, Use]]"]
 
