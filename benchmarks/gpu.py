@@ -3,9 +3,10 @@
     python benchmarks/gpu.py --json FILE [--small]
 
 Each row is a model of torchvision or transformers, its batch in two micro-batches, bfloat16 autocast: forward and backward
-passes plain and with hooks, a whole update plain (torch.optim.AdamW(fused=True)), by the trainer's engine and by
-`batch_size_invariant`, and the memory of each at its peak. Then updates alone, of the parameters of GPT-2. Medians of runs
-in turn; ratios are to plain. ``--small`` runs tiny models on whatever device there is, to see that the script works.
+passes plain and with hooks, a whole update plain (torch.optim.AdamW(fused=True)), by the trainer's engine, by that with the
+squares of a sixteenth of the samples (not compiled), and by `batch_size_invariant`, and the memory of each at its peak. Then
+updates alone, of the parameters of GPT-2. Medians of runs in turn; ratios are to plain. ``--small`` runs tiny models on
+whatever device there is, to see that the script works.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import largebatch
+from largebatch.data.sampler import evenly_spaced
 from largebatch.distributed import Ranks
 from largebatch.distributed.ddp import DataParallel
+from largebatch.moments import chosen_samples
 from largebatch.optim import AdamW, param_groups
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,6 +77,9 @@ def gpt2(small: bool) -> Case:
     return model, tokens[:, :-1], tokens[:, 1:]
 
 
+WAYS = ("plain", "engine", "share", "library")
+
+
 def stepper(case: Callable[[bool], Case], way: str, small: bool) -> Callable[[], None]:
     """Return a function that does one update, or its passes alone, in one of the ways."""
     torch.manual_seed(0)
@@ -81,18 +88,23 @@ def stepper(case: Callable[[bool], Case], way: str, small: bool) -> Callable[[],
     engine = DataParallel(Ranks(), DEVICE, "bf16")
     if kind == "engine":
         engine.track(model, "micro_batch")
+    elif kind == "share":
+        model._compiled_call_impl = None  # squares of samples are not compiled
+        engine.track(model, "sample")
     batch = len(inputs)
+    micro = batch // PASSES
+    chosen = evenly_spaced(micro, max(1, micro // 16), slice(0, micro))
     optimizer: Any
-    if kind == "engine":
+    if kind in ("engine", "share"):
         _, optimizer = engine.prepare(
             model, lambda m: AdamW(param_groups(m), 1e-4, reference_batch_size=batch // 16 or 1)
         )
         engine.use_squares(optimizer)
-        optimizer.set_batch(batch, PASSES, 1)
+        optimizer.squares_all = kind == "engine"
+        optimizer.set_batch(batch, PASSES if kind == "engine" else batch, 1)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     if kind == "library":
-        micro = batch // PASSES
         optimizer = largebatch.batch_size_invariant(
             optimizer, reference_batch_size=batch // 16 or 1, micro_batch_size=micro
         )
@@ -101,7 +113,7 @@ def stepper(case: Callable[[bool], Case], way: str, small: bool) -> Callable[[],
         engine.begin_update(batch, PASSES, 0)
         for index, (x, y) in enumerate(zip(inputs.chunk(PASSES), targets.chunk(PASSES), strict=True)):
             with engine.accumulate(sync=index == PASSES - 1):
-                with engine.autocast():
+                with engine.autocast(), chosen_samples(chosen, 16.0) if kind == "share" else nullcontext():
                     loss = F.cross_entropy(model(x), y)
                 engine.backward(loss / PASSES)
         if of == "update":
@@ -141,11 +153,11 @@ def compare(case: Callable[[bool], Case], small: bool, rounds: int) -> dict[str,
     times: dict[str, float] = {}
     peaks: dict[str, float] = {}
     for of in ("passes", "update"):
-        ways = [f"{kind}, {of}" for kind in ("plain", "engine", "library")]
+        ways = [f"{kind}, {of}" for kind in WAYS]
         steps = {way: stepper(case, way, small) for way in ways}
         times |= measure(steps, rounds)
         del steps
-    for kind in ("plain", "engine", "library"):  # one at a time
+    for kind in WAYS:  # one at a time
         step = stepper(case, f"{kind}, update", small)
         step()
         peaks[kind] = peak(step)

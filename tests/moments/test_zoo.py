@@ -29,7 +29,7 @@ def first(output):
     return output if isinstance(output, torch.Tensor) else first(output[0])
 
 
-def assert_exact(build, inputs, call=lambda model, x: first(model(x)), **options):
+def assert_exact(build, inputs, call=lambda model, x: first(model(x)), tolerance=1e-9, **options):
     torch.manual_seed(0)
     model = build().double().eval()
     with torch.no_grad():
@@ -53,7 +53,7 @@ def assert_exact(build, inputs, call=lambda model, x: first(model(x)), **options
     largest = max(float(value.max()) for value in expected.values())
     for name, value in expected.items():
         # A key's bias has a gradient of zero but for rounding.
-        assert value.max() < 1e-20 * largest or distance(squares[name], value) <= 1e-9, name
+        assert value.max() < 1e-20 * largest or distance(squares[name], value) <= tolerance, name
 
 
 TORCHVISION = (
@@ -116,7 +116,9 @@ def test_transformers(name):
         further = {"decoder_input_ids": x} if name == "t5" else {}
         return model(input_ids=x, **further).logits
 
-    assert_exact(lambda: TRANSFORMERS[name](transformers), text, call, inputs="all")
+    # Their norms compute in float32, whatever the model's type, and round a sample alone in another way than among others.
+    tolerance = 1e-5 if name in ("llama", "t5") else 1e-9
+    assert_exact(lambda: TRANSFORMERS[name](transformers), text, call, tolerance, inputs="all")
 
 
 @installed("transformers")
