@@ -136,7 +136,8 @@ def _main(arguments: list[str]) -> int:
         raise UserError("--resume: auto needs --out, the run folder to continue or to begin")
     begun = run_folder_of(known.resume) if known.resume != "never" else default_folder(known.config.stem)
     folder = known.out or begun
-    result = train(run, folder, console, warnings=tuple(warnings), resume=known.resume)
+    is_default = known.out is None and known.resume == "never"
+    result = train(run, folder, console, warnings=tuple(warnings), resume=known.resume, may_rename=is_default)
     if known.command == "noise" and result.folder is not None:
         from largebatch.report import say_noise
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from largebatch.checkpoint import CheckpointFolder, locked, replace_text
+from largebatch.checkpoint import LOCK, CheckpointFolder, locked, replace_text
 from largebatch.config import Run
 from largebatch.data import Source
 from largebatch.data.sampler import SampleKeys
@@ -100,6 +101,7 @@ def train(
     source: Source | None = None,
     warnings: tuple[str, ...] = (),
     resume: str = "never",
+    may_rename: bool = False,
 ) -> Result:
     """Train a run; everything that can be refused is refused before anything is written.
 
@@ -112,6 +114,7 @@ def train(
         warnings: what to tell beside the run's own warnings.
         resume: ``never``; ``auto`` continues the run in the folder, or begins it where there is none; or the path of a
             checkpoint or of a run folder to continue from.
+        may_rename: whether a new folder may get a number behind its name where another run has taken it.
 
     Raises:
         UserError: for what the user can mend.
@@ -121,7 +124,7 @@ def train(
         folder_here, console = None, None
     else:
         folder_here = folder
-    if folder_here is not None:
+    if folder_here is not None and not may_rename:
         check_folder(folder_here, resume != "never")
     check_trackers(run.log)
     source = run.data.load(run.seed) if source is None else source
@@ -141,9 +144,10 @@ def train(
     with ExitStack() as held:
         try:
             folder = backend.share(folder)  # one by the clock may differ by rank
-            is_new = folder_here is not None and not folder_here.exists()
+            is_new = folder_here is not None and (may_rename or not folder_here.exists())
             if folder_here is not None and not is_new:
-                held.enter_context(locked(folder_here))
+                held.enter_context(locked(folder_here, _lock_wait()))
+                check_folder(folder_here, resume != "never")  # again: another run may have come and gone
             found, notes = _agree_on_checkpoint(run, folder, resume, len(source.train), backend)
             if found is None:
                 notes += _verify_squares(run, model, source, backend)
@@ -153,12 +157,11 @@ def train(
                 )
                 say_plan(console, run, model, plan, data, ranks.world_size)
                 say_warnings(console, (*warnings, *plan_warnings, *notes))
+            folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
+            folder_here = None if folder_here is None else folder
             trainer = Trainer(run, source, model, plan, backend, observers, folder, found)
             done = trainer.progress.samples_seen
             if folder_here is not None:
-                if is_new:
-                    _make_folder(folder_here)
-                    held.enter_context(locked(folder_here))
                 _write_config(folder_here, run)
                 observers.observers += create_trackers(run, folder_here)
                 observers.rewind(done)
@@ -286,11 +289,59 @@ def _resumption(found: Found | None, trainer: Trainer, run: Run) -> list[str]:
     return lines
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
+def _lock_wait() -> float:
+    """Return how long to wait for a run folder: what a launcher ended may still be dying when it starts the job again."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return 30.0 if any(count not in ("0", "") for count in counts) else 2.0
+
+
+def _agree_on_folder(
+    folder: Path | None, is_new: bool, may_rename: bool, held: ExitStack, backend: Backend
+) -> Path | None:
+    """Make a new run folder on rank 0 and hold it; return it on every rank.
+
+    Raises:
+        UserError: if another run has made it meanwhile, or it cannot be made.
+    """
+    error: UserError | None = None
+    if is_new and folder is not None:
+        try:
+            folder = _claim(folder, may_rename, held)
+        except UserError as raised:
+            error = raised
+    folder, error = backend.share((folder, error))
+    if error is not None:
+        raise SharedError(str(error))
+    return folder
+
+
+def _claim(folder: Path, may_rename: bool, held: ExitStack) -> Path:
+    place, number = folder, 1
+    while True:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.mkdir()  # of two runs that begin together, one alone makes it
+            break
+        except FileExistsError as error:
+            if not may_rename:
+                raise UserError(f"--out: {folder} was begun by another run just now; name another folder") from error
+            number += 1
+            place = folder.with_name(f"{folder.name}-{number}")
+        except OSError as error:
+            raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
+    held.callback(_remove_unused, place)
+    held.enter_context(locked(place, 0.0))
+    if (place / "config.yaml").exists():  # begun and ended by a run that came between
+        raise UserError(f"--out: {place} was begun by another run just now; name another folder")
+    return place
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a run folder into which nothing was written."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def _write_config(folder: Path, run: Run) -> None:

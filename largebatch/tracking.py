@@ -41,7 +41,17 @@ class JsonLines:
         # JSON has no word for NaN and infinity, which an fp16 gradient's norm may be.
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         line = (json.dumps(known) + "\n").encode()
-        size = os.fstat(self.file.fileno()).st_size
+        opened = os.fstat(self.file.fileno())
+        size = opened.st_size
+        try:
+            there = self.path.stat()
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (opened.st_dev, opened.st_ino):
+            raise UserError(
+                f"{self.path}: was moved or removed while the run was writing it; put the run folder back, then continue with "
+                "--resume auto"
+            )
         try:
             while line:
                 line = line[self.file.write(line) :]
