@@ -88,6 +88,9 @@ def find_problems(path: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__})"]
     problems = [] if STATE in files else [f"{MANIFEST} does not have {STATE}"]
+    outside = [name for name in files if Path(name).name != name]
+    if outside:
+        return [f"{MANIFEST} names '{outside[0][:80]}', which is no file of this folder"]
 
     def problem(name: str) -> str | None:
         expected = files[name]
@@ -112,14 +115,42 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint ({STATE} cannot be read)") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a checkpoint ({STATE} is no mapping)")
     if state.get("format") != FORMAT:
         raise UserError(
             f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}; "
             f"it was written by largebatch {state.get('versions', {}).get('largebatch', 'of another version')}"
         )
+    problem = _problem_of(state)
+    if problem:
+        raise UserError(f"{path}: not a checkpoint ({STATE}: {problem})")
     return dict(state)
+
+
+# What a state.json has, and of what kind.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "progress": dict, "config": dict, "num_train": int, "world_size": int, "micro_size": int, "engine": str, "groups": list,
+    "versions": dict, "date": str,
+}  # fmt: skip
+
+
+def _problem_of(state: dict[str, Any]) -> str | None:
+    """Return what is wrong with the values of a state.json, None for nothing."""
+    for key, kind in _KINDS.items():
+        if not isinstance(state.get(key), kind):
+            return f"'{key}' is {'missing' if key not in state else 'of another kind'}"
+    for key in ("samples_seen", "step"):
+        value = state["progress"].get(key)
+        if not isinstance(value, int) or value < 0:
+            return f"'progress.{key}' is no count"
+    if not all(isinstance(group, dict) for group in state["groups"]):
+        return "'groups' is of another kind"
+    if min(state["num_train"], state["world_size"], state["micro_size"]) < 1:
+        return "a count is not positive"
+    return None
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from largebatch.distributed.reading import INDEX, read_index, read_into
 from largebatch.moments import is_shadow
 from largebatch.optim import is_shadow_group
 from largebatch.section import UserError
@@ -125,20 +126,23 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGr
 
 def tensor_metadata(path: Path) -> dict[str, TensorStorageMetadata]:
     """Return shape and dtype of every tensor in a checkpoint, by name."""
-    return dict(_tensor_metadata(path, (path / ".metadata").stat().st_mtime_ns))
+    try:
+        changed = (path / INDEX).stat().st_mtime_ns
+    except OSError as error:
+        raise UserError(f"{path}: its index {INDEX} is not read: {error.strerror}") from error
+    return dict(_tensor_metadata(path, changed))
 
 
 @lru_cache(maxsize=1)  # asked for again and again while one checkpoint is read
 def _tensor_metadata(path: Path, _: int) -> dict[str, TensorStorageMetadata]:
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    entries = read_index(path).state_dict_metadata
+    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def read_into(path: Path, state: dict[str, Tensor]) -> None:
-    """Fill tensors (whole ones or DTensors) from a checkpoint, in place; each rank reads what it holds."""
+def _fill(path: Path, state: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+        read_into(path, state)
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
@@ -146,7 +150,7 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     metadata = tensor_metadata(path)
     state = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
     if state:
-        read_into(path, state)
+        _fill(path, state)
     return state
 
 
@@ -183,7 +187,7 @@ def load_named_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimi
             value = torch.zeros_like(parameter, dtype=dtype) if whole else torch.zeros(size, dtype=dtype)
             state[key] = value.detach()
             slots.setdefault(parameter, {})[key[len(prefix) :]] = state[key]
-    read_into(path, state)
+    _fill(path, state)
     for parameter, values in slots.items():
         optimizer.state[parameter].update(values)
 

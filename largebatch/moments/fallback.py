@@ -66,7 +66,7 @@ def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs
         with with_parameters(module, {**parameters, **copies}):
             return original(*args, **kwargs)
 
-    with _paused(scope):
+    with _paused(scope, {id(p) for p in named.values()}):
         output = original(*args, **kwargs)
         again = Again(scope, call, (named, *args), kwargs, f"module '{notes(module).path}'")
         single = again.outputs(again.first)
@@ -78,14 +78,14 @@ def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs
 
 
 @contextmanager
-def _paused(scope: Scope) -> Iterator[None]:
-    """Neither follow nor tap what runs within."""
-    before = state.scope, state.is_replaying, scope.is_paused
-    state.scope, state.is_replaying, scope.is_paused = None, True, True
+def _paused(scope: Scope, allowed: set[int] | None = None) -> Iterator[None]:
+    """Neither follow nor tap what runs within, which may use these parameters alone."""
+    before = state.scope, state.is_replaying, scope.is_paused, scope.allowed
+    state.scope, state.is_replaying, scope.is_paused, scope.allowed = None, True, True, allowed
     try:
         yield
     finally:
-        state.scope, state.is_replaying, scope.is_paused = before
+        state.scope, state.is_replaying, scope.is_paused, scope.allowed = before
 
 
 class Again:
@@ -120,7 +120,11 @@ class Again:
         args, kwargs = tree_unflatten(again, self.spec)
         devices = {leaf.device for leaf in self.plain if isinstance(leaf, Tensor) and leaf.is_cuda}
         with _paused(self.scope), torch.random.fork_rng(devices):
-            return tree_flatten(self.func(*args, **kwargs))[0]
+            before = torch.get_rng_state()
+            results = tree_flatten(self.func(*args, **kwargs))[0]
+            if not torch.equal(torch.get_rng_state(), before):
+                raise UserError(f"track: {self.name} draws random numbers; per='micro_batch' takes any model")
+            return results
 
     def rows_like(self, result: Tensor, single: Tensor) -> Rows:
         """Return where a module's output has its samples: the one dimension in which it is longer than for one."""
@@ -135,7 +139,7 @@ class Again:
     def tapped(self, number: int, result: Tensor, rows: Rows) -> Tensor:
         """Put a tap on one output."""
         samples = self.scope.batch.samples_of(rows)
-        kept, version = result.detach(), result._version
+        expected = self.scope.batch.take(result.detach(), rows).clone()  # a later operation may change it in place
         used = list(self.operands.items())
 
         def left(grad: Tensor, _: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
@@ -144,15 +148,12 @@ class Again:
                 raise UserError(
                     f"track: what {self.name} was given was changed in place since; use operations out of place"
                 )
-            expected = self.scope.batch.take(kept, rows) if kept._version == version else None
             made: dict[int, tuple[Tensor, ...]] = {}
 
             def gradients(index: int) -> tuple[Tensor, ...]:
                 if index not in made:
                     made.clear()  # of one sample at a time
-                    made[index] = self._gradients(
-                        number, rows, samples[index], d[index], None if expected is None else expected[index]
-                    )
+                    made[index] = self._gradients(number, rows, samples[index], d[index], expected[index])
                 return made[index]
 
             def maker(place: int) -> Callable[[int], Tensor]:
@@ -162,19 +163,19 @@ class Again:
 
         return tap(self.scope, result, rows, [operand for _, operand in used], left, [])
 
-    def _gradients(
-        self, number: int, rows: Rows, sample: int, d: Tensor, expected: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def _gradients(self, number: int, rows: Rows, sample: int, d: Tensor, expected: Tensor) -> tuple[Tensor, ...]:
         copies = {i: self.plain[i].clone().requires_grad_() for i in self.operands}
         try:
             with torch.enable_grad():
                 result = self.outputs(sample, copies)[number]
                 result = result[None] if self.is_whole else result.movedim(rows.dim, 0)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(
                 f"track: {self.name} does not run on a sample alone: {str(error).splitlines()[0]}"
             ) from error
-        if result.shape != d.shape or (expected is not None and not _same(result.detach(), expected)):
+        if result.shape != d.shape or not _same(result.detach(), expected):
             raise UserError(
                 f"track: {self.name} gives a sample another output alone than among the others: its samples interact, or it "
                 "draws random numbers; per='micro_batch' takes any model"

@@ -16,9 +16,16 @@ from torch.utils._pytree import tree_leaves
 
 from largebatch.moments import fallback, provenance, rules
 from largebatch.moments.aliasing import forward_squared, refuse_further_segment
-from largebatch.moments.private import BODIES, backward_pass, checkpoint_frame, inside_function_transform
+from largebatch.moments.private import (
+    BODIES,
+    backward_pass,
+    checkpoint_frame,
+    inside_function_transform,
+    is_transformed,
+    unwrapped,
+)
 from largebatch.moments.provenance import WHOLE, Batch, Rows, mark
-from largebatch.moments.scope import Refusal, Scope, Tracked, notes, state, why_lost
+from largebatch.moments.scope import WAY_OUT, Refusal, Scope, Tracked, notes, state, why_lost
 from largebatch.section import UserError
 
 
@@ -34,6 +41,12 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         scope = self.scope
         if scope.is_paused:
+            if scope.allowed is not None and func not in provenance.WITHOUT_TENSORS:
+                for t in provenance.tensors_in(args, kwargs):
+                    if id(t) in scope.operands and id(t) not in scope.allowed:
+                        raise Refusal(
+                            f"it uses parameter '{scope.operands[id(t)].bases[0].name}', which is not its own"
+                        )
             return func(*args, **kwargs)
         if func in provenance.WITHOUT_TENSORS:
             return func(*args, **kwargs)
@@ -41,9 +54,12 @@ class Interception(TorchFunctionMode):
             with self:
                 return BODIES[func](*args, **kwargs)
         tensors = provenance.tensors_in(args, kwargs)
+        self._check_seen(func, kwargs, tensors)
         operands = [operand for t in tensors if (operand := scope.operand(t)) is not None]
         if not operands or not torch.is_grad_enabled():
             return self._plain(func, args, kwargs, tensors)
+        if getattr(func, "__name__", "") == "register_hook":
+            raise scope.refuse(func, operands, "a hook may change its gradient, which squares of samples would not see")
         if provenance.is_in_place(func) and scope.operand(args[0]) is not None:
             raise scope.refuse(func, operands, "it changes the parameter, or what was computed from it, in place")
         if (
@@ -68,6 +84,26 @@ class Interception(TorchFunctionMode):
             except Refusal as refusal:
                 reason = reason or str(refusal)
         raise scope.refuse(func, operands, reason or "there is no rule for it")
+
+    def _check_seen(self, func: Any, kwargs: Any, tensors: list[Tensor]) -> None:
+        """Raise where values of the batch go to where they are not followed.
+
+        Raises:
+            UserError: with the function's name.
+        """
+        name = getattr(func, "__name__", "")
+        is_write = (
+            kwargs.get("out") is not None or name.startswith("_foreach") or (name == "__set__" and len(tensors) > 1)
+        )
+        wrapped = [t for t in tensors if is_transformed(t)]
+        if not (is_write or wrapped or func in provenance.LEAVING):
+            return
+        batch = self.scope.batch
+        if any(provenance.mark_of(batch, unwrapped(t)) is not None for t in tensors):
+            what = "torch.func" if wrapped else f"{name} with out=" if kwargs.get("out") is not None else name
+            raise UserError(
+                f"track: the values of the batch go through {what}, where its samples cannot be followed. {WAY_OUT}"
+            )
 
     def _plain(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Run a function that no parameter is seen by."""
@@ -135,12 +171,23 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
         with Interception(scope):
             output = _run(scope, module, tracked, original, args, kwargs)
         if backward_pass() < 0:
-            scope.check_outputs([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+            scope.check_outputs(_tensors_of(output))
     finally:
         state.scope = None
         for operand in scope.operands.values():
             operand.bases[0].token = None  # which would keep its own graph alive
     return output
+
+
+def _tensors_of(output: Any, depth: int = 3) -> list[Tensor]:
+    """Return the tensors in an output: in containers, and in the attributes of objects."""
+    found = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
+            found += _tensors_of(list(vars(leaf).values()), depth - 1)
+    return found
 
 
 def _run(scope: Scope, module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
@@ -163,13 +210,23 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
         batches = [batch for tensor in tensors if (batch := provenance.passed_on(tensor)[0]) is not None]
         if not batches:
             raise UserError(
-                f"track: '{tracked.path}' runs in a re-entrant checkpoint, inside which the samples cannot be followed; call "
-                "torch.utils.checkpoint with use_reentrant=False, or use per='micro_batch'"
+                f"track: '{tracked.path}' runs again in activation checkpointing, on other tensors than before: call "
+                "torch.utils.checkpoint on modules as they are, with use_reentrant=False, or use per='micro_batch'"
             )
         scope = Scope(batches[0])
         scope.enter(module)
         scope.is_open = True
         return scope
+    if tracked.path:
+        raise UserError(
+            f"track: '{tracked.path}' is called from outside of the model that was tracked, so that nothing tells its samples; "
+            "call the model, or track what is called"
+        )
+    if len(tensors) > 1 and tracked.inputs is None:
+        raise UserError(
+            f"track: the model is called with {len(tensors)} tensors: say track(model, inputs='all') if each holds samples, or "
+            "inputs='first' if the others are the same for all samples"
+        )
     held = [tensor for tensor in tensors if tensor.ndim > dim]
     if not held:
         raise UserError(f"track: the model is called without a tensor of samples along dimension {dim}")

@@ -27,6 +27,18 @@ def inside_function_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is the stand-in that torch.func.vmap and the like compute with."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return what a stand-in stands for."""
+    while is_transformed(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 # By these FSDP2 and DeepSpeed pass on a module's inputs and outputs as they are, to run code of theirs in the backward pass.
 _IDENTITIES = {
     "RegisterPostBackwardFunctionBackward",
@@ -67,7 +79,7 @@ def batch_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def with_parameters(module: nn.Module, parameters: dict[str, Tensor]) -> AbstractContextManager[None]:
     """Let a module compute with other tensors: torch.func.functional_call, but for the module's own hooks."""
-    return torch.nn.utils.stateless._reparametrize_module(module, parameters)
+    return torch.nn.utils.stateless._reparametrize_module(module, parameters, tie_weights=True)
 
 
 def checkpoint_frame() -> types.FrameType | None:

@@ -33,6 +33,7 @@ class Batch:
         self.chosen = chosen
         self.weight = weight
         self.parameters: set[int] = set()  # ids of the tracked ones, which hold no samples
+        self.written: list[torch.UntypedStorage] = []  # of constants into which the batch was written
         self._indices: dict[tuple[int, int, torch.device], Tensor | slice] = {}
 
     def samples_of(self, rows: Rows) -> list[int]:
@@ -90,8 +91,11 @@ def mark_of(batch: Batch, tensor: Tensor) -> Rows | Lost | None:
     owner, found, had_grad = getattr(tensor, "_largebatch_mark", (None, None, False))
     if owner is batch and had_grad == tensor.requires_grad:
         return found
-    is_operand = id(tensor) in batch.parameters or getattr(tensor, "_largebatch_operand", (None,))[0] is batch
-    if is_operand or not tensor.requires_grad:
+    if id(tensor) in batch.parameters or getattr(tensor, "_largebatch_operand", (None,))[0] is batch:
+        return None
+    if not tensor.requires_grad:
+        if batch.written and any(tensor.untyped_storage().data_ptr() == s.data_ptr() for s in batch.written):
+            return Lost("a write in place into a tensor that it looks at")
         return None
     owner, found = passed_on(tensor)
     return found if owner is batch else _unseen(tensor)
@@ -178,7 +182,9 @@ def follow(batch: Batch, func: Any, args: Any, kwargs: Any, tensors: list[Tensor
     marks = [(t, m) for t in tensors if (m := mark_of(batch, t)) is not None]
     if not marks or not any(isinstance(piece, Tensor) for piece in pieces):
         return
-    if len(tensors) == 1 and tensors[0] is args[0] and len(pieces) == 1:
+    if func in CREATING:
+        return
+    if len(tensors) == 1 and args and tensors[0] is args[0] and len(pieces) == 1:
         rest = repr(args[1:]), repr(kwargs) if kwargs else ""
         key = (
             func,
@@ -211,14 +217,16 @@ def verdicts(
 ) -> list[Rows | Lost]:
     """Return where the samples lie in each result of a function; `marks` are its tensors that have any."""
     if func in LIKE:
-        marks = [(t, m) for t, m in marks if t is args[0]]
-    live = [(t, m) for t, m in marks if t.requires_grad] or list(marks)
+        marks = [(t, m) for t, m in marks if args and t is args[0]]
+    # Whole numbers that were mixed, such as masks, choose what is computed, and take no sample's gradient to another.
+    live = [(t, m) for t, m in marks if isinstance(m, Rows) or t.is_floating_point() or t.is_complex()] or list(marks)
     name = getattr(func, "__name__", str(func))
     lost = [m for _, m in live if isinstance(m, Lost)]
     if not live:
         return [Lost(name)] * len(pieces)
     if lost:
-        is_sum = len(lost) == len(live) and all(m.is_sum for m in lost) and func in POINTWISE
+        is_sum = len(lost) == len(live) and all(m.is_sum for m in lost)
+        is_sum = is_sum and (func in _ADDING or (func in _SCALING and len(live) == 1))
         mixed = lost[0] if is_sum or not lost[0].is_sum else Lost(name)
         return [mixed] * len(pieces)
     if batch.num_samples == 1:
@@ -233,7 +241,8 @@ def _one(call: Call, name: str, piece: Any, number: int) -> Rows | Lost:
     found: Rows | None = None
     for tensor, rows in call.live if isinstance(piece, Tensor) else ():
         new = FOLLOW[call.func](call, piece, number, tensor, rows)
-        if not isinstance(new, Rows) or (found is not None and new != found) or not 0 <= new.dim < piece.ndim:
+        is_other = found is not None and new != found
+        if not isinstance(new, Rows) or is_other or not 0 <= new.dim < piece.ndim or not new.length:
             return Lost(name, new is True)
         size = piece.shape[new.dim]
         if size % (new.outer * new.length) or (call.func not in _RESIZING and size != tensor.shape[rows.dim]):
@@ -275,12 +284,23 @@ _NAMES = """
     __truediv__ __rtruediv__ __itruediv__ __div__ __rdiv__ __pow__ __rpow__ __neg__ __eq__ __ne__ __lt__ __le__ __gt__
     __ge__ __floordiv__ __mod__ __and__ __or__ __invert__ __xor__ copy_ fill_ zero_ real imag
 """
-POINTWISE |= _named(_NAMES, *(name + "_" for name in _NAMES.split()), "requires_grad_") | {Tensor.data.__get__}  # type: ignore[attr-defined]
+POINTWISE |= _named(_NAMES, *(name + "_" for name in _NAMES.split()), "requires_grad_")
+POINTWISE |= {Tensor.data.__get__}  # type: ignore[attr-defined]
+# What a sum over samples may go through and stay one.
+_ADDING = _named("add sub __add__ __radd__ __sub__ __rsub__ neg __neg__ clone contiguous to float double")
+_SCALING = _named("mul div __mul__ __rmul__ __truediv__ multiply divide true_divide")
+# New tensors of a tensor's shape and type, and random or constant values in the place of what was there.
+CREATING = _named("""
+    zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty new_tensor
+""")
+FILLING = _named("bernoulli_ normal_ uniform_ random_ exponential_ fill_ zero_ log_normal_ cauchy_ geometric_")
+# By these the values of a tensor leave for where they are not followed.
+LEAVING = _named("numpy tolist __array__ __dlpack__ untyped_storage storage")
 
 
 WITHOUT_TENSORS = _named("""
     dim size stride numel nelement ndimension is_floating_point is_complex is_contiguous storage_offset data_ptr element_size
-    get_device __len__ item tolist is_signed is_inference
+    get_device __len__ item is_signed is_inference
 """)
 _PROPERTIES = "shape dtype device layout ndim requires_grad is_leaf grad_fn is_cuda is_cpu is_meta is_sparse is_nested"
 WITHOUT_TENSORS |= {getattr(Tensor, name).__get__ for name in _PROPERTIES.split()}
@@ -312,11 +332,13 @@ def _along(position: int, default: Any) -> Follow:
 for _functions, _position, _default in (
     ("softmax log_softmax cumsum cumprod logcumsumexp flip", 1, None),
     ("sort argsort glu", 1, -1),
-    ("roll topk fft ifft rfft irfft", 2, -1),
+    ("roll", 2, None),
+    ("topk fft ifft rfft irfft", 2, -1),
     ("fft2 ifft2 rfft2 irfft2", 2, (-2, -1)),
 ):
     _follows(_named(_functions))(_along(_position, _default))
 
+_LINEAR_SUMS = _named("sum mean nansum")
 _WITH_ORDER = _named("norm", "vector_norm")  # whose second argument is not the dimension
 
 
@@ -329,7 +351,7 @@ def _sum(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> 
         return aligned(rows, tensor, piece)
     dims = _dims(call.option(2 if call.func in _WITH_ORDER else 1, "dim", "axis"), tensor.ndim)
     if not dims or rows.dim in dims:
-        return True
+        return call.func in _LINEAR_SUMS
     return rows if piece.ndim == tensor.ndim else rows._replace(dim=rows.dim - sum(dim < rows.dim for dim in dims))
 
 
@@ -351,7 +373,10 @@ def _view(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) ->
         shape, strides = list(tensor.shape), [0] * tensor.ndim
         shape[rows.dim], strides[rows.dim] = max(2, shape[rows.dim]), _STEP
         probe = torch.empty_strided(shape, strides, device="meta")
-        again = call.func(*[probe if a is tensor else a for a in call.args], **call.kwargs)
+        try:
+            again = call.func(*[probe if a is tensor else a for a in call.args], **call.kwargs)
+        except (RuntimeError, IndexError):
+            return None
         call.views[id(tensor)] = [
             _seen(view, shape[rows.dim], rows) for view in ([again] if isinstance(again, Tensor) else again)
         ]
@@ -366,7 +391,7 @@ def _seen(view: Tensor, size: int, rows: Rows) -> Rows | None:
     each = size // (rows.outer * rows.length)
     if length == size:
         return rows._replace(dim=found[0])
-    if rows.outer > 1 or start % each or length % each:
+    if rows.outer > 1 or not each or not length or start % each or length % each:
         return None
     return Rows(found[0], 1, rows.first + start // each, length // each)
 
@@ -395,11 +420,11 @@ def _reshape(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows)
     return None
 
 
-@_follows(_named("matmul", "bmm", "baddbmm", "addmm", "linear", "__matmul__", "__rmatmul__", "mm"))
+@_follows(_named("matmul bmm baddbmm addmm linear __matmul__ mm"))
 def _matmul(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> Rows | None:
     factors = [a for a in call.args if isinstance(a, Tensor)]
     if call.func in _SUMMED and tensor is factors[0]:
-        return aligned(rows, tensor, piece)
+        return aligned(rows, tensor, piece) if all(tensor is not factor for factor in factors[1:]) else None
     left, right = (factors + list(call.kwargs.values()))[1 if call.func in _SUMMED else 0 :][:2]
     if rows.dim < tensor.ndim - 2:
         return aligned(rows, tensor, piece)
@@ -449,7 +474,15 @@ _IMAGES = """
 
 @_follows(_named(_IMAGES, *(f"{name}{n}d" for name in _SIZED for n in (1, 2, 3))))
 def _image(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> Rows | None:
-    return rows if rows.dim == 0 else None
+    name = call.func.__name__
+    size = next((int(c) + 2 for c in name if c.isdigit()), _DIMENSIONS.get(name, tensor.ndim))
+    is_input = tensor is call.option(0, "input") and tensor is not call.option(1, "weight", "grid")
+    if name.startswith(("pixel", "channel")) and rows.dim >= tensor.ndim - 3:
+        return None
+    return rows if is_input and rows.dim == 0 and tensor.ndim == size else None
+
+
+_DIMENSIONS = {"im2col": 4, "col2im": 3}
 
 
 @_follows(_named("layer_norm", "rms_norm"))
@@ -468,13 +501,16 @@ def _pad(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> 
         "binary_cross_entropy binary_cross_entropy_with_logits",
     )
 )
-def _loss(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> Rows | bool:
-    return True if piece.ndim == 0 else rows
+def _loss(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> Rows | bool | None:
+    if piece.ndim == 0:
+        return True
+    return rows if rows.dim == 0 else None
 
 
 @_follows(_named("one_hot", "embedding", "view_as_real", "view_as_complex"))
-def _in_place(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> Rows:
-    return rows
+def _in_place(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> Rows | None:
+    is_table = call.func is torch.embedding and tensor is call.option(0, "weight")
+    return None if is_table else rows
 
 
 @_follows(_named("cat", "concat", "concatenate"), resizes=True)
@@ -506,6 +542,8 @@ def _repeat(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) 
     if call.func in _INTERLEAVE:
         dim, times = call.option(2, "dim"), call.option(1, "repeats")
         return rows if type(dim) is int and (type(times) is int or dim % tensor.ndim != rows.dim) else None
+    if len(call.args) < 2:
+        return None
     new = aligned(rows, tensor, piece)
     sizes = call.args[1] if isinstance(call.args[1], (list, tuple)) else call.args[1:]
     return new if len(sizes) < piece.ndim - new.dim or sizes[new.dim - piece.ndim] == 1 else None
@@ -516,7 +554,12 @@ _INTERLEAVE = _named("repeat_interleave")
 
 @_follows(
     _named(
-        "gather", "take_along_dim", "index_select", "scatter", "scatter_add", "index_add", "scatter_", "scatter_add_"
+        "gather",
+        "take_along_dim",
+        "index_select",
+        "scatter",
+        "scatter_add",
+        "index_add",
     )
 )
 def _gather(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> Rows | None:
@@ -547,8 +590,14 @@ def assign(batch: Batch, func: Any, args: Any, kwargs: Any) -> Rows | Lost | Non
     target, values = args[0], args[1:] if func is not Tensor.__setitem__ else args[2:]
     marks = [(t, m) for t in tensors_in(values, kwargs) if (m := mark_of(batch, t)) is not None]
     before = mark_of(batch, target)
-    if not marks:
+    if func in FILLING:
+        return before if target.requires_grad or target._is_view() else None
+    if not marks and (before is None or func in POINTWISE or func is Tensor.__setitem__):
         return before
+    if func not in POINTWISE and func is not Tensor.__setitem__:
+        raise ValueError(f"{func.__name__} changes a tensor of the batch in place")
+    if before is None and not target.requires_grad:
+        batch.written.append(target.untyped_storage())  # whatever else looks at it holds the batch now
     if batch.num_samples == 1:
         return Rows(WHOLE, 1, 0, 1)
     part = target
@@ -559,10 +608,11 @@ def assign(batch: Batch, func: Any, args: Any, kwargs: Any) -> Rows | Lost | Non
             (where,) = verdicts(batch, Tensor.__getitem__, args[:2], {}, [(target, before)], [part])
     (after,) = verdicts(batch, torch.add, values, {}, marks, [part])
     if before is None:
-        is_whole = (
-            isinstance(after, Rows) and part.ndim == target.ndim and part.shape[after.dim] == target.shape[after.dim]
-        )
-        return after if is_whole and not target._is_view() else Lost(func.__name__)
+        index = (args[1] if isinstance(args[1], tuple) else (args[1],)) if func is Tensor.__setitem__ else ()
+        is_sliced = all(item is Ellipsis or isinstance(item, slice) for item in index) and part.ndim == target.ndim
+        if isinstance(after, Rows) and is_sliced and part.shape[after.dim] == target.shape[after.dim]:
+            return after
+        return Lost(func.__name__)
     if isinstance(where, Lost) or after != where:
         raise ValueError(f"{func.__name__} writes rows of other samples into a tensor of the batch")
     return before

@@ -84,6 +84,8 @@ def _arguments(names: str, args: Any, kwargs: Any) -> list[Any]:
 def _linear(scope: Scope, output: Tensor, x: Tensor, weight: Any, bias: Any, is_transposed: bool) -> Tensor:
     """Y = x w^T + b, or x w + b."""
     found, of_weight, of_bias = rows_of(scope, x), scope.operand(weight), scope.operand(bias)
+    if any(isinstance(t, Tensor) and mark_of(scope.batch, t) is not None for t in (weight, bias)):
+        raise Refusal("its weight or bias comes from the batch")
     is_vector = weight.ndim == 1
     if weight.ndim > 2 or found.dim == x.ndim - 1 or x.ndim < 2:
         raise Refusal("its samples, or its weight, have other dimensions than (samples, .., features)")
@@ -183,6 +185,8 @@ def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     x, weight, bias = values["input"], values["weight"], values["bias"]
     ndim = weight.ndim - 2
     rows, of_weight, of_bias = rows_of(scope, x), scope.operand(weight), scope.operand(bias)
+    if any(isinstance(t, Tensor) and mark_of(scope.batch, t) is not None for t in (weight, bias)):
+        raise Refusal("its weight or bias comes from the batch")
     if x.ndim != ndim + 2 or rows.dim not in (0, WHOLE):
         raise Refusal("its samples do not lie along the first dimension")
     default = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
@@ -277,6 +281,8 @@ def _norm(
     rows = rows_of(scope, x)
     weight, bias = (scope.operand(value) for value in pair)
     operands = [operand for operand in (weight, bias) if operand is not None]
+    if any(isinstance(t, Tensor) and mark_of(scope.batch, t) is not None for t in pair):
+        raise Refusal("its weight or bias comes from the batch")
     shape = operands[0].tensor.shape
     if rows.dim != WHOLE and (rows.dim >= x.ndim - len(shape) if is_last else rows.dim != 0):
         raise Refusal("its samples lie along a dimension that is normalized, or not along the first")
@@ -332,11 +338,13 @@ def batch_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
 
     By those of the batch, xhat depends on the other samples; what a sample owes is its summand of the gradient.
     """
-    x, weight, bias, mean, var, by_batch, _, eps, _ = args
+    names = "input weight bias running_mean running_var training momentum eps cudnn_enabled use_input_stats"
+    x, weight, bias, mean, var, by_batch, _, eps, _, by_input = _arguments(names, args, kwargs)
+    by_batch = by_batch if by_input is None else by_input
     if func is torch.instance_norm and by_batch:
-        return _norm(scope, func(*args), x, (weight, bias), lambda x, _: F.instance_norm(x, eps=eps))
+        return _norm(scope, func(*args, **kwargs), x, (weight, bias), lambda x, _: F.instance_norm(x, eps=eps))
     running = None if by_batch else (mean.clone(), (var + eps).rsqrt())  # as they are now
-    output = func(*args)
+    output = func(*args, **kwargs)
     statistics = running or batch_statistics(output)
     if statistics is None:
         deviation, average = torch.var_mean(x.detach(), [0, *range(2, x.ndim)], correction=0)
@@ -408,24 +416,23 @@ def _broadcast_back(
 
 
 def _check_rows(operand: Operand, dim: int) -> None:
-    """Raise where a parameter has a row of its own for each sample: of a sample alone it would be another."""
+    """Raise where a parameter has a row of its own for each sample: of a sample alone it would be another.
+
+    Class tokens expanded or repeated, and lookups of positions laid out by sample, have the same row for all, whatever the
+    parameter's values are: here random ones.
+    """
     tensor = operand.tensor
     if -dim > tensor.ndim or tensor.shape[dim] == 1 or tensor.stride(dim) == 0:
         return
-    func: Any = None
-    args: Any = ()
-    if operand.recipe:
-        func, args, *_ = operand.recipe
-    if func is torch.embedding and -dim > 1 and -dim - 1 <= args[1].ndim:
-        index = args[1].movedim(dim + 1, 0)
-        if bool((index == index[:1]).all()):  # one kind of token, or positions laid out by sample
-            return
-    source = args[0].tensor if func in _REPEATING and isinstance(args[0], Operand) else None
-    if source is None or (-dim <= source.ndim and source.shape[dim] > 1):
+    generator = torch.Generator().manual_seed(0)
+    leaves = {}
+    for base in operand.bases:
+        values = torch.rand(base.parameter.shape, generator=generator, dtype=torch.float64)
+        leaves[id(base)] = values.to(base.parameter)
+    with torch.no_grad():
+        again = operand.again(leaves)
+    if not torch.equal(again, again.narrow(dim, 0, 1).expand_as(again)):
         raise Refusal("the parameter has a row of its own for each sample")
-
-
-_REPEATING = {Tensor.repeat, Tensor.tile, torch.tile}
 
 
 def _rowwise(g: Tensor, operand: Operand, rows: Rows, batch: Batch, ndim: int) -> Use:

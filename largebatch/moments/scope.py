@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.moments import provenance
-from largebatch.moments.provenance import CASTS, Batch, Lost
+from largebatch.moments.provenance import CASTS, Batch, Lost, Rows
 from largebatch.moments.uses import Base, Operand
 from largebatch.section import UserError
 
@@ -32,7 +32,7 @@ class Tracked:
         owners: the modules of the subtree that own tracked parameters.
         per: "sample" or "micro_batch".
         batch_dim: dimension of the samples in the model's inputs.
-        inputs: which tensor arguments hold samples: "first" or "all".
+        inputs: which tensor arguments hold samples: "first" or "all"; None where it has not been said.
         samples: how many samples to square in a forward pass, None for all.
         use_fallback: whether to differentiate the module as a whole, one sample at a time.
         passes: shadow's name -> number of the last backward pass that squared it.
@@ -43,7 +43,7 @@ class Tracked:
     owners: list[nn.Module]
     per: str
     batch_dim: int
-    inputs: str
+    inputs: str | None
     samples: int | None
     use_fallback: bool
     passes: dict[str, int]
@@ -62,12 +62,14 @@ class Scope:
         operands: id of a parameter -> its bookkeeping.
         is_open: whether the outermost module's parameters are in.
         is_paused: whether a module runs whose inside is not looked at.
+        allowed: ids of the parameters that it may use.
     """
 
     def __init__(self, batch: Batch):
         self.batch = batch
         self.operands: dict[int, Operand] = {}
         self.is_paused = False
+        self.allowed: set[int] | None = None
         self.is_open = False
 
     def enter(self, module: nn.Module) -> None:
@@ -79,8 +81,8 @@ class Scope:
             tracked = notes(owner)
             for name, shadow_name in tracked.names.items():
                 parameter = owner._parameters.get(name)
-                if parameter is None or not parameter.requires_grad:
-                    continue
+                if parameter is None or not parameter.requires_grad or parameter.grad_fn is not None:
+                    continue  # frozen, or computed from others and put into its place
                 if id(parameter) in self.operands:
                     if self.is_open:  # nobody has exchanged this module's parameters since its parent was entered
                         return
@@ -94,7 +96,7 @@ class Scope:
 
     def operand(self, value: Any) -> Operand | None:
         """Return the bookkeeping of an operand, None for any other value."""
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not value.requires_grad:
             return None
         found = self.operands.get(id(value))
         if found is None:
@@ -107,7 +109,8 @@ class Scope:
         output = func(*args, **kwargs)
         pieces = output if isinstance(output, (list, tuple)) else (output,)
         bases = tuple(dict.fromkeys(base for operand in operands for base in operand.bases))
-        is_rearranged = len(bases) == len(operands) and all(operand.is_rearranged for operand in operands)
+        is_rearranged = len(bases) == sum(len(operand.bases) for operand in operands)  # none of them twice
+        is_rearranged = is_rearranged and all(operand.is_rearranged for operand in operands)
         is_rearranged = is_rearranged and (func in _REARRANGING or (func is Tensor.__getitem__ and _is_slice(args[1])))
         if func is torch.embedding:
             index = args[1] if len(args) > 1 else kwargs["indices"]
@@ -140,8 +143,9 @@ class Scope:
     def lost(self, tensors: list[Tensor]) -> Lost | None:
         """Return the mark of an argument whose samples are lost, None where there is none that matters."""
         marks = [(t, m) for t in tensors if (m := provenance.mark_of(self.batch, t))]
-        live = [m for t, m in marks if t.requires_grad] or [m for _, m in marks]
-        return next((m for m in live if isinstance(m, Lost)), None)
+        is_batch = any(isinstance(m, Rows) for _, m in marks)  # beside which whole numbers only choose
+        lost = [m for t, m in marks if isinstance(m, Lost) and (t.is_floating_point() or not is_batch)]
+        return lost[0] if lost else None
 
     def check_outputs(self, tensors: list[Tensor]) -> None:
         """Raise if the outcome of the pass mixes samples otherwise than by a sum of them.

@@ -31,7 +31,7 @@ def track(
     per: Literal["sample", "micro_batch"] = "sample",
     *,
     batch_dim: int = 0,
-    inputs: Literal["first", "all"] = "first",
+    inputs: Literal["first", "all"] | None = None,
     samples: int | None = None,
     fallback: Iterable[str] = (),
 ) -> ModelT:
@@ -58,8 +58,8 @@ def track(
         per: "sample" for the squares of single samples' gradients; "micro_batch" for the square of the whole backward pass's
             gradient, which every module has and which costs next to nothing.
         batch_dim: dimension of the samples in the model's arguments.
-        inputs: "first" for samples in the first tensor that the model is called with, the others being the same for all
-            samples, or numbers such as masks; "all" for samples in every one.
+        inputs: of a model that is called with several tensors, "first" for samples in the first, the others being the same
+            for all samples, or "all" for samples in every one.
         samples: squares of so many samples of each forward pass, at even distances, each weighted for those it stands for;
             None for all. A sixteenth of the batch costs a fraction and is as good for an optimizer.
         fallback: names of modules to differentiate as a whole, sample by sample: for any whose samples do not interact.
@@ -72,7 +72,7 @@ def track(
     """
     if per not in ("sample", "micro_batch"):
         raise UserError(f"track: per must be 'sample' or 'micro_batch', got '{per}'")
-    if inputs not in ("first", "all"):
+    if inputs not in ("first", "all", None):
         raise UserError(f"track: inputs must be 'first' or 'all', got '{inputs}'")
     if samples is not None and samples < 1:
         raise UserError(f"track: samples must be at least 1, got {samples}")
@@ -87,12 +87,19 @@ def track(
     for name, parameter in model.named_parameters():
         if parameter.is_complex() and parameter.requires_grad:
             raise UserError(f"track: parameter '{name}' is complex; make it real and use torch.view_as_complex on it")
+    for name, module in modules.items():
+        if isinstance(module, torch.jit.ScriptModule) or any(map(is_lazy, module._parameters.values())):
+            raise UserError(
+                f"track: module '{name}' is scripted, or does not know its shapes yet; run it once, or leave it plain"
+            )
     shadow_of: dict[int, nn.Parameter] = {}
+    owner_of: dict[int, int] = {}
     for path, module in modules.items():
         names = dict(notes(module).names) if hasattr(module, "_largebatch") else {}
         for name, shadow_name in list(names.items()):
             parameter, shadow = module._parameters.get(name), module._parameters[shadow_name]
-            if parameter is None or shadow is None or parameter.shape != shadow.shape:  # replaced since
+            is_replaced = parameter is None or shadow is None or parameter.shape != shadow.shape
+            if is_replaced or owner_of.setdefault(id(shadow), id(parameter)) != id(parameter):  # or untied since
                 del names[name], module._parameters[shadow_name]
             else:
                 shadow_of[id(parameter)] = shadow
@@ -120,6 +127,11 @@ def chosen_samples(samples: list[int], weight: float) -> Iterator[None]:
         yield
     finally:
         state.choice = before
+
+
+def is_lazy(parameter: Tensor | None) -> bool:
+    """Whether a parameter gets its shape in the first forward pass."""
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
 
 
 def _shadow(parameter: nn.Parameter) -> nn.Parameter:

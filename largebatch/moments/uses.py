@@ -143,6 +143,11 @@ class Base:
                 raise UserError(
                     f"track: parameter '{self.name}' has another shape than when track() was called; call it again"
                 )
+            if self.parameter._backward_hooks:
+                raise UserError(
+                    f"track: parameter '{self.name}' has a hook (register_hook), which may change its gradient unseen by squares of "
+                    "samples; remove it, or use per='micro_batch'"
+                )
             self.token = Collect.apply(self, self.shadow)
         assert self.token is not None
         return self.token
@@ -193,10 +198,13 @@ class Operand:
         """
         if self.recipe is None:
             return lambda grad: grad
-        with torch.enable_grad():
-            leaves = {id(b): b.parameter.detach().requires_grad_() for b in self.bases}
+        leaves = {id(b): b.parameter.detach().requires_grad_() for b in self.bases}
+        devices = {b.parameter.device for b in self.bases if b.parameter.is_cuda}
+        with torch.enable_grad(), torch.random.fork_rng(devices):
+            before = torch.get_rng_state()
             tensor = self.again(leaves)
-        if self.version != self.tensor._version or not torch.equal(tensor.detach(), self.tensor.detach()):
+            is_random = not torch.equal(torch.get_rng_state(), before)
+        if is_random or self.version != self.tensor._version or not torch.equal(tensor.detach(), self.tensor.detach()):
             raise UserError(
                 f"track: a tensor computed from parameter '{base.name}' was drawn at random, or changed in place, or its parts "
                 "were; per='micro_batch' takes any model"
@@ -273,13 +281,14 @@ class Collect(torch.autograd.Function):
         pending = [(operand, use, samples) for number, operand, use, samples in base.pending if number == now]
         base.pending = []
         name, passes = base.home[1:]
-        if base.is_done or passes.get(name) == now:
+        if base.is_done or now in (passes.get(name), getattr(base.parameter, "_largebatch_pass", None)):
             raise UserError(
                 f"track: parameter '{base.name}' takes part in two forward passes of one backward pass, or in two backward "
                 "passes of one forward pass, so that what they owe to a sample cannot be added before it is squared: call the "
                 "tracked model once, and backward once, for each batch; or use per='micro_batch'"
             )
         base.is_done, passes[name] = True, now
+        base.parameter._largebatch_pass = now  # of another tracked model with the same weight
         with _full_precision(base.parameter.device):
             return None, _sum_of_squares(base, pending)
 

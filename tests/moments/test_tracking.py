@@ -259,14 +259,16 @@ def test_hooks_run_and_evaluation_is_free():
     calls = []
     model[0].register_forward_hook(lambda *_: calls.append("forward"))
     model[2].register_full_backward_hook(lambda *_: calls.append("backward"))
-    model[2].weight.register_hook(lambda grad: calls.append("tensor"))
     track(model)
     with torch.no_grad():
         output = model(inputs)
     assert output.grad_fn is None and calls == ["forward"]
     model.eval()
     model(inputs).sum().backward()
-    assert sorted(calls) == ["backward", "forward", "forward", "tensor"]
+    assert sorted(calls) == ["backward", "forward", "forward"]
+    model[2].weight.register_hook(lambda grad: 2 * grad)
+    with pytest.raises(UserError, match=r"parameter '2\.weight' has a hook"):
+        model(inputs)
 
 
 def test_train_and_eval_between_forward_and_backward():

@@ -96,9 +96,7 @@ def test_a_parameter_in_a_function_transform_is_refused():
             return torch.vmap(lambda row: row @ self.weight.t())(x)
 
     model = track(Vectorized(WIDTH, 2))
-    with pytest.raises(
-        UserError, match=r"output is not computed sample by sample: .* function that PyTorch does not show"
-    ):
+    with pytest.raises(UserError, match=r"values of the batch go through torch\.func"):
         verify(model, squared_error(model), batch())
 
 
@@ -116,9 +114,7 @@ def test_what_cannot_be_told_is_said(between, reason):
 
 
 def test_a_model_is_left_as_it_was():
-    model = track(
-        nn.Sequential(nn.Linear(WIDTH, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2), nn.LSTM(2, 3))
-    )
+    model = track(nn.Sequential(nn.Linear(WIDTH, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)))
     model[2].eval()
     first = model[0].weight
     first.grad = torch.ones_like(first)
@@ -126,7 +122,7 @@ def test_a_model_is_left_as_it_was():
     inputs = torch.randn(N, WIDTH)
     modes, random_state = [module.training for module in model.modules()], torch.get_rng_state()
     with torch.no_grad():
-        assert verify(model, lambda x: model[:4](x).square().sum(), inputs) is None
+        assert verify(model, lambda x: model(x).square().sum(), inputs) is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state)

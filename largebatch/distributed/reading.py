@@ -1,0 +1,97 @@
+"""Reading a checkpoint's tensors, and nothing but tensors, whoever wrote it.
+
+torch.distributed.checkpoint keeps its index as a pickle, which can name any function to be called while it is read, and reads
+entries that are no tensors as pickles too. Here the index may name the classes that an index of tensors consists of, and no
+other, and every entry has to be a tensor in a file of the same folder.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from largebatch.section import UserError
+
+INDEX = ".metadata"
+_METADATA, _STORAGE = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+_CLASSES = "Metadata MetadataIndex StorageMeta TensorStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING"
+_NAMES = {(_METADATA, name) for name in _CLASSES.split()}
+_NAMES |= {(_STORAGE, "_StorageInfo"), ("torch", "Size"), ("torch.serialization", "_get_layout")}
+_NAMES |= {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")}
+
+
+class _Index(pickle.Unpickler):
+    """Knows a closed list of names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the class of an index that a name stands for.
+
+        Raises:
+            pickle.UnpicklingError: for every other name.
+        """
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) not in _NAMES and not is_dtype:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors has")
+        return super().find_class(module, name)
+
+
+class TensorReader(dcp.FileSystemReader):
+    """torch.distributed.checkpoint's reader of a folder, for tensors."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Return the index.
+
+        Raises:
+            UserError: if it cannot be read, or is of something else than tensors in this folder.
+        """
+        metadata = read_index(Path(self.path))
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def read_index(path: Path) -> Metadata:
+    """Return the index of a checkpoint.
+
+    Raises:
+        UserError: see `TensorReader.read_metadata`.
+    """
+    try:
+        with (path / INDEX).open("rb") as file:
+            metadata = _Index(file).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+            raise TypeError("it is no index")
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
+                raise TypeError(f"its entry {str(name)[:80]!r} is no tensor")
+        for info in metadata.storage_data.values():
+            inside = Path(info.relative_path)
+            if inside.name != str(info.relative_path) or getattr(info, "transform_descriptors", None):
+                raise TypeError(f"it points to {str(info.relative_path)[:80]!r}, not to a file of tensors beside it")
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{error or type(error).__name__}"
+        raise UserError(f"{path}: its index {INDEX} is not read: {reason}") from error
+    return metadata
+
+
+def read_into(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Fill tensors (whole ones or DTensors) from a checkpoint, in place; each rank reads what it holds.
+
+    Raises:
+        UserError: if one cannot be read.
+    """
+    try:
+        dcp.load(state, storage_reader=TensorReader(path), no_dist=True)
+    except CheckpointException as error:  # derived from BaseException
+        causes = [failure for failure, _ in error.failures.values()]
+        cause = causes[0] if causes else error
+        raise UserError(
+            f"{path}: cannot be read ({type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''})"
+        ) from error
