@@ -730,6 +730,27 @@ def test_a_skipped_update_is_left_out(rank_pool, tmp_path):
     assert events[0]["samples"] == 600 and "rank 1" in events[0]["event"]
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("choice", ["skip", "roll_back"])
+@pytest.mark.parametrize("flags", [{}, ADAMW], ids=["sgd", "adamw"])
+def test_fp16_goes_on_after_a_loss_that_is_not_finite(engine, world_size, choice, flags, rank_pool, tmp_path):
+    """Its loss scaling has seen gradients that are gone."""
+    if engine == "fsdp" and world_size == 1:
+        pytest.skip("fsdp cuts over two ranks or more")
+    flags = flags | {"precision": "fp16", "optimizer.non_finite": choice, "batch.size": 90, "backend.name": engine}
+    passes = 2 if flags.get("optimizer.name") == "adamw" and world_size == 1 else 1
+    bad = [12 * passes]
+    if world_size == 1:
+        summaries = [train_poisoned(0, 1, tmp_path / "run", bad, flags)]
+    else:
+        summaries = rank_pool(world_size, train_poisoned, tmp_path / "run", bad, flags)
+    assert [s.status for s in summaries] == ["finished"] * world_size
+    assert all((s.skipped, s.rollbacks) == ((1, 0) if choice == "skip" else (0, 1)) for s in summaries)
+    losses = [row["loss"] for row in rows(tmp_path / "run") if row.get("loss") is not None]
+    assert losses[-1] < losses[0]
+
+
 def test_a_skip_is_told_once_however_often_the_run_is_resumed(tmp_path):
     """Killed after the skipped update and resumed before it, it comes past it again."""
     flags = {"optimizer.non_finite": "skip", "batch.size": 90} | SAMPLES  # of one pass an update

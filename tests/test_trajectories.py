@@ -1,10 +1,9 @@
-"""One trajectory of the invariant AdamW, whatever computes it: ranks, micro-batches, checkpointing, the compiler, shards."""
+"""One trajectory of the invariant AdamW, whatever computes it: ranks, micro-batches, checkpointing, shards."""
 
 from __future__ import annotations
 
 import gc
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from largebatch.distributed import Ranks
 from largebatch.distributed.ddp import DataParallel
 from largebatch.models import GPT
 from largebatch.moments import check_statistics, grad_sample_sq, is_shadow, track
-from largebatch.moments.interception import COMPILES
 
 UPDATES = 20
 REFERENCE = 2
@@ -73,8 +71,7 @@ def pieces(split, batch_size, rank, world_size, accumulation):
     return [piece for piece in indices if len(piece)] or [torch.arange(0)]
 
 
-# "traced" stops short of the compiler's code generation, which takes most of its time.
-MODES = {"plain": None, "checkpoint": False, "re-entrant checkpoint": True, "traced": None, "compile": None}
+MODES = {"plain": None, "checkpoint": False}
 BATCH_SIZES = {"even": 12, "uneven": 13, "idle": 13, "fewer samples than ranks": 3}
 
 
@@ -82,19 +79,11 @@ def trajectory(rank, world_size, mode="plain", split="uneven", accumulation=1, w
     """Return weights [updates, P] and statistics [updates, P] as the library trains, driven as the trainer drives it."""
     batch_size = BATCH_SIZES[split]
     model = track(build(MODES[mode], width))
-    is_compiled = mode in ("traced", "compile")
-    if is_compiled:
-        torch._dynamo.reset()
-        loss_sum(model, *batch(0, 2)).backward()  # tells the compiler that a weight is used twice
-        model.zero_grad()
-    backend = DataParallel(Ranks(rank, rank, world_size), torch.device("cpu"), "fp64", is_compiled)
-    with pytest.MonkeyPatch.context() as patch:
-        if mode == "traced":
-            patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-        called, optimizer = backend.prepare(
-            model,
-            lambda m: optim.AdamW(optim.param_groups(m, weight_decay=0.1), 1e-2, reference_batch_size=REFERENCE),
-        )
+    backend = DataParallel(Ranks(rank, rank, world_size), torch.device("cpu"), "fp64")
+    called, optimizer = backend.prepare(
+        model,
+        lambda m: optim.AdamW(optim.param_groups(m, weight_decay=0.1), 1e-2, reference_batch_size=REFERENCE),
+    )
     weights, statistics = [], []
     for update in range(updates):
         inputs, targets = batch(update, batch_size)
@@ -182,9 +171,9 @@ def test_the_reference_is_the_formula(split="uneven"):
 
 # Every number of ranks and every mode once; the slow test takes the combinations.
 FEW = {
-    1: [("checkpoint", "uneven", 2), ("re-entrant checkpoint", "even", 5)],
-    2: [("traced" if COMPILES else "plain", "even", 1)],
-    3: [("re-entrant checkpoint", "idle", 2)],
+    1: [("checkpoint", "uneven", 2), ("plain", "even", 5)],
+    2: [("plain", "even", 1)],
+    3: [("checkpoint", "idle", 2)],
     4: [("plain", "uneven", 2)],
 }
 
@@ -203,7 +192,7 @@ def assert_all_same(world_size, cases, rank_pool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", BATCH_SIZES)
-@pytest.mark.parametrize("mode", ["plain", "checkpoint", "re-entrant checkpoint"])
+@pytest.mark.parametrize("mode", ["plain", "checkpoint"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_twenty_updates_of_adamw_in_full(world_size, mode, split, rank_pool):
     if world_size == 1 and split not in ("even", "uneven"):
@@ -213,29 +202,11 @@ def test_twenty_updates_of_adamw_in_full(world_size, mode, split, rank_pool):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not COMPILES, reason="squares of samples are compiled with torch 2.13 and later")
-@pytest.mark.parametrize(
-    ("world_size", "case"),
-    [
-        (1, ("compile", "uneven", 2)),
-        (1, ("compile", "even", 5)),
-        (2, ("compile", "uneven", 1)),
-        (2, ("traced", "idle", 2)),
-        (3, ("traced", "uneven", 5)),
-        (4, ("traced", "fewer samples than ranks", 1)),
-    ],
-)
-def test_twenty_updates_of_adamw_compiled(world_size, case, rank_pool):
-    assert_all_same(world_size, [case], rank_pool)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["plain", "compile"] if COMPILES else ["plain"])
-def test_several_buckets(mode, rank_pool):
-    """A model of 2.6 MB with its shadows, where the first bucket of the reduction takes one: the compiler cuts there, too."""
+def test_several_buckets(rank_pool):
+    """A model of 2.6 MB with its shadows, where the first bucket of the reduction takes one."""
     options = {"width": 64, "updates": 5}
-    for results in rank_pool(2, cases_on_rank, [(mode, "uneven", 2, *options.values())]):
-        assert_same(results[0], "uneven", mode, **options)
+    for results in rank_pool(2, cases_on_rank, [("plain", "uneven", 2, *options.values())]):
+        assert_same(results[0], "uneven", "plain", **options)
 
 
 def shards(rank, world_size, use_reentrant, accumulation, split):

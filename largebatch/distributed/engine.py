@@ -178,6 +178,10 @@ class Engine(ABC):
             return
         optimizer.zero_grad()
         self.losses_finite.fill_(True)
+        if (
+            self.scaler.is_enabled()
+        ):  # it has unscaled gradients that are gone; a loss that is not finite is no overflow
+            self.scaler.update(self.scaler.get_scale())
         raise NonFiniteError([rank for rank, is_finite in enumerate(good) if not is_finite])
 
     def _all_losses_finite(self) -> list[bool]:

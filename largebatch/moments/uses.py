@@ -145,8 +145,8 @@ class Base:
                 )
             if self.parameter._backward_hooks:
                 raise UserError(
-                    f"track: parameter '{self.name}' has a hook (register_hook), which may change its gradient unseen by squares of "
-                    "samples; remove it, or use per='micro_batch'"
+                    f"track: parameter '{self.name}' has a hook (register_hook), which may change its gradient, unseen by "
+                    "squares of samples; remove it, or use per='micro_batch'"
                 )
             self.token = Collect.apply(self, self.shadow)
         assert self.token is not None

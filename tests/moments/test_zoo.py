@@ -82,7 +82,7 @@ def test_torchvision_refused():
 
 
 TIMM = (
-    "beit_base_patch16_224 cait_xxs24_224 coat_lite_tiny convnextv2_atto deit_tiny_patch16_224 eva02_tiny_patch14_224"
+    "beit_base_patch16_224 cait_xxs24_224 coat_lite_tiny convnextv2_atto deit_tiny_patch16_224 eva02_tiny_patch14_224 "
     "mixer_s32_224 mobilevit_xxs nfnet_f0 poolformer_s12 resmlp_12_224 resnetv2_50 vit_tiny_patch16_224"
 )
 
