@@ -29,6 +29,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from largebatch.section import Count, Positive, Section, UserError
 
 PREFIX, PART = "samples-", ".part"
@@ -66,6 +68,27 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """Return what a small YAML or JSON file holds.
+
+    Args:
+        path: the file.
+        what: what it is said to be, for the message.
+
+    Raises:
+        UserError: if it cannot be read, or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: is no {what} ({type(error).__name__}); it was damaged or changed") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is no {what} (it holds no mapping); it was damaged or changed")
+    return values
 
 
 def describe_file(path: Path) -> Entry:
@@ -146,6 +169,8 @@ def _problem_of(state: dict[str, Any]) -> str | None:
         value = state["progress"].get(key)
         if not isinstance(value, int) or value < 0:
             return f"'progress.{key}' is no count"
+    if not isinstance(state["config"].get("scaling"), dict) or "rule" not in state["config"]["scaling"]:
+        return "'config' is no config of a run"
     if not all(isinstance(group, dict) for group in state["groups"]):
         return "'groups' is of another kind"
     if min(state["num_train"], state["world_size"], state["micro_size"]) < 1:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.checkpoint import CheckpointFolder, find_problems, read_state, samples_of
+from largebatch.checkpoint import CheckpointFolder, find_problems, read_mapping, read_state, samples_of
 from largebatch.report import duration, number
 from largebatch.section import UserError
 from largebatch.tracking import read_metrics
@@ -37,10 +35,15 @@ def inspect(path: Path, console: Console) -> bool:
     """
     if not path.is_dir():
         raise UserError(f"inspect: {path} is no folder; name a run folder or one of its checkpoints")
-    if samples_of(path) is not None:
-        return _inspect_checkpoint(path, console)
-    if (path / "config.yaml").exists():
-        return _inspect_run(path, console)
+    try:
+        if samples_of(path) is not None:
+            return _inspect_checkpoint(path, console)
+        if (path / "config.yaml").exists():
+            return _inspect_run(path, console)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"inspect: {path} was changed: its values are not those of a run ({type(error).__name__}: {error})"
+        ) from error
     raise UserError(f"inspect: {path} is neither a run folder (no config.yaml) nor a checkpoint (samples-NUMBER)")
 
 
@@ -53,11 +56,11 @@ def _what(config: dict[str, Any]) -> str:
 
 
 def _inspect_run(folder: Path, console: Console) -> bool:
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config = read_mapping(folder / "config.yaml", "config of a run")
     epochs = config["schedule"]["epochs"]
     console.print(f"[bold]{folder}[/bold]: {_what(config)}, {epochs:g} epochs", highlight=False)
     if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = read_mapping(folder / "summary.json", "summary of a run")
         line = f"{summary['status']} after {summary['updates']:,} updates, {duration(summary['seconds'])}"
         console.print(f"{line}{': ' + summary['message'] if summary['message'] else ''}", highlight=False)
     else:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from largebatch.checkpoint import STATE, CheckpointFolder, find_problems, read_state, samples_of
+from largebatch.checkpoint import STATE, CheckpointFolder, find_problems, read_mapping, read_state, samples_of
 from largebatch.config import Run
 from largebatch.section import UserError
 
@@ -121,7 +119,7 @@ def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tu
     if found is None:
         # Begun, but dead before its first checkpoint: it begins again, if it is this run.
         if (folder / "config.yaml").exists():
-            check_config(run, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), folder)
+            check_config(run, read_mapping(folder / "config.yaml", "config of a run"), folder)
         return None, notes
     is_own = found.path.resolve().parent == own.path.resolve()
     changed = check_config(run, found.state["config"], found.path, is_branch=not is_own)
@@ -142,7 +140,7 @@ def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tu
         if not (folder / "config.yaml").exists():
             raise UserError(f"--out: {folder} already has checkpoints; name another folder")
         # It branched off before, and was restarted with the same command.
-        check_config(run, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), folder)
+        check_config(run, read_mapping(folder / "config.yaml", "config of a run"), folder)
         begun, more = find_checkpoint("auto", folder)
         if begun is not None:
             return begun, (*more, f"{folder} was begun at {found.path} or elsewhere before: it goes on where it stands")

@@ -223,7 +223,18 @@ def create_trackers(run: Run, folder: Path) -> list[Any]:
 
 
 def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
-    """Return the rows of updates and the rows of evaluations in a metrics.jsonl, which may still be written to."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return the rows of updates and the rows of evaluations in a metrics.jsonl, which may still be written to.
+
+    Raises:
+        UserError: if a line of it is no row.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else {}
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is no row of metrics; the file was damaged or changed")
+        rows.append(row)
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]

@@ -241,7 +241,7 @@ def shards(rank, world_size, use_reentrant, accumulation, split):
 
 
 SHARDED = [(2, False, 2, "idle"), (3, None, 2, "uneven")]
-ALL_SHARDED = itertools.product((2, 3, 4), (None, False, True), (1, 2), ("even", "uneven", "idle"))
+ALL_SHARDED = itertools.product((2, 3, 4), (None, False), (1, 2), ("even", "uneven", "idle"))
 
 
 @pytest.mark.parametrize(
