@@ -147,10 +147,20 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}; "
             f"it was written by largebatch {state.get('versions', {}).get('largebatch', 'of another version')}"
         )
+    return dict(state)
+
+
+def read_run_state(path: Path) -> dict[str, Any]:
+    """Return what `read_state` does of a run's checkpoint, whose values are of their kinds.
+
+    Raises:
+        UserError: see `read_state`; or naming the value that is missing or of another kind.
+    """
+    state = read_state(path)
     problem = _problem_of(state)
     if problem:
         raise UserError(f"{path}: not a checkpoint ({STATE}: {problem})")
-    return dict(state)
+    return state
 
 
 # What a state.json has, and of what kind.

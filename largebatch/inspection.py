@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.checkpoint import CheckpointFolder, find_problems, read_mapping, read_state, samples_of
+from largebatch.checkpoint import CheckpointFolder, find_problems, read_mapping, read_run_state, samples_of
 from largebatch.report import duration, number
 from largebatch.section import UserError
 from largebatch.tracking import read_metrics
@@ -83,7 +83,7 @@ def _inspect_run(folder: Path, console: Console) -> bool:
         problems = find_problems(path)
         is_whole = is_whole and not problems
         try:
-            state = read_state(path)
+            state = read_run_state(path)
             progress = state["progress"]
             epoch = progress["samples_seen"] / state["num_train"]
             cells = [f"{progress['step']:,}", f"{epoch:.4g}", state["date"], state["engine"]]
@@ -105,7 +105,7 @@ def _inspect_run(folder: Path, console: Console) -> bool:
 
 def _inspect_checkpoint(path: Path, console: Console) -> bool:
     problems = find_problems(path)
-    state = read_state(path)
+    state = read_run_state(path)
     progress, config = state["progress"], state["config"]
     table = Table(title=str(path), title_justify="left", show_header=False)
     table.add_column()

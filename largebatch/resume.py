@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from largebatch.checkpoint import STATE, CheckpointFolder, find_problems, read_mapping, read_state, samples_of
+from largebatch.checkpoint import STATE, CheckpointFolder, find_problems, read_mapping, read_run_state, samples_of
 from largebatch.config import Run
 from largebatch.section import UserError
 
@@ -59,11 +59,11 @@ def find_checkpoint(resume: str, folder: Path) -> tuple[Found | None, tuple[str,
         problems = find_problems(path)
         if problems:
             raise UserError(f"--resume: {path} is damaged: {'; '.join(problems)}")
-        return Found(path, read_state(path)), ()
+        return Found(path, read_run_state(path)), ()
     checkpoints = CheckpointFolder(path / "checkpoints")
     newest, damaged = checkpoints.newest_whole()
     if newest is not None:
-        return Found(newest, read_state(newest)), tuple(f"{line}; the one before it is used" for line in damaged)
+        return Found(newest, read_run_state(newest)), tuple(f"{line}; the one before it is used" for line in damaged)
     if damaged:
         raise UserError(f"--resume: no checkpoint of {path} is whole: {damaged[0]}")
     if resume != "auto":

@@ -52,6 +52,8 @@ def test_the_first_row_is_what_a_loop_over_samples_says(optimizer, per, tmp_path
     flags = {"optimizer.name": optimizer, "optimizer.lr": 1e-3, "noise.measure": True, "noise.per": per}
     if optimizer == "adamw":
         flags |= {"optimizer.second_moment": "batch", "scaling.rule": "sqrt"}
+    if per == "sample":
+        flags |= {"optimizer.squares_samples": "all"}
     run = digits(**flags, **{"batch.micro_size": 20})
     row = rows_of(run, tmp_path / "run")[0][0]
 

@@ -77,8 +77,8 @@ class DataParallel(Engine):
         for module in model.modules() if self.channels_last else ():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self._hooks:
-            self.hooked = HookedSquares(model, self.squares_every, self.travels_in)
+        self.hooked = HookedSquares(model, self.squares_every, self.travels_in) if self._hooks else None
+        self._hooks = False  # of this model: a benchmark prepares several in turn
         of_samples = list(shadows(model).values())
         if self.compile_model and of_samples:
             raise UserError(

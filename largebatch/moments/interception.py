@@ -99,7 +99,7 @@ class Interception(TorchFunctionMode):
         if not (is_write or wrapped or func in provenance.LEAVING):
             return
         batch = self.scope.batch
-        if any(provenance.mark_of(batch, unwrapped(t)) is not None for t in tensors):
+        if any(provenance.passed_on(unwrapped(t))[0] is batch for t in tensors):
             what = "torch.func" if wrapped else f"{name} with out=" if kwargs.get("out") is not None else name
             raise UserError(
                 f"track: the values of the batch go through {what}, where its samples cannot be followed. {WAY_OUT}"
