@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -136,26 +136,64 @@ class Plan:
 
     def num_updates(self) -> int:
         """Return the optimizer steps of the whole run."""
-        if self.realize == "lr" and self.at_epoch_end == "carry" and self.warmup.realize == "lr" and not self.growth:
-            return math.ceil(self.total_samples / self.batch_size_at_start)
-        return sum(1 for _ in self.updates())
+        return sum(updates for _, _, updates, *_ in self._rows())
+
+    def _rows(self) -> Iterator[tuple[int, int, int, int, int]]:
+        """Yield (first sample, samples, updates, batch size, start of the last full update) of each stage.
+
+        Between two breakpoints a batch size only grows or only falls, so that the end of each is found by bisection: the
+        time goes with the stages, not with the updates.
+        """
+        breaks = {math.ceil(at) for at in (*self.schedule.breakpoints(), *self.warmup.breakpoints())}
+        changes = sorted(breaks | {at for at, _ in self.growth} | {self.total_samples})
+        row: tuple[int, int, int, int, int] | None = None
+        samples_seen = segment = 0
+        step = 1  # how far the batch size stayed what it was, where it changes all the time
+        while samples_seen < self.total_samples:
+            full = self.full_batch_size(samples_seen)
+            limit = min(changes[bisect_right(changes, samples_seen)], self.total_samples)
+            if self.full_batch_size(limit - 1) != full:
+                low, high = samples_seen + 1, samples_seen + step
+                while high < limit and self.full_batch_size(high) == full:
+                    low, high = high, high + step
+                    step *= 2
+                run = range(low, min(high, limit) + 1)
+                limit = run[bisect_left(run, True, key=lambda at: self.full_batch_size(at) != full)]
+                step = max(1, (limit - samples_seen) // 2)
+            end, updates, last = self._run(samples_seen, limit, full)
+            here = bisect_right(sorted(breaks), samples_seen)
+            if row is not None and (row[3], segment) == (full, here):
+                row = (row[0], end - row[0], row[2] + updates, full, row[4] if last is None else last)
+            else:
+                if row is not None:
+                    yield row
+                row = (samples_seen, end - samples_seen, updates, full, samples_seen if last is None else last)
+            samples_seen, segment = end, here
+        if row is not None:
+            yield row
+
+    def _run(self, start: int, limit: int, size: int) -> tuple[int, int, int | None]:
+        """Return where the updates of one batch size end that start before a limit, their number, and the last full one's start."""
+        epoch = self.samples_per_epoch if self.at_epoch_end == "cut" else self.total_samples
+        updates, last = 0, None
+        while start < limit:
+            stop = min((start // epoch + 1) * epoch, self.total_samples)  # no update goes past it
+            whole = 1
+            if start % epoch == 0 and limit > start + 2 * epoch:  # epochs that are all alike
+                whole = (limit - start) // epoch - 1
+                stop = start + epoch
+            count = -(-(min(stop, limit) - start) // size)
+            full = min(count, (stop - start) // size)
+            if full:
+                last = start + (whole - 1) * epoch + (full - 1) * size
+            updates += whole * count
+            start = start + whole * epoch if whole > 1 else min(start + count * size, stop)
+        return start, updates, last
 
     def stages(self) -> list[Stage]:
         """Return the run as stages of one batch size and one formula each."""
-        breaks = sorted({*self.schedule.breakpoints(), *self.warmup.breakpoints()})
-        rows: list[list[int]] = []  # first sample, samples, updates, batch size, last full update's start, segment
-        for samples_seen, size in self.updates():
-            full = self.full_batch_size(samples_seen)
-            segment = bisect_right(breaks, samples_seen)
-            if not rows or rows[-1][3] != full or rows[-1][5] != segment:
-                rows.append([samples_seen, 0, 0, full, samples_seen, segment])
-            row = rows[-1]
-            row[1] += size
-            row[2] += 1
-            if size == full:
-                row[4] = samples_seen
         stages = []
-        for first, samples, updates, full, last, _ in rows:
+        for first, samples, updates, full, last in self._rows():
             averaging = {k: v for k, v in self.at(last).items() if k in ("momentum", "betas", "alpha")}
             lr_first, lr_last = self.at(first)["lr"], self.at(last)["lr"]
             stages.append(Stage(first, samples, updates, full, lr_first, lr_last, averaging))

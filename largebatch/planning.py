@@ -28,6 +28,10 @@ from largebatch.task import Task
 TWO_SUFFICE, EARLY_UNITS = 16, 4
 
 
+# At a thousand updates a second a run of more would take 31 years.
+MOST_UPDATES = 10**12
+
+
 def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 1) -> tuple[Plan, list[str]]:
     """Return the plan of a run, and what its user should know.
 
@@ -114,6 +118,12 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         group_size,
         run.batch.at_epoch_end,
     )
+    fewest = plan.total_samples // max(1, max(size, run.batch.max_size or size))
+    if fewest > MOST_UPDATES:
+        raise UserError(
+            f"schedule.epochs: {run.schedule.epochs:g} epochs of {num_train:,} samples are {fewest:.3g} updates or more; no "
+            f"run has more than {MOST_UPDATES:.0e}"
+        )
     plan = replace(plan, least_units=_least_units(run, plan))
     _check_batch_warmup(run, plan, world_size * group_size)
     return plan, list(advice(run, plan, world_size, group_size))

@@ -1,16 +1,17 @@
 """Schedules and the plan of a run, against closed forms and the counts that papers publish."""
 
+import bisect
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from largebatch import schedules
 from largebatch.plan import Plan
 from largebatch.scaling import Reference
-from largebatch.schedules import Warmup, realized_batch_size
+from largebatch.schedules import Constant, Cosine, Polynomial, Step, Warmup, realized_batch_size
 
 CIFAR, IMAGENET = 50_000, 1_281_167
 SMITH_STEPS = schedules.Step(tuple(e * CIFAR for e in (60, 120, 160)), 0.2)
@@ -200,3 +201,65 @@ def test_an_epoch_that_is_cut_ends_with_its_own_rate():
 def test_a_temperature_of_zero_needs_an_infinite_batch():
     with pytest.raises(ValueError, match="set max_batch_size"):
         realized_batch_size(0.0, "batch", 8)
+
+
+def walked(plan):
+    """The stages of a plan, update by update: (first sample, samples, updates, batch size, start of the last full update)."""
+    breaks = sorted({*plan.schedule.breakpoints(), *plan.warmup.breakpoints()})
+    rows = []
+    for samples_seen, size in plan.updates():
+        full, segment = plan.full_batch_size(samples_seen), bisect.bisect_right(breaks, samples_seen)
+        if not rows or rows[-1][3] != full or rows[-1][5] != segment:
+            rows.append([samples_seen, 0, 0, full, samples_seen, segment])
+        rows[-1][1] += size
+        rows[-1][2] += 1
+        if size == full:
+            rows[-1][4] = samples_seen
+    return [tuple(row[:5]) for row in rows]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_stages_are_those_of_a_walk_over_all_updates(data):
+    draw = data.draw
+    num_train, total = draw(st.integers(5, 300)), draw(st.integers(1, 1500))
+    milestones = tuple(sorted(draw(st.sets(st.integers(1, 1600), min_size=1, max_size=3))))
+    schedule = draw(
+        st.sampled_from(
+            [Constant(), Step(milestones, 0.2), Cosine(total, 0.1), Cosine(total), Polynomial(total, 2, 0.05)]
+        )
+    )
+    realize = draw(st.sampled_from(["lr", "batch"]))
+    length, start = draw(st.integers(1, total)), draw(st.floats(0.05, 0.9))
+    warmup = draw(
+        st.sampled_from([Warmup(), Warmup("gradual", length, start, realize), Warmup("constant", length, start)])
+    )
+    growth = tuple(sorted(draw(st.lists(st.tuples(st.integers(0, 1600), st.integers(1, 90)), max_size=3))))
+    size = draw(st.integers(8, 60))
+    plan = Plan(
+        Reference(8, 0.1, momentum=0.9),
+        size,
+        total,
+        num_train,
+        schedule,
+        warmup,
+        realize,
+        draw(st.sampled_from([None, 200])),
+        draw(st.sampled_from([1, 4, 8])),
+        draw(st.sampled_from(["carry", "cut"])),
+        growth,
+    )
+    expected = walked(plan)
+    stages = [(s.first_sample, s.samples, s.updates, s.batch_size) for s in plan.stages()]
+    assert stages == [row[:4] for row in expected]
+    assert plan.num_updates() == sum(row[2] for row in expected)
+    assert [s.lr_last for s in plan.stages()] == [plan.at(row[4])["lr"] for row in expected]
+
+
+@pytest.mark.parametrize("at_epoch_end", ["carry", "cut"])
+def test_a_plan_of_any_length_is_known_at_once(at_epoch_end):
+    num_train = 10**13
+    schedule, warmup = Step((30 * num_train, 60 * num_train), 0.1), Warmup("gradual", 5 * num_train, 1 / 32)
+    plan = Plan(Reference(256, 0.1), 8192, 90 * num_train, num_train, schedule, warmup, at_epoch_end=at_epoch_end)
+    assert plan.num_updates() == (90 * -(-num_train // 8192) if at_epoch_end == "cut" else -(-90 * num_train // 8192))
+    assert [stage.first_sample // num_train for stage in plan.stages()] == [0, 5, 30, 60]
