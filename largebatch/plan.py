@@ -173,7 +173,7 @@ class Plan:
             yield row
 
     def _run(self, start: int, limit: int, size: int) -> tuple[int, int, int | None]:
-        """Return where the updates of one batch size end that start before a limit, their number, and the last full one's start."""
+        """Return where the updates of one batch size end that start before a limit, how many, and the last full one's start."""
         epoch = self.samples_per_epoch if self.at_epoch_end == "cut" else self.total_samples
         updates, last = 0, None
         while start < limit:
