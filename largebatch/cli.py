@@ -8,6 +8,7 @@ limit with 75 ("try again"), on which launchers requeue.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    if "--out=" in arguments or any(pair == ("--out", "") for pair in itertools.pairwise(arguments)):
+        raise UserError("command line: --out is empty; name a folder, or '.' for this one")
     parser = create_parser()
     known, rest = parser.parse_known_args(arguments)
     if known.command == "inspect":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -12,6 +13,36 @@ from pydantic_core import ErrorDetails
 
 from largebatch.config import FACTORY, Run, section_names
 from largebatch.section import Section, UserError, nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """A mapping has each key once: of two, the first would be gone without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node.
+
+        Raises:
+            yaml.constructor.ConstructorError: for a key that is there twice.
+        """
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge" and isinstance(key.value, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{short(key.value)}' is there twice", key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def short(value: Any) -> str:
+    """Return a value as a message quotes it, of 80 characters at most."""
+    quoted = _REPR.repr(value) if not isinstance(value, str) else value
+    return quoted if len(quoted) <= 80 else f"{quoted[:77]}..."
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -28,7 +59,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a text file ({error})") from error
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError as error:
+        raise UserError(f"{path}: nested more deeply than a config is") from error
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -57,8 +90,8 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
             text = following
         try:
             values[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
-            raise UserError(f"command line: --{key}: '{text}' cannot be read as a YAML value") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
+            raise UserError(f"command line: --{key}: '{short(text)}' cannot be read as a YAML value") from error
     return values
 
 
@@ -132,17 +165,25 @@ def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
             name for member in _members(Run.model_fields[str(loc[0])].annotation) for name in section_names(member)
         ]
         name = came.get("name") if isinstance(came, Mapping) else came
-        return f"{where}.name: unknown '{name}'{nearest(str(name), names)}; expected one of {', '.join(names)}"
+        return (
+            f"{where}.name: unknown '{short(name)}'{nearest(str(name)[:80], names)}; expected one of {', '.join(names)}"
+        )
     if kind == "union_tag_not_found":
         if not isinstance(came, Mapping):
-            return f"{where}: expected a section with keys, got {came!r}"
+            return f"{where}: expected a section with keys, got {short(came)}"
         return f"{where}.name: missing; say which one"
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "a section with keys"
     if kind == "value_error" and isinstance(came, Mapping):
         return f"{where}: {message}"
-    return f"{where}: expected {message}, got {came!r}"
+    if message.startswith("expected "):
+        return f"{where}: {message}"
+    return (
+        f"{where}: expected {message}, got {came!r}"
+        if isinstance(came, str) and len(came) < 80
+        else (f"{where}: expected {message}, got {short(came)}")
+    )
 
 
 def load_config(path: Path, flags: Mapping[str, Any] | None = None) -> tuple[Run, list[str]]:

@@ -102,6 +102,12 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
         start = 0.5 ** int(math.log2(kappa))  # from the halving of the batch next above the reference's
     elif start is None:
         start = min(1.0, reference.lr / reference.at(size)["lr"])
+    step = reference.at(size)["lr"] * run.optimizer.weight_decay
+    if run.optimizer.name == "adamw" and step >= 1:
+        raise UserError(
+            f"optimizer.weight_decay: with the learning rate of batch size {size:,} every update would take {step:.3g} of each "
+            "weight, and turn its sign; expected less than 1"
+        )
     if run.warmup.name != "none" and run.warmup.epochs == 0:
         raise UserError(f"warmup.epochs: '{run.warmup.name}' needs a length > 0, got 0")
     plan = Plan(

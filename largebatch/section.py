@@ -7,12 +7,21 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Coefficient = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+
+def _is_number(value: Any) -> Any:
+    if isinstance(value, bool):  # which Python takes for 1 and 0
+        raise ValueError("expected a number, got " + str(value).lower())
+    return value
+
+
+# Beyond what any run has, and what dates, sizes and float32 can hold.
+LARGEST = 10**12
+Coefficient = Annotated[float, BeforeValidator(_is_number), Field(ge=0, lt=1)]
+Positive = Annotated[float, BeforeValidator(_is_number), Field(gt=0, le=LARGEST, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(_is_number), Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_is_number), Field(ge=1, le=LARGEST)]
 
 
 class UserError(ValueError):

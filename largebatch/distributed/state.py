@@ -7,6 +7,7 @@ shard; reading reshards them to whatever the reading run has. So a checkpoint kn
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from bisect import bisect_left
@@ -205,4 +206,7 @@ def export_weights(checkpoint: Path, path: Path) -> None:
     weights = {name.removeprefix(MODEL): value for name, value in read_tensors(checkpoint, names).items()}
     beside = path.with_name(path.name + ".part")
     save_file(weights, beside, {"format": "pt"})
+    umask = os.umask(0)  # safetensors writes for the user alone, whatever the umask says
+    os.umask(umask)
+    beside.chmod(0o666 & ~umask)
     beside.replace(path)
