@@ -152,11 +152,10 @@ class Call:
         func, args, kwargs: as they were given.
         live: the tensors that carry gradients, or all of the batch where none does, with their rows. What carries none cannot
             take a sample's gradient to another.
-        num_samples: n.
     """
 
-    def __init__(self, func: Any, args: Any, kwargs: Any, live: list[tuple[Tensor, Rows]], num_samples: int):
-        self.func, self.args, self.kwargs, self.live, self.num_samples = func, args, kwargs, live, num_samples
+    def __init__(self, func: Any, args: Any, kwargs: Any, live: list[tuple[Tensor, Rows]]):
+        self.func, self.args, self.kwargs, self.live = func, args, kwargs, live
         self.views: dict[int, list[Rows | None]] = {}
 
     def option(self, position: int, *names: str, default: Any = None) -> Any:
@@ -233,7 +232,7 @@ def verdicts(
         return [Rows(WHOLE, 1, 0, 1)] * len(pieces)
     if func not in FOLLOW:
         return [Lost(name)] * len(pieces)
-    call = Call(func, args, kwargs, live, batch.num_samples)  # type: ignore[arg-type]
+    call = Call(func, args, kwargs, live)  # type: ignore[arg-type]
     return [_one(call, name, piece, number) for number, piece in enumerate(pieces)]
 
 

@@ -44,6 +44,12 @@ def rows_of(scope: Scope, tensor: Any, what: str = "its input") -> Rows:
     raise Refusal(f"{what} does not come from the batch")
 
 
+def _check_constant(scope: Scope, pair: tuple[Any, Any]) -> None:
+    """Raise where a weight or a bias was computed from the batch, as by a hypernetwork."""
+    if any(isinstance(t, Tensor) and mark_of(scope.batch, t) is not None for t in pair):
+        raise Refusal("its weight or bias comes from the batch")
+
+
 def tap(
     scope: Scope, output: Tensor, rows: Rows, operands: Sequence[Operand], left: Left, saved: Sequence[Tensor]
 ) -> Tensor:
@@ -84,8 +90,7 @@ def _arguments(names: str, args: Any, kwargs: Any) -> list[Any]:
 def _linear(scope: Scope, output: Tensor, x: Tensor, weight: Any, bias: Any, is_transposed: bool) -> Tensor:
     """Y = x w^T + b, or x w + b."""
     found, of_weight, of_bias = rows_of(scope, x), scope.operand(weight), scope.operand(bias)
-    if any(isinstance(t, Tensor) and mark_of(scope.batch, t) is not None for t in (weight, bias)):
-        raise Refusal("its weight or bias comes from the batch")
+    _check_constant(scope, (weight, bias))
     is_vector = weight.ndim == 1
     if weight.ndim > 2 or found.dim == x.ndim - 1 or x.ndim < 2:
         raise Refusal("its samples, or its weight, have other dimensions than (samples, .., features)")
@@ -185,8 +190,7 @@ def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     x, weight, bias = values["input"], values["weight"], values["bias"]
     ndim = weight.ndim - 2
     rows, of_weight, of_bias = rows_of(scope, x), scope.operand(weight), scope.operand(bias)
-    if any(isinstance(t, Tensor) and mark_of(scope.batch, t) is not None for t in (weight, bias)):
-        raise Refusal("its weight or bias comes from the batch")
+    _check_constant(scope, (weight, bias))
     if x.ndim != ndim + 2 or rows.dim not in (0, WHOLE):
         raise Refusal("its samples do not lie along the first dimension")
     default = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
@@ -281,8 +285,7 @@ def _norm(
     rows = rows_of(scope, x)
     weight, bias = (scope.operand(value) for value in pair)
     operands = [operand for operand in (weight, bias) if operand is not None]
-    if any(isinstance(t, Tensor) and mark_of(scope.batch, t) is not None for t in pair):
-        raise Refusal("its weight or bias comes from the batch")
+    _check_constant(scope, pair)
     shape = operands[0].tensor.shape
     if rows.dim != WHOLE and (rows.dim >= x.ndim - len(shape) if is_last else rows.dim != 0):
         raise Refusal("its samples lie along a dimension that is normalized, or not along the first")
@@ -364,7 +367,6 @@ def pointwise(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     Autograd sums them as it does where it broadcasts by itself, and gets the same bits.
     """
     tensors = [t for t in args if isinstance(t, Tensor)]
-    found = [operand for t in tensors if (operand := scope.operand(t)) is not None]
     if func in _NOT_BROADCAST or any(isinstance(value, Tensor) for value in kwargs.values()):
         raise Refusal("its parameter is not broadcast")
     if len({t.dtype for t in tensors if t.is_floating_point()}) > 1:
@@ -385,7 +387,7 @@ def pointwise(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
             value = tap(scope, value.expand(shape), rows, [operand], left, [])
         expanded.append(value)
     output = func(*expanded, **kwargs)
-    if found and isinstance(output, Tensor):
+    if isinstance(output, Tensor):
         mark(scope.batch, output, rows)
     return output
 

@@ -13,6 +13,7 @@ embedding, the gradients of a sample have to be added before they are squared, s
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -33,16 +34,16 @@ def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Use:
+class Use(ABC):
     """What one use of an operand owes to each of some samples: `gradient` of one, and `squares`, their sum."""
 
+    @abstractmethod
     def gradient(self, number: int) -> Tensor:
         """Return the gradient of sample `number` of those chosen, of the operand's shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def squares(self, weight: float) -> Tensor:
         """Return the sum of the chosen samples' squared gradients, times a weight."""
-        raise NotImplementedError
 
 
 class Given(Use):
