@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import sys
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +20,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import cpp_extension
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.engine import Engine
@@ -31,9 +28,6 @@ from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_int
 from largebatch.moments import check_statistics, is_shadow
 from largebatch.optim import LAMB, LARS, is_shadow_group, scale_gradients
 from largebatch.section import UserError
-
-# Compiling takes a minute or two; a lock of this age is nobody's.
-STALE_SECONDS = 900.0
 
 
 class SteppedByGroup(torch.optim.Optimizer):
@@ -96,7 +90,7 @@ class DeepSpeed(Engine):
         config: DeepSpeed's configuration (`load_ds_config`).
 
     Raises:
-        UserError: if DeepSpeed, or on a processor ninja or a C++ compiler, is not there; for float64.
+        UserError: if DeepSpeed is not there; for float64.
     """
 
     needs_group_alone: ClassVar[bool] = True
@@ -126,7 +120,8 @@ class DeepSpeed(Engine):
             )
         self.client = SteppedByGroup(optimizer) if self.stage > 0 else None
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed takes its device from there
-        self.deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        with _nothing_compiled():
+            self.deepspeed.init_distributed(dist_init_required=False, verbose=False)
         self.wrapper, *_ = self.deepspeed.initialize(
             model=model, optimizer=self.client or optimizer, config=self.config, dist_init_required=False
         )
@@ -344,15 +339,20 @@ def _restore(saved: Tensor | tuple[nn.Parameter, torch.Size, tuple[int, ...]]) -
     return whole.as_strided(size, stride, whole.storage_offset())
 
 
-def _refuse_stale_lock() -> None:
-    """Refuse to wait, as torch would without end, for a build of DeepSpeed's whose process is dead.
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Keep DeepSpeed from compiling its all-reduce in shared memory, which serves inference on CPUs alone.
 
-    Raises:
-        UserError: naming the lock to remove.
+    The first process to start would compile for minutes while the others wait, and one that is killed there leaves a lock on
+    which every later one waits for good.
     """
-    lock = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > STALE_SECONDS:
-        raise UserError(f"backend.name: a process died while it compiled DeepSpeed's operator; remove {lock}")
+    transport: Any = import_module("deepspeed.comm.torch")  # deepspeed.comm's attribute of that name is PyTorch
+    build = transport.build_shm_op
+    transport.build_shm_op = lambda: None
+    try:
+        yield
+    finally:
+        transport.build_shm_op = build
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -363,16 +363,6 @@ def _import_deepspeed(device: torch.device) -> Any:
     """
     if find_spec("deepspeed") is None:
         raise UserError("backend.name: DeepSpeed is not installed; pip install 'largebatch[deepspeed]'")
-    if device.type == "cpu":
-        # On a processor DeepSpeed compiles its communication at first use.
-        if shutil.which("ninja") is None:
-            # An environment that is used without being activated has it beside Python.
-            os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        if shutil.which("ninja") is None:
-            raise UserError("backend.name: DeepSpeed on a CPU needs ninja on PATH; pip install ninja")
-        if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "c++", "g++")):
-            raise UserError("backend.name: DeepSpeed on a CPU needs a C++ compiler on PATH (c++ or g++)")
-        _refuse_stale_lock()
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
