@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -58,6 +58,9 @@ class CheckpointConfig(Section):
     """Write beside the training, from a copy in the host's memory; false stops the training while it writes."""
     time_limit_minutes: Positive | None = None
     """Stop after this time with a checkpoint, as at a signal of pre-emption."""
+    changed_data: Literal["refuse", "continue"] = "refuse"
+    """Resumed with another number of training samples than it was begun with: refuse; or continue with those there are, in
+    an order of their own."""
 
 
 def replace_text(path: Path, text: str) -> None:

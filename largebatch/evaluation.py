@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from largebatch.attendance import everyones, naming
 from largebatch.data import Source
 from largebatch.data.loader import LoaderConfig, evaluation_batches
 from largebatch.distributed import Backend
+from largebatch.section import UnreadableError
 
 
 def evaluate(
     model: nn.Module, source: Source, backend: Backend, batch_size: int, loader: LoaderConfig, dtype: torch.dtype
-) -> dict[str, float]:
-    """Return the exact mean loss, and accuracy, over the whole validation set; every rank takes part.
+) -> tuple[dict[str, float], list[str]]:
+    """Return the exact mean loss, and accuracy, over the whole validation set, and what of it could not be read.
+
+    Every rank takes part.
 
     Sums and counts are reduced, not means, so that it does not matter how samples fall on ranks.
 
@@ -26,16 +30,21 @@ def evaluate(
         dtype: of floating-point inputs, and of the outputs that the loss is taken of.
 
     Returns:
-        ``val_loss``, and ``val_accuracy`` in [0, 1] where the task has one.
+        ``val_loss``, and ``val_accuracy`` in [0, 1] where the task has one; why samples are missing from them, a line each.
+
+    Raises:
+        UnreadableError: if all of them are.
     """
     task = source.task
-    totals = torch.zeros(3, dtype=torch.float64, device=backend.device)  # loss, correct, samples
+    totals = torch.zeros(4, dtype=torch.float64, device=backend.device)  # loss, correct, samples, missing ones
+    missing: list[str] = []
     batches = evaluation_batches(
         source.val, batch_size, backend.rank, backend.world_size, loader, backend.device, dtype
     )
     model.eval()
     with torch.no_grad():
         for batch in batches:
+            missing += batch.missing.values()
             with backend.autocast():
                 outputs = model(batch.inputs)
             if batch.num_samples == 0:
@@ -46,5 +55,10 @@ def evaluate(
                 totals[1] += correct
             totals[2] += batch.num_samples
     model.train()
-    loss, correct_sum, count = backend.sum(totals).tolist()
-    return {"val_loss": loss / count} | ({"val_accuracy": correct_sum / count} if task.kind != "regression" else {})
+    totals[3] = len(missing)
+    loss, correct_sum, count, num_missing = backend.sum(totals).tolist()
+    missing = everyones(missing, backend) if num_missing else []
+    if not count:
+        raise UnreadableError(f"data.path: nothing is left to evaluate on: {naming(missing)}")
+    scores = {"val_loss": loss / count} | ({"val_accuracy": correct_sum / count} if task.kind != "regression" else {})
+    return scores, missing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from largebatch.stopping import Reason
@@ -37,6 +37,7 @@ class Standing:
     Args:
         seconds: wall time, evaluation included, over all parts of a resumed run.
         skipped: updates left out at a non-finite gradient.
+        unreadable: samples that were left out of updates and evaluations because they cannot be read, and why, each once.
         rollbacks: returns to a checkpoint at a non-finite gradient; each continues with another order of the samples.
         loss: training loss of the last logged updates.
         val_loss: of the last evaluation.
@@ -46,6 +47,7 @@ class Standing:
 
     seconds: float = 0.0
     skipped: int = 0
+    unreadable: list[str] = field(default_factory=list)
     rollbacks: int = 0
     loss: float | None = None
     val_loss: float | None = None
@@ -94,6 +96,7 @@ class Progress(Standing):
         loss_samples: samples whose losses wait for the next row.
         row_samples: samples seen at the last row.
         train_seconds: time in updates.
+        owes_evaluation: whether the evaluation after the last update is still to be done.
         best_val_loss: lowest of all evaluations.
     """
 
@@ -103,4 +106,5 @@ class Progress(Standing):
     loss_samples: int = 0
     row_samples: int = 0
     train_seconds: float = 0.0
+    owes_evaluation: bool = False
     best_val_loss: float | None = None

@@ -13,7 +13,10 @@ from largebatch.section import UserError
 
 # What may differ from the run that wrote a checkpoint: who computes a sample and where, what is shown and kept; never
 # which samples enter an update and what they do to the weights.
-FREE = ("backend", "loader", "log", "checkpoint", "evaluate", "batch.micro_size", "data.path", "optimizer.non_finite")
+FREE = (
+    "backend", "loader", "log", "checkpoint", "evaluate", "batch.micro_size", "data.path", "data.corrupt", "data.train_samples",
+    "optimizer.non_finite",
+)  # fmt: skip
 BOUND = ("backend.squares_every", "backend.squares_dtype")
 BATCH = ("batch.size", "batch.max_size", "batch.growth", "batch.critical_share")
 # What a run that branches off into a folder of its own may change besides.
@@ -22,8 +25,9 @@ SAME_IN_A_BRANCH = ("optimizer.name",)
 
 ALLOWED_CHANGES = (
     "may differ: the number of ranks, batch.micro_size, backend (but squares_every and squares_dtype), loader, log, "
-    "checkpoint, evaluate, data.path, optimizer.non_finite; a run that branches off (--resume CHECKPOINT --out NEW) may also "
-    "change optimizer (but its name), scaling, schedule, warmup, noise and batch.size, max_size, growth and critical_share"
+    "checkpoint, evaluate, data.path, corrupt and train_samples, optimizer.non_finite; a run that branches off (--resume "
+    "CHECKPOINT --out NEW) may also change optimizer (but its name), scaling, schedule, warmup, noise and batch.size, "
+    "max_size, growth and critical_share"
 )
 
 
@@ -131,11 +135,18 @@ def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tu
             f"--resume: {found.path} stands on AdaScale's clock, on which a run with scaling.rule {run.scaling.rule} cannot go "
             "on; branch off with adascale, or begin anew"
         )
-    if found.state["num_train"] != num_train:
-        raise UserError(
-            f"--resume: {found.path} is of another data set: {found.state['num_train']:,} training samples there, "
-            f"{num_train:,} here"
+    if (before := found.state["num_train"]) != num_train:
+        counts = f"{before:,} training samples there, {num_train:,} here"
+        then = (
+            "an order of its own from here on, in which some samples of the epoch under way come twice or not at all; schedule "
+            "and end by the new length of an epoch"
         )
+        if run.checkpoint.changed_data == "refuse":
+            raise UserError(
+                f"--resume: {found.path} is of another data set: {counts}; put back what is gone (of a photograph that cannot "
+                f"be read the name is enough, with --data.corrupt skip), or take --checkpoint.changed_data continue: {then}"
+            )
+        notes = (*notes, f"continues on another data set: {counts}; {then}")
     if not is_own and ((folder / "config.yaml").exists() or own.saved()):
         if not (folder / "config.yaml").exists():
             raise UserError(f"--out: {folder} already has checkpoints; name another folder")

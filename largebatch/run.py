@@ -19,6 +19,7 @@ from largebatch.checkpoint import LOCK, CheckpointFolder, locked, replace_text
 from largebatch.config import Run
 from largebatch.data import Source
 from largebatch.data.sampler import SampleKeys
+from largebatch.data.source import readable
 from largebatch.distributed import Backend, Ranks, create_backend, is_communication, launched_ranks
 from largebatch.distributed.saving import cause_of
 from largebatch.distributed.state import export_weights
@@ -30,7 +31,7 @@ from largebatch.plot import plot_run
 from largebatch.progress import Summary
 from largebatch.report import create_progress, summary_table
 from largebatch.resume import Found, choose_checkpoint
-from largebatch.section import LostRankError, UserError
+from largebatch.section import LostRankError, SharedError, UserError
 from largebatch.task import Task
 from largebatch.tracking import Observers, check_trackers, create_trackers
 from largebatch.trainer import Trainer
@@ -63,10 +64,6 @@ class Result:
 
     summary: Summary
     folder: Path | None
-
-
-class SharedError(UserError):
-    """A mistake that rank 0 found and every rank was told of: one line a node says it."""
 
 
 def default_folder(name: str) -> Path:
@@ -156,7 +153,7 @@ def train(
                     f"{len(source.train):,} training and {len(source.val):,} validation samples; {backend.describe()}"
                 )
                 say_plan(console, run, model, plan, data, ranks.world_size)
-                say_warnings(console, (*warnings, *plan_warnings, *notes))
+                say_warnings(console, (*warnings, *source.notes, *plan_warnings, *notes))
             folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
             folder_here = None if folder_here is None else folder
             trainer = Trainer(run, source, model, plan, backend, observers, folder, found)
@@ -206,7 +203,9 @@ def _verify_squares(run: Run, model: nn.Module, source: Source, backend: Backend
     track(model, per="sample", fallback=run.model.fallback)
     numbers = np.arange(min(4, len(source.train)))
     model.to(backend.device, backend.dtype)
-    fetched = source.train.__getitems__(SampleKeys(np.zeros_like(numbers), numbers))
+    *fetched, missing = readable(source.train.__getitems__(SampleKeys(np.zeros_like(numbers), numbers)))
+    if len(missing) > len(numbers) - 2:
+        return (f"the squares of {run.model.name} could not be verified: the first samples cannot be read",)
     batch = [part.to(backend.device, backend.dtype if part.is_floating_point() else None) for part in fetched]
     try:
         reason = verify(model, lambda batch: source.task.losses(model(batch[0]), batch[1]).sum(), batch)

@@ -36,6 +36,14 @@ class UserError(ValueError):
     everywhere = True
 
 
+class SharedError(UserError):
+    """A mistake that every rank knows of, found by one or by all of them: one line a node says it."""
+
+
+class UnreadableError(SharedError):
+    """Samples cannot be read, and the run cannot or shall not go on without them."""
+
+
 class LostRankError(RuntimeError):
     """The ranks can no longer reach each other; the message names those that are missing or failed first."""
 

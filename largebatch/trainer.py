@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from largebatch.attendance import Attendance, note
 from largebatch.checkpoint import CheckpointFolder
 from largebatch.config import Run
 from largebatch.data import Source
 from largebatch.data.loader import MicroBatch, TrainLoader
 from largebatch.data.sampler import PlanSampler, evenly_spaced
+from largebatch.data.source import may_miss
 from largebatch.distributed import Backend, NonFiniteError, is_communication
 from largebatch.distributed.state import (
     group_state,
@@ -39,7 +41,7 @@ from largebatch.plan import Plan
 from largebatch.progress import Observer, Progress, Row, Standing, Summary
 from largebatch.resume import Found, find_checkpoint
 from largebatch.scaling import temperature
-from largebatch.section import UserError
+from largebatch.section import UnreadableError, UserError
 from largebatch.stopping import StopRequest
 
 # Updates skipped in a row, and returns to a checkpoint in a run, after which it is not bad luck.
@@ -136,6 +138,8 @@ class Trainer:
                 self._train()
             except Diverged as error:
                 status, self.message = "diverged", str(error)
+            except UnreadableError as error:
+                raise UnreadableError(f"{error}; {self._saved_at_a_stop()}") from None
             except KeyboardInterrupt:
                 if self.backend.world_size > 1:  # the other ranks are no longer in step
                     raise
@@ -161,6 +165,8 @@ class Trainer:
 
     def _train(self) -> None:
         progress = self.progress
+        if progress.owes_evaluation:
+            self._evaluate_and_log()
         self.model.train()
         clock = time.perf_counter()
         while not self._is_done() and self.keeper.stopped_by is None:
@@ -169,6 +175,10 @@ class Trainer:
             losses = self._loss_sum.clone()
             try:
                 grad_norm = self.update(batch_size, values)
+            except UnreadableError:
+                self._loss_sum = losses
+                discard_batch_statistics(self.batch_norms)
+                raise
             except NonFiniteError as error:
                 self._loss_sum = losses
                 discard_batch_statistics(self.batch_norms)
@@ -213,16 +223,21 @@ class Trainer:
 
         Raises:
             NonFiniteError: if it was not finite; no weight was changed then.
+            UnreadableError: at samples that cannot be read, where the run stops at them or none is left; likewise.
         """
         backend, run = self.backend, self.run
-        num_units = self._num_units(batch_size)
+        attendance = Attendance(batch_size, self._num_units(batch_size), self.tracked != "micro_batch")
         squared = run.squared_samples(batch_size) if self.tracked == "sample" else batch_size
-        backend.begin_update(batch_size, num_units, self.progress.step)
+        backend.begin_update(batch_size, attendance.num_units, self.progress.step)
         for micro_batch, is_last in self.loader.next(batch_size):
+            attendance.add(micro_batch)
+            if is_last and may_miss(self.source.train):
+                self._note_unreadable(attendance.call(backend), self.progress.samples_seen + batch_size)
             with backend.accumulate(sync=is_last), self._choice(micro_batch, batch_size, squared):
                 backend.backward(self.loss_sum(micro_batch) / batch_size)
+        num_samples, num_units = attendance.num_samples, attendance.num_units  # what came
         if hasattr(self.optimizer, "set_batch"):  # Quench needs it without squares too
-            self.optimizer.set_batch(batch_size, num_units, backend.world_size)
+            self.optimizer.set_batch(num_samples, num_units, backend.world_size)
         if isinstance(self.optimizer, AdaptiveOptimizer):
             self.optimizer.squares_all = squared == batch_size
         if self._unchecked and squared == batch_size:  # or some squares may be zero beside a gradient that is not
@@ -233,14 +248,14 @@ class Trainer:
         if self.meter is not None or of_reference:
             sums = backend.noise_sums(self.bare_model)
             if self.meter is not None:
-                values["lr"] *= self.meter.update(sums, batch_size, num_units, backend.world_size)
+                values["lr"] *= self.meter.update(sums, num_samples, num_units, backend.world_size)
             if limit is not None and of_reference:
-                kappa = batch_size / run.batch.reference_size
+                kappa = num_samples / run.batch.reference_size
                 limit *= reference_norm_ratio(sums, num_units, num_units / backend.world_size, kappa)
         set_hyperparameters(self.optimizer, values)
         grad_norm = backend.step(self.optimizer, limit)
         commit_batch_statistics(self.batch_norms, backend.sum)
-        self.progress.loss_samples += batch_size
+        self.progress.loss_samples += num_samples
         self.progress.skipped_in_a_row = 0
         return grad_norm
 
@@ -248,8 +263,14 @@ class Trainer:
         """Choose the samples of a micro-batch that are squared: the same of an update whatever ranks and micro-batches."""
         if count == batch_size:
             return nullcontext()
-        first, size = micro_batch.first, micro_batch.num_samples
-        return chosen_samples(evenly_spaced(batch_size, count, slice(first, first + size)), batch_size / count)
+        chosen = micro_batch.rows(evenly_spaced(batch_size, count, micro_batch.places))
+        return chosen_samples(chosen, batch_size / count)
+
+    def _note_unreadable(self, missing: list[str], samples: int) -> None:
+        """Tell of samples that are left out of what is done after so many, or raise where the run stops at them."""
+        event = note(missing, self.progress.unreadable, getattr(self.run.data, "corrupt", "skip") == "stop")
+        if event is not None:
+            self.observer.log({**self._clock_row(), "samples": samples, "event": event})
 
     def _num_units(self, batch_size: int) -> float:
         """Return how many independent units an update's squares are of."""
@@ -297,8 +318,8 @@ class Trainer:
         self.model.train()
         return loss
 
-    def evaluate(self) -> Row:
-        """Return the exact mean loss, and accuracy, over the whole validation set."""
+    def evaluate(self) -> tuple[Row, list[str]]:
+        """Return the exact mean loss, and accuracy, over the whole validation set, and what of it could not be read."""
         size, loader, backend = self.run.evaluate.batch_size, self.run.loader, self.backend
         return evaluate(self.bare_model, self.source, backend, size, loader, backend.dtype)
 
@@ -454,6 +475,8 @@ class Trainer:
         }
         if progress.skipped:
             row["skipped"] = progress.skipped
+        if progress.unreadable:
+            row["unreadable"] = len(progress.unreadable)
         if self.meter is not None:
             row |= self.meter.row(batch_size)
         progress.loss = loss
@@ -463,7 +486,11 @@ class Trainer:
         return now
 
     def _evaluate_and_log(self) -> None:
-        scores, progress = self.evaluate(), self.progress
+        progress = self.progress
+        progress.owes_evaluation = True
+        scores, missing = self.evaluate()
+        self._note_unreadable(missing, progress.samples_seen)
+        progress.owes_evaluation = False
         progress.val_loss, progress.val_accuracy = scores["val_loss"], scores.get("val_accuracy")
         if progress.val_accuracy is not None:
             progress.best_val_accuracy = max(progress.best_val_accuracy or 0.0, progress.val_accuracy)
@@ -474,6 +501,16 @@ class Trainer:
         if self.meter is not None:
             scores["noise_scale_by_layer"] = self.meter.by_layer()
         self.observer.log({**self._clock_row(), **scores})
+
+    def _saved_at_a_stop(self) -> str:
+        """Save where the run stands, and say how it goes on from samples that cannot be read. A collective."""
+        advice = "put whole files in their places, or leave them out with --data.corrupt skip"
+        if self.folder is None:
+            return advice
+        self.save()
+        failure, is_saved = self.keeper.close(self.progress.samples_seen)
+        kept = f"everything up to update {self.progress.step} is in {self.folder}" if is_saved else f"{failure}"
+        return f"{kept}; {advice}, then continue with --resume auto --out {self.folder}"
 
     def _stop_message(self, is_saved: bool) -> str:
         why = {"interrupted": "interrupted", "signal": "stopped by a signal", "time_limit": "time limit reached"}

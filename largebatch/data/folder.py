@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,15 +17,16 @@ from torch import Tensor
 
 from largebatch.data.hashing import uniforms
 from largebatch.data.images import normalize
+from largebatch.data.photograph import pillow, read_image
 from largebatch.data.sampler import SampleKeys
-from largebatch.data.source import Source, data_path
+from largebatch.data.source import Batch, Source, data_path
 from largebatch.section import Section, UserError
 from largebatch.task import Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -101,20 +104,23 @@ class FolderSamples:
     image_size: int
     augment: bool
     seed: int
+    may_miss: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
-        """Return (images float32 (n, 3, s, s), labels int64 (n,)).
-
-        Raises:
-            UserError: naming the file, if one cannot be decoded.
-        """
+    def __getitems__(self, keys: SampleKeys) -> Batch:
+        """Return (images float32 (n, 3, s, s), labels int64 (n,)), and why a row is black where its file cannot be read."""
         images = torch.empty(len(keys), self.image_size, self.image_size, 3, dtype=torch.uint8)
         draws = uniforms(self.seed, keys.epochs, keys.indices, _NUM_DRAWS)
+        missing: dict[int, str] = {}
         for row, index in enumerate(keys.indices):
-            image = read_image(self.root / os.fsdecode(self.files[index]))
+            try:
+                image = read_image(self.root / os.fsdecode(self.files[index]))
+            except UserError as error:
+                missing[row] = str(error)
+                images[row] = 0
+                continue
             if self.augment:
                 box: tuple[float, ...] = random_resized_box(*image.size, draws[row, :-1])
             else:
@@ -122,40 +128,13 @@ class FolderSamples:
             pixels = np.array(self._resized(image, box))
             images[row] = torch.from_numpy(pixels[:, ::-1].copy() if self.augment and draws[row, -1] < 0.5 else pixels)
         chosen = torch.from_numpy(keys.indices)
-        return (
-            normalize(images.permute(0, 3, 1, 2).contiguous(), IMAGENET_MEAN, IMAGENET_STD),
-            self.labels.index_select(0, chosen),
-        )
+        inputs = normalize(images.permute(0, 3, 1, 2).contiguous(), IMAGENET_MEAN, IMAGENET_STD)
+        labels = self.labels.index_select(0, chosen)
+        return (inputs, labels, missing) if missing else (inputs, labels)
 
     def _resized(self, image: Image, box: tuple[float, ...]) -> Image:
         size = (self.image_size, self.image_size)
-        return image.resize(size, resample=_pillow().Resampling.BILINEAR, box=box)  # type: ignore[arg-type]
-
-
-def _pillow() -> Any:
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise UserError(
-            "data.name: image_folder reads photographs with Pillow, which is not installed: "
-            "pip install 'largebatch[vision]'"
-        ) from error
-    return PIL.Image
-
-
-def read_image(file: Path) -> Image:
-    """Return an image file as RGB, decoded completely.
-
-    Raises:
-        UserError: naming the file, if it cannot be read.
-    """
-    pillow = _pillow()
-    try:
-        with pillow.open(file) as image:
-            return image.convert("RGB")
-    # What Pillow raises on broken files depends on the format; SyntaxError is its word for a broken PNG.
-    except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
-        raise UserError(f"data.path: image '{file}' cannot be read ({error}); replace or remove it") from error
+        return image.resize(size, resample=pillow().Resampling.BILINEAR, box=box)  # type: ignore[arg-type]
 
 
 def class_names(folder: Path) -> list[str]:
@@ -174,8 +153,8 @@ def class_names(folder: Path) -> list[str]:
     return names
 
 
-def list_images(folder: Path, names: list[str], classes: list[str]) -> tuple[np.ndarray, Tensor]:
-    """List the images of some classes, in a fixed order.
+def list_images(folder: Path, names: list[str], classes: list[str]) -> tuple[np.ndarray, Tensor, Counter[str]]:
+    """List the images of some classes, those in subfolders too, in a fixed order, which is that of torchvision's ImageFolder.
 
     Args:
         folder: holds a folder for each name.
@@ -183,22 +162,69 @@ def list_images(folder: Path, names: list[str], classes: list[str]) -> tuple[np.
         classes: all classes; a name's place in here is its label.
 
     Returns:
-        Paths below ``folder`` as bytes (N,), and labels int64 (N,).
+        Paths below ``folder`` as bytes (N,), labels int64 (N,), and how many entries named like images are left out, by what
+        they are.
 
     Raises:
-        UserError: if a class has no image.
+        UserError: if a class has no image, or a folder cannot be looked into.
     """
     files: list[bytes] = []
     labels: list[int] = []
+    left_out: Counter[str] = Counter()
     label_of = {name: label for label, name in enumerate(classes)}
     for name in names:
-        with os.scandir(folder / name) as entries:
-            found = sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
+        try:
+            found = [os.fsencode(f"{name}/{file}") for file in _images_below(folder / name, left_out)]
+        except OSError as error:
+            raise UserError(f"data.path: '{error.filename}' cannot be looked into ({error.strerror})") from error
         if not found:
             raise UserError(f"data.path: class folder '{folder / name}' has no images ({', '.join(SUFFIXES)})")
-        files += [os.fsencode(f"{name}/{file}") for file in found]
+        files += found
         labels += [label_of[name]] * len(found)
-    return np.array(files), torch.tensor(labels)
+    return np.array(files), torch.tensor(labels), left_out
+
+
+def _images_below(folder: Path, left_out: Counter[str]) -> list[str]:
+    """Return the paths of a class's images below its folder; count in ``left_out`` what is none but is named like one."""
+    by_folder: dict[str, list[str]] = {}
+
+    def visit(prefix: str, above: tuple[tuple[int, int], ...]) -> None:
+        place = os.stat(folder / prefix)
+        if (place.st_dev, place.st_ino) in above:  # a link back to a folder around it
+            return
+        above = (*above, (place.st_dev, place.st_ino))
+        images = by_folder[prefix] = []
+        with os.scandir(folder / prefix) as entries:
+            for entry in entries:
+                is_named = entry.name.lower().endswith(SUFFIXES)
+                is_folder = entry.is_dir()
+                if entry.name.startswith("."):
+                    left_out["hidden file"] += is_named and not is_folder
+                elif is_folder and not is_named:
+                    visit(f"{prefix}{entry.name}/", above)
+                elif is_named and is_folder:
+                    left_out["folder"] += 1
+                elif is_named and not _is_file(entry):
+                    left_out["pipe, socket or device"] += 1  # which may keep a reader waiting for good
+                elif is_named:
+                    images.append(entry.name)
+
+    visit("", ())
+    ordered = sorted(by_folder, key=lambda prefix: prefix[:-1])
+    return [prefix + name for prefix in ordered for name in sorted(by_folder[prefix])]
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a file, or what cannot be looked at, a link to nothing say, and is met as a broken one."""
+    try:
+        return entry.is_file() or stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        return True
+
+
+def _say_left_out(root: Path, left_out: Counter[str]) -> str:
+    counts = ", ".join(f"{number:,} x {kind}" for kind, number in sorted(left_out.items()) if number)
+    return f"data.path: left out in '{root}', named like images but none to read: {counts}"
 
 
 class ImageFolder(Section):
@@ -215,6 +241,10 @@ class ImageFolder(Section):
 
     augment: bool = True
     """Train on random parts of the photographs (8 to 100 % of the area), mirrored half of the time."""
+
+    corrupt: Literal["stop", "skip"] = "stop"
+    """A photograph that cannot be read: stop saves the run and ends it with its name; skip leaves it out of its update or
+    evaluation, names it once, and goes on."""
 
     train_samples: int | None = Field(default=None, ge=1)
     """Photographs that train is expected to hold; with num_classes, enough to plan where the folder is not."""
@@ -235,23 +265,25 @@ class ImageFolder(Section):
             UserError: if a folder is missing or empty, a validation class is not among the training classes, or Pillow
                 is not installed.
         """
-        _pillow()
+        pillow()
         root = data_path(self.path)
         classes = class_names(root / "train")
         val_classes = class_names(root / "val")
         for name in val_classes:
             if name not in classes:
                 raise UserError(f"data.path: class '{name}' of '{root / 'val'}' is not among the classes in train")
-        files, labels = list_images(root / "train", classes, classes)
+        files, labels, left_out = list_images(root / "train", classes, classes)
         for key, expected, found in (
             ("num_classes", self.num_classes, len(classes)),
             ("train_samples", self.train_samples, len(files)),
         ):
             if expected is not None and expected != found:
                 raise UserError(f"data.{key}: expected {expected} in '{root / 'train'}', found {found}")
-        val_files, val_labels = list_images(root / "val", val_classes, classes)
+        val_files, val_labels, more = list_images(root / "val", val_classes, classes)
+        left_out.update(more)
         return Source(
             FolderSamples(root / "train", files, labels, self.image_size, self.augment, seed),
             FolderSamples(root / "val", val_files, val_labels, self.image_size, False, seed),
             Task("classification", (3, self.image_size, self.image_size), len(classes)),
+            () if not left_out.total() else (_say_left_out(root, left_out),),
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from largebatch.data.sampler import PlanSampler, SampleKeys
-from largebatch.data.source import Samples
+from largebatch.data.source import Batch, Samples, readable
 from largebatch.section import Section, UserError
 
 
@@ -36,12 +36,23 @@ class MicroBatch:
         targets: (n, ...) on the device.
         num_samples: samples that count; 0 where an idle rank holds a stand-in so that it can take part in the reduction.
         first: place of the first of them in the update's batch.
+        missing: samples that could not be read and are not among them: place among the planned ones -> what and why.
     """
 
     inputs: Tensor
     targets: Tensor
     num_samples: int
     first: int = 0
+    missing: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def places(self) -> slice:
+        """Places in the update's batch of the samples that were planned."""
+        return slice(self.first, self.first + self.num_samples + len(self.missing))
+
+    def rows(self, places: Iterable[int]) -> list[int]:
+        """Return the rows of some of the planned samples, named by place among them; none for those that are missing."""
+        return [place - sum(gap < place for gap in self.missing) for place in places if place not in self.missing]
 
 
 def _as_is(batch: Any) -> Any:
@@ -71,10 +82,12 @@ def _data_loader(samples: Samples, batch_sampler: Any, config: LoaderConfig, dev
     )
 
 
-def _fetch(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Take the next batch to the device; floating-point inputs and targets in the model's dtype."""
+def _micro_batch(
+    batches: Iterator[Batch], planned: int, first: int, device: torch.device, dtype: torch.dtype
+) -> MicroBatch:
+    """Take the next batch, of so many samples (0: a stand-in), to the device; floating-point tensors in the model's dtype."""
     try:
-        inputs, targets = next(batches)
+        inputs, targets, missing = readable(next(batches))
     except UserError as error:
         # A worker's error arrives with its traceback in the message; the last line is what was raised.
         line = str(error).strip().splitlines()[-1]
@@ -83,7 +96,8 @@ def _fetch(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, dtype
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
 
-    return move(inputs), move(targets)
+    missing = missing if planned else {}
+    return MicroBatch(move(inputs), move(targets), planned - len(missing), first, missing)
 
 
 class TrainLoader:
@@ -114,8 +128,8 @@ class TrainLoader:
         """
         pieces = self.sampler.pieces(batch_size)
         for number, piece in enumerate(pieces, start=1):
-            inputs, targets = _fetch(self.batches, self.device, self.dtype)
-            yield MicroBatch(inputs, targets, piece.stop - piece.start, piece.start), number == len(pieces)
+            size = piece.stop - piece.start
+            yield _micro_batch(self.batches, size, piece.start, self.device, self.dtype), number == len(pieces)
 
 
 def evaluation_batches(
@@ -138,5 +152,4 @@ def evaluation_batches(
     keys = [SampleKeys(np.zeros(len(part), dtype=np.int64), part) for part in loaded]
     batches = iter(_data_loader(samples, keys, config, device))
     for part in parts:
-        inputs, targets = _fetch(batches, device, dtype)
-        yield MicroBatch(inputs, targets, len(part))
+        yield _micro_batch(batches, len(part), 0, device, dtype)

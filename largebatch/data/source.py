@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from largebatch.data.sampler import SampleKeys
 from largebatch.section import UserError
 from largebatch.task import Task
+
+Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[int, str]]
 
 
 @runtime_checkable
@@ -28,9 +30,31 @@ class Samples(Protocol):
         """Return the number of samples."""
         ...
 
-    def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
-        """Return the batch (inputs (n, ...), targets (n, ...))."""
+    def __getitems__(self, keys: SampleKeys) -> Batch:
+        """Return the batch (inputs (n, ...), targets (n, ...)).
+
+        A set whose samples may turn out to be unreadable has ``may_miss = True``, and returns {row: why} besides where there
+        are such; what stands in such a row is of the samples' shape and counts for nothing.
+        """
         ...
+
+
+def may_miss(samples: Samples) -> bool:
+    """Return whether samples of a set may turn out to be unreadable."""
+    return bool(getattr(samples, "may_miss", False))
+
+
+def readable(batch: Batch) -> tuple[Tensor, Tensor, dict[int, str]]:
+    """Return a batch without the rows that could not be read, and why they are not there.
+
+    Where none is left, the first of them stands in, so that there is something to run a model on.
+    """
+    inputs, targets = batch[:2]
+    missing = batch[2] if len(batch) == 3 else {}
+    if missing:
+        rows = torch.tensor([row for row in range(len(targets)) if row not in missing] or [0])
+        inputs, targets = inputs.index_select(0, rows), targets.index_select(0, rows)
+    return inputs, targets, missing
 
 
 @dataclass(frozen=True)
@@ -41,11 +65,13 @@ class Source:
         train: training samples; augmentation, if any, happens in here.
         val: validation samples, never augmented.
         task: what the samples ask of a model.
+        notes: what the user should know of them, a line each.
     """
 
     train: Samples
     val: Samples
     task: Task
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

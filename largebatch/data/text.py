@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -16,21 +17,68 @@ from largebatch.section import Section, UserError
 from largebatch.task import Task
 
 
+class MappedFile:
+    """The bytes of a file, mapped into memory: the ranks of a machine share them, and the kernel may drop what is not in use.
+
+    Args:
+        file: not empty, and not to be shortened while it is mapped.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with file.open("rb") as opened:
+            # Of pages that are written to there would be a copy, which is what torch asks of memory; nothing writes to them.
+            self._mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.contents = torch.frombuffer(self._mapped, dtype=torch.uint8)
+
+    def __reduce__(self) -> tuple[type[MappedFile], tuple[Path]]:
+        return MappedFile, (self.file,)  # a worker that is not forked maps it for itself
+
+    def check(self) -> None:
+        """See that the file is as long as it was: the kernel kills who reads a page that is gone.
+
+        Raises:
+            UserError: if it is shorter.
+        """
+        if self._mapped.size() < len(self._mapped):
+            raise UserError(
+                f"data.path: '{self.file}' was shortened from {len(self._mapped):,} to {self._mapped.size():,} bytes while the "
+                "run was reading it; put it back, then continue with --resume auto"
+            )
+
+
 @dataclass(frozen=True)
 class TextSamples:
     """Windows of a text; the model reads all bytes but the last and predicts all but the first.
 
     Args:
-        windows: uint8 (N, context + 1).
+        text: the file.
+        first: number of the first window in it.
+        num_windows: N.
+        length: context + 1, bytes of a window.
     """
 
-    windows: Tensor
+    text: MappedFile
+    first: int
+    num_windows: int
+    length: int
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return self.num_windows
+
+    @property
+    def windows(self) -> Tensor:
+        """The windows, uint8 (N, context + 1), where they are mapped."""
+        start, stop = (number * self.length for number in (self.first, self.first + self.num_windows))
+        return self.text.contents[start:stop].view(self.num_windows, self.length)
 
     def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
-        """Return (inputs int64 (n, t), targets int64 (n, t)), the targets one byte ahead."""
+        """Return (inputs int64 (n, t), targets int64 (n, t)), the targets one byte ahead.
+
+        Raises:
+            UserError: if the file was shortened since.
+        """
+        self.text.check()
         windows = self.windows.index_select(0, torch.from_numpy(keys.indices))
         return windows[:, :-1].to(torch.int64), windows[:, 1:].to(torch.int64)
 
@@ -58,18 +106,21 @@ class Text(Section):
         """
         file = data_path(self.path)
         if not file.is_file():
-            raise UserError(f"data.path: '{file}' should be a text file, it is a folder")
+            raise UserError(
+                f"data.path: '{file}' should be a text file, it is a {'folder' if file.is_dir() else 'pipe or device'}"
+            )
         try:
-            contents = np.fromfile(file, dtype=np.uint8)
-        except OSError as error:
+            num_bytes = file.stat().st_size
+            text = MappedFile(file) if num_bytes else None
+        except (OSError, ValueError) as error:
             raise UserError(f"data.path: '{file}' cannot be read ({error})") from error
         length = self.context + 1
-        num_windows = len(contents) // length
-        if num_windows < 2:
+        num_windows = num_bytes // length
+        if text is None or num_windows < 2:
             raise UserError(
-                f"data.path: '{file}' has {len(contents)} bytes; a context of {self.context} needs {2 * length} or more"
+                f"data.path: '{file}' has {num_bytes} bytes; a context of {self.context} needs {2 * length} or more"
             )
-        windows = torch.from_numpy(contents[: num_windows * length]).view(num_windows, length)
         num_train = num_windows - validation_size(num_windows, self.val_fraction)
         task = Task("language_modeling", (self.context,), 256)
-        return Source(TextSamples(windows[:num_train]), TextSamples(windows[num_train:]), task)
+        train = TextSamples(text, 0, num_train, length)
+        return Source(train, TextSamples(text, num_train, num_windows - num_train, length), task)

@@ -158,6 +158,17 @@ class Backend(Protocol):
         """
         ...
 
+    def shrink_update(self, num_samples: int, num_units: float) -> None:
+        """Say, on every rank and before its last backward pass, that the update has fewer samples than were announced.
+
+        Its losses, those of the last pass too, are still divided by B; the gradients become the mean over what is left.
+
+        Args:
+            num_samples: samples that are left, >= 1.
+            num_units: n, the units of their squares.
+        """
+        ...
+
     def noise_sums(self, model: nn.Module) -> Tensor:
         """Return what the gradient noise is measured from, over all ranks; between the last backward pass and `step`.
 
@@ -179,6 +190,10 @@ class Backend(Protocol):
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over ranks."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank, on every rank; it must be picklable."""
         ...
 
     def barrier(self) -> None:

@@ -102,8 +102,15 @@ class DataParallel(Engine):
 
     def begin_update(self, batch_size: int, num_units: float, update: int) -> None:
         """Say what the coming update is: B, the units of its squares, its number in the run."""
+        super().begin_update(batch_size, num_units, update)
         if self.hooked is not None:
             self.hooked.begin(batch_size, num_units, update)
+
+    def shrink_update(self, num_samples: int, num_units: float) -> None:
+        """Say, before its last backward pass, how many samples the update has where some of those announced are missing."""
+        super().shrink_update(num_samples, num_units)
+        if self.hooked is not None:
+            self.hooked.shrink(num_samples, num_units)
 
     @contextmanager
     def accumulate(self, sync: bool) -> Iterator[None]:
@@ -113,7 +120,7 @@ class DataParallel(Engine):
         if self.hooked is not None:
             self.hooked.passes += 1
         if sync and self.hooked is not None:
-            self.hooked.reduce(self.world_size, self.scaler.get_scale())
+            self.hooked.reduce(self.world_size, self.factor)
         elif sync and self.world_size > 1 and self._shadows:
             self._reduce_shadows()
 
@@ -136,9 +143,9 @@ class DataParallel(Engine):
             optimizer.moment_source = self.hooked.moment
 
     def _gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the gradients and the squares that this rank holds, freed of the loss scale."""
+        """Return the gradients and the squares that this rank holds, means over the samples that are there, unscaled."""
         if self.hooked is not None:
-            self.hooked.factor = 1.0 / self.scaler.get_scale()
+            self.hooked.factor = self.factor
         return super()._gradients(optimizer)
 
     def clip(self, grads: list[Tensor], squares: list[Tensor], factor: float) -> None:
@@ -155,7 +162,7 @@ class DataParallel(Engine):
         """Return each trained parameter's |ghat|^2 and sum of squares over all ranks, (2, P) in float64."""
         if self.hooked is None:
             return super().noise_sums(model)
-        return self.over_ranks(self.hooked.sums()) / self.scaler.get_scale() ** 2
+        return self.over_ranks(self.hooked.sums(self.factor))
 
     def check_statistics(self, model: nn.Module) -> None:
         """Refuse a parameter of a tracked model that has a gradient and no statistic; after a backward pass."""

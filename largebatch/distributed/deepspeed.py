@@ -164,8 +164,8 @@ class DeepSpeed(Engine):
         parts = list(zip(self.partitions.gradients(), self.partitions.of_shadows, strict=True))
         grads = [tensor for part, of_shadows in parts if not of_shadows for tensor in part]
         squares = [tensor for part, of_shadows in parts if of_shadows for tensor in part]
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
-        scale_gradients(grads, squares, 1.0 / scale)
+        scale = self.scaler.get_scale()
+        scale_gradients(grads, squares, self.factor)
         norm = float(self.gradient_norm(grads))
         finite = norm - norm == 0.0
         if finite and max_grad_norm is not None:

@@ -54,6 +54,7 @@ class Engine(ABC):
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.wrapper: Any = None
+        self._announced, self._share = 1, 1.0  # samples of the update, and the part of them that could be read
         self.losses_finite = torch.ones((), dtype=torch.bool, device=device)
         self._measured: tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]] | None = None
         if device.type == "cuda":
@@ -82,8 +83,18 @@ class Engine(ABC):
         """Let backward passes collect squared gradients; before `prepare`. Here as shadows, which the engine reduces."""
         track(model, per, fallback=fallback)
 
-    def begin_update(self, batch_size: int, num_units: float, update: int) -> None:  # noqa: B027  optional for an engine
+    def begin_update(self, batch_size: int, num_units: float, update: int) -> None:
         """Say what the coming update is: B, the units of its squares, its number in the run."""
+        self._announced, self._share = batch_size, 1.0
+
+    def shrink_update(self, num_samples: int, num_units: float) -> None:
+        """Say, before its last backward pass, how many samples the update has where some of those announced are missing."""
+        self._share = num_samples / self._announced
+
+    @property
+    def factor(self) -> float:
+        """What makes the mean over the update's samples of what its backward passes left; squares take its square."""
+        return 1.0 / (self._share * self.scaler.get_scale())
 
     def use_squares(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
         """Let an optimizer take its second moments from the squares; here its groups of shadows say so."""
@@ -129,8 +140,8 @@ class Engine(ABC):
         if self._measured is None or self._measured[0] is not model:  # its modules are not walked at every update
             self._measured = model, *tracked_parameters(model)
         _, parameters, shadows = self._measured
-        # Both carry the square of fp16's loss scale.
-        return self.over_ranks(self.local_sums(parameters, shadows)) / self.scaler.get_scale() ** 2
+        # Both carry the square of fp16's loss scale, and of the share of the samples that are there.
+        return self.over_ranks(self.local_sums(parameters, shadows)) * self.factor**2
 
     def local_sums(self, parameters: list[nn.Parameter], shadows: list[nn.Parameter]) -> Tensor:
         """Return `largebatch.noise.partial_sums` of what lies on this rank."""
@@ -145,13 +156,14 @@ class Engine(ABC):
         return self.sum(sums) / self.world_size
 
     def _gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the gradients and the squares that this rank holds, freed of the loss scale."""
+        """Return the gradients and the squares that this rank holds, means over the samples that are there, unscaled."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
         grads, squares = ([self.local(gradient) for gradient in found] for found in gradients_and_squares(optimizer))
         if squares and self.scaler.is_enabled():
             # unscale_ has divided everything once; squares carry the square of the scale.
             torch._foreach_div_(squares, self.scaler.get_scale())
+        scale_gradients(grads, squares, 1.0 / self._share)
         return grads, squares
 
     def local(self, gradient: Tensor) -> Tensor:
@@ -212,6 +224,13 @@ class Engine(ABC):
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank, on every rank; it must be picklable."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def check_statistics(self, model: nn.Module) -> None:
         """Refuse a parameter of a tracked model that has a gradient and no statistic; after a backward pass."""

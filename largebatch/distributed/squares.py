@@ -50,7 +50,7 @@ class HookedSquares:
         self.hooks = MicroBatchSquares(named.items(), projects=False, travels_in=travels_in)
         self.every, self.factor, self.passes = every, 1.0, 0
         self._batch_size, self._num_units, self._world_size = 0, 0.0, 1
-        self._has_variance = False
+        self._has_variance, self._mean = False, 1.0
 
     def begin(self, batch_size: int, num_units: float, update: int) -> None:
         """Say what the coming update is.
@@ -65,14 +65,22 @@ class HookedSquares:
         is_turn = update % self.every == 0 or not self._has_variance
         self.hooks.due = num_units > 1 and is_turn
 
+    def shrink(self, batch_size: int, num_units: float) -> None:
+        """Say, before the last backward pass, that fewer samples make up the update than `begin` said."""
+        self._batch_size, self._num_units = batch_size, num_units
+
     @torch.no_grad()
-    def reduce(self, world_size: int, loss_scale: float = 1.0) -> None:
+    def reduce(self, world_size: int, factor: float = 1.0) -> None:
         """Sum the squares over the ranks; after the last backward pass of the update.
+
+        Args:
+            world_size: W.
+            factor: what makes the mean over the samples of what the passes left.
 
         Raises:
             UserError: if more backward passes reached the parameters than micro-batches were run, on every rank alike.
         """
-        self._world_size = world_size
+        self._world_size, self._mean = world_size, factor
         if not self.hooks.due:
             return
         units = self.hooks.collect()
@@ -90,32 +98,51 @@ class HookedSquares:
             )
         if self.every == 1:
             return
+        self._has_variance = self._num_units > 1
+        if not self._has_variance:  # of all units but one no sample was left
+            return
         squares = [slot.region for slot in units.slots]
         grads = [slot.gradient() for slot in units.slots]
-        n, scale = self._num_units, loss_scale**-2
+        n, scale = self._num_units, factor**2
         torch._foreach_mul_(squares, self._of_squares * scale)
         torch._foreach_addcmul_(squares, grads, grads, -scale)
         torch._foreach_mul_(squares, self._batch_size / (n - 1.0))
         torch._foreach_clamp_min_(squares, 0.0)
-        self._has_variance = True
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether there is a variance, or squares to take it from; one unit alone has none."""
+        return self._has_variance or (self.hooks.due and self._num_units > 1)
 
     @property
     def _of_squares(self) -> float:
         """From a region to the mean square of a unit's gradient, n/W^2."""
         return self._num_units / self._world_size**2
 
+    @property
+    def _clipped(self) -> float:
+        """By what gradients were multiplied since they were means; a variance that is kept is that of means already."""
+        return self.factor / self._mean
+
     def squares(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return, summed over passes and ranks, the squared gradients of some parameters; all of which have a gradient."""
         return [self.hooks.slots[p].region for p in parameters]
 
-    def sums(self) -> Tensor:
-        """Return of each parameter |ghat|^2 and the sum of squares over its shadow's average on W ranks, (2, P) in float64."""
+    def sums(self, factor: float = 1.0) -> Tensor:
+        """Return of each parameter |ghat|^2 and the sum of squares over its shadow's average on W ranks, (2, P) in float64.
+
+        Args:
+            factor: what makes the mean over the samples of what the passes left.
+        """
         parameters = self.parameters
-        if not (self._has_variance or self.hooks.due):
-            return sums_with((p, p.grad) for p in parameters)  # of one unit alone, whose squares say nothing
+        if not self._is_known:
+            return (
+                sums_with((p, p.grad) for p in parameters) * factor**2
+            )  # of one unit alone, whose squares say nothing
         sums = sums_with(zip(parameters, self.squares(parameters), strict=True))
+        sums[0] *= factor**2
         if self.every == 1:
-            sums[1] /= self._world_size
+            sums[1] *= factor**2 / self._world_size
         else:  # n/W * squares = ghat^2 + (n-1) * sigma^2/B
             mean = sums[0] + (self._num_units - 1.0) / self._batch_size * sums[1]
             sums[1] = mean * self._world_size / self._num_units
@@ -124,7 +151,7 @@ class HookedSquares:
     def moment(self, group: Mapping[str, Any], parameters: Sequence[Tensor]) -> Moment:
         """Return how the second moment of this update is estimated, for `AdaptiveOptimizer.moment_source`."""
         kappa = self._batch_size / group["reference_batch_size"]
-        if not (self._has_variance or self.hooks.due):
+        if not self._is_known:
             return Moment(kappa=kappa)
         if self.every == 1:
             share = (kappa - 1.0) / (self._num_units - 1.0)
@@ -134,12 +161,12 @@ class HookedSquares:
         variances = self.squares(parameters)
         if not self.hooks.due:
             variances = [self._completed(p, variance) for p, variance in zip(parameters, variances, strict=True)]
-        share = (kappa - 1.0) / self._batch_size * self.factor**2
+        share = (kappa - 1.0) / self._batch_size * self._clipped**2
         return Moment(variances, share, kappa=kappa, of_variance=True)
 
     def _completed(self, parameter: Tensor, variance: Tensor) -> Tensor:
         assert parameter.grad is not None
-        gradient = parameter.grad / self.factor if self.factor not in (0.0, 1.0) else parameter.grad
+        gradient = parameter.grad / self._clipped if self._clipped not in (0.0, 1.0) else parameter.grad
         return torch.where(variance == 0, self._batch_size * gradient.square(), variance)
 
     def state(self) -> dict[str, Tensor]:

@@ -1,0 +1,98 @@
+"""One photograph, from its file to eight bits of red, green and blue, upright, with nothing of it lost on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from largebatch.section import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ORIENTATION, PHOTOMETRIC, BITS, WHITE_IS_ZERO = 0x0112, 262, 258, 0  # tags of EXIF and TIFF
+
+
+def pillow() -> Any:
+    """Import Pillow.
+
+    Raises:
+        UserError: with the install command, where it is not installed.
+    """
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise UserError(
+            "data.name: image_folder reads photographs with Pillow, which is not installed: "
+            "pip install 'largebatch[vision]'"
+        ) from error
+    return PIL.Image
+
+
+def read_image(file: Path) -> Image:
+    """Return an image file as RGB, decoded completely, the first picture where it holds several.
+
+    It stands upright, as its EXIF orientation says. Sixteen bits of grey are brought to eight by their own white;
+    transparent pixels come out on white; CMYK is turned into RGB by Pillow's formula, without a colour profile.
+
+    Raises:
+        UserError: naming the file, if it cannot be read, or has values whose white is not known: floats, 32-bit integers.
+    """
+    module = pillow()
+    try:
+        with module.open(file) as image:
+            image.load()
+            return _upright(_as_rgb(image), image)
+    except MemoryError:
+        raise
+    # A broken file can raise anything: struct.error, IndexError, SyntaxError (a PNG), whatever its decoder trips over.
+    except Exception as error:
+        raise UserError(
+            f"image '{file}' cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
+
+
+def _as_rgb(image: Image) -> Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _eight_bits(image).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"its pixels are {kind}, which have no white of their own; save it with 8 or 16 bits")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("LA") if image.mode == "La" else image
+        clear = image.convert("RGBA")
+        paper = pillow().new("RGBA", clear.size, "white")
+        paper.alpha_composite(clear)
+        return paper.convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image) -> Image:
+    """Return 16-bit grey (some TIFFs have fewer bits) in eight, white as white; Pillow would clip all above 255."""
+    tags = getattr(image, "tag_v2", {})
+    white = 2 ** tags.get(BITS, (16,))[0] - 1
+    grey = np.asarray(image).astype(np.float32) * (255.0 / white)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        grey = 255.0 - grey
+    return pillow().fromarray(grey.round().clip(0, 255).astype(np.uint8))
+
+
+def _upright(picture: Image, image: Image) -> Image:
+    """Turn a picture as the camera noted; Pillow has done so by itself in TIFF."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken notes do not make a broken photograph
+        return picture
+    module = pillow().Transpose
+    turns = {
+        2: module.FLIP_LEFT_RIGHT,
+        3: module.ROTATE_180,
+        4: module.FLIP_TOP_BOTTOM,
+        5: module.TRANSPOSE,
+        6: module.ROTATE_270,
+        7: module.TRANSVERSE,
+        8: module.ROTATE_90,
+    }
+    return picture.transpose(turns[orientation]) if orientation in turns else picture
