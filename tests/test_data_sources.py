@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import pickle
 import random
 import sys
 import types
@@ -258,9 +260,50 @@ def test_wrong_text_files(tmp_path):
         Text(path=str(tmp_path / "missing.txt")).load(seed=0)
     with pytest.raises(UserError, match=r"should be a text file, it is a folder"):
         Text(path=str(tmp_path)).load(seed=0)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match=r"should be a text file, it is a pipe or device"):
+        Text(path=str(tmp_path / "pipe.txt")).load(seed=0)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"has 0 bytes; a context of 128 needs 258 or more"):
+        Text(path=str(tmp_path / "empty.txt")).load(seed=0)
     (tmp_path / "short.txt").write_bytes(b"hello")
     with pytest.raises(UserError, match=r"has 5 bytes; a context of 128 needs 258 or more"):
         Text(path=str(tmp_path / "short.txt")).load(seed=0)
+
+
+def _own_memory():
+    """Memory of this process that is no file's, bytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+def test_a_text_is_mapped_and_not_read(tmp_path):
+    file = tmp_path / "large.txt"
+    file.write_bytes(bytes(range(256)) * 2**18)  # 64 MiB
+    before = _own_memory()
+    source = Text(path=str(file), context=127).load(seed=0)
+    for start in range(0, len(source.train), 4096):
+        batch(source.train, range(start, min(start + 4096, len(source.train))))
+    assert _own_memory() - before < 2**24
+    copy = pickle.loads(pickle.dumps(source.train))  # as a worker that is not forked gets it
+    assert len(pickle.dumps(source.train)) < 1000 and torch.equal(
+        batch(copy, [5, 99])[0], batch(source.train, [5, 99])[0]
+    )
+
+
+def test_a_text_that_is_shortened_is_told_of(tmp_path):
+    """The kernel ends a process that reads a page which is gone."""
+    file = tmp_path / "input.txt"
+    file.write_bytes(bytes(range(256)) * 256)
+    train = Text(path=str(file), context=9).load(seed=0).train
+    with file.open("ab") as appended:
+        appended.write(b"more")
+    assert batch(train, [0])[0].tolist() == [list(range(9))]
+    file.write_bytes(b"short")
+    with pytest.raises(
+        UserError, match=r"input\.txt' was shortened from 65,536 to 5 bytes while the run was reading it"
+    ):
+        batch(train, [0])
 
 
 def test_real_text(data_folder):

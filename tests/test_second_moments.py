@@ -323,3 +323,58 @@ def test_natural_mistakes_of_own_loops_are_errors(monkeypatch):
     wrapped = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
     with pytest.raises(UserError, match="track: the model is wrapped"):
         largebatch.track(wrapped)
+
+
+def _followed_by_an_engine(every, announced, sizes, loss_scale=1.0, updates=7):
+    """Return the weights, and the sums of the last update's noise, after updates in passes of so many samples each."""
+    from largebatch.distributed import Ranks
+    from largebatch.distributed.ddp import DataParallel
+
+    model, inputs, targets = problem()
+    engine = DataParallel(Ranks(), torch.device("cpu"), "fp64", squares_every=every)
+    engine.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale, enabled=loss_scale != 1.0)
+    engine.track(model, "micro_batch")
+    model, optimizer = engine.prepare(
+        model, lambda model: optim.AdamW(largebatch.param_groups(model), lr=0.01, reference_batch_size=2)
+    )
+    engine.use_squares(optimizer)
+    left = sum(sizes)
+    units = left**2 / sum(size**2 for size in sizes)
+    sums = None
+    for update in range(updates):
+        engine.begin_update(announced, 4.0 if announced != left else units, update)
+        inputs, targets, first = inputs.roll(1, 0), targets.roll(1, 0), 0
+        for number, size in enumerate(sizes):
+            is_last = number == len(sizes) - 1
+            if is_last and announced != left:
+                engine.shrink_update(left, units)
+            with engine.accumulate(sync=is_last):
+                rows = slice(first, first + size)
+                engine.backward(sample_losses(model, inputs[rows], targets[rows]).sum() / announced)
+            first += size
+        optimizer.set_batch(left, units, 1)
+        sums = engine.noise_sums(model)
+        engine.step(optimizer, 0.1)
+    return [p.detach().clone() for p in model.parameters()], sums
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("sizes", [(3, 3, 2, 3), (3, 0, 2), (0, 3)])
+def test_samples_that_are_missing_leave_no_trace_in_an_engine(every, sizes):
+    """Announced 12 and short of some: the same as if those that are left had been all, squares, noise and clipping too."""
+    expected, noise = _followed_by_an_engine(every, sum(sizes), sizes)
+    found, sums = _followed_by_an_engine(every, 12, sizes)
+    known = 1 if len(sizes) == 2 else 2  # one unit alone has no squares to speak of
+    torch.testing.assert_close(sums[:known], noise[:known], rtol=1e-12, atol=0)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_loss_scale_leaves_no_trace_in_an_engine(every):
+    """The variance that is kept between updates, and the noise, are those of unscaled gradients."""
+    expected, noise = _followed_by_an_engine(every, 12, (3, 3, 3, 3))
+    found, sums = _followed_by_an_engine(every, 12, (3, 3, 3, 3), loss_scale=2.0**10)
+    torch.testing.assert_close(sums, noise, rtol=1e-12, atol=0)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
