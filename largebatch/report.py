@@ -146,6 +146,8 @@ def summary_table(summary: dict[str, Any], folder: str | None) -> Table:
     if summary["val_accuracy"] is not None:
         rows["validation accuracy"] = f"{summary['val_accuracy']:.2%}"
         rows["best validation accuracy"] = f"{summary['best_val_accuracy']:.2%}"
+    if summary["unreadable"]:
+        rows["left out, as they cannot be read"] = number(len(summary["unreadable"]))
     if folder:
         rows["run folder"] = folder
     for name, value in rows.items():

@@ -197,7 +197,7 @@ def _images_below(folder: Path, left_out: Counter[str]) -> list[str]:
         with os.scandir(folder / prefix) as entries:
             for entry in entries:
                 is_named = entry.name.lower().endswith(SUFFIXES)
-                is_folder = entry.is_dir()
+                is_folder = _is_folder(entry)
                 if entry.name.startswith("."):
                     left_out["hidden file"] += is_named and not is_folder
                 elif is_folder and not is_named:
@@ -212,6 +212,13 @@ def _images_below(folder: Path, left_out: Counter[str]) -> list[str]:
     visit("", ())
     ordered = sorted(by_folder, key=lambda prefix: prefix[:-1])
     return [prefix + name for prefix in ordered for name in sorted(by_folder[prefix])]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say
+        return False
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
