@@ -56,6 +56,8 @@ class CheckpointConfig(Section):
     """Keep for good the first checkpoint after each multiple of so many epochs."""
     asynchronous: bool = True
     """Write beside the training, from a copy in the host's memory; false stops the training while it writes."""
+    same_data: bool = True
+    """Continue only on the data that the checkpoint was written with; false tells what differs and goes on."""
     time_limit_minutes: Positive | None = None
     """Stop after this time with a checkpoint, as at a signal of pre-emption."""
 
@@ -183,6 +185,8 @@ def _problem_of(state: dict[str, Any]) -> str | None:
         return "'config' is no config of a run"
     if not all(isinstance(group, dict) for group in state["groups"]):
         return "'groups' is of another kind"
+    if not isinstance(state.get("data", {}), dict):
+        return "'data' is of another kind"
     if min(state["num_train"], state["world_size"], state["micro_size"]) < 1:
         return "a count is not positive"
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -73,17 +73,21 @@ def _data_loader(samples: Samples, batch_sampler: Any, config: LoaderConfig, dev
 
 def _fetch(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Take the next batch to the device; floating-point inputs and targets in the model's dtype."""
-    try:
-        inputs, targets = next(batches)
-    except UserError as error:
-        # A worker's error arrives with its traceback in the message; the last line is what was raised.
-        line = str(error).strip().splitlines()[-1]
-        raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+    inputs, targets = _read(batches)
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
 
     return move(inputs), move(targets)
+
+
+def _read(batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    try:
+        return next(batches)
+    except UserError as error:
+        # A worker's error arrives with its traceback in the message; the last line is what was raised.
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
 
 
 class TrainLoader:
@@ -140,3 +144,19 @@ def evaluation_batches(
     for part in parts:
         inputs, targets = _fetch(batches, device, dtype)
         yield MicroBatch(inputs, targets, len(part))
+
+
+def samples_twice(
+    samples: Samples, places: Iterable[int], config: LoaderConfig
+) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """Yield samples one at a time, each read twice in a batch of two: (place, (inputs (2, ...), targets (2, ...))).
+
+    They are read where the run reads: in a worker where it has some, as a file that was opened before a worker is
+    forked may be of no use in it.
+    """
+    chosen = list(places)
+    keys = [SampleKeys(np.zeros(2, dtype=np.int64), np.full(2, place)) for place in chosen]
+    one = config.model_copy(update={"num_workers": min(1, config.num_workers), "prefetch": 1})
+    batches = iter(_data_loader(samples, keys, one, torch.device("cpu")))
+    for place in chosen:
+        yield place, _read(batches)
