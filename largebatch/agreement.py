@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -23,7 +24,7 @@ Shown = dict[str, Any]
 # Where a node keeps the data and how many workers read it is its own affair.
 OF_THE_NODE = ("data.path", "loader.num_workers", "loader.prefetch")
 # Libraries that decide what a model is and what a sample looks like, by the module that shows whether they are in use.
-LIBRARIES = ("largebatch", "torch", "numpy", "torchvision", "timm", "transformers", "deepspeed", "accelerate", "PIL")
+LIBRARIES = ("torch", "numpy", "torchvision", "timm", "transformers", "deepspeed", "accelerate", "PIL")
 # What is compared, in this order: a difference explains those that follow from it.
 SECTIONS = {
     "config": ("the ranks were given different configs", "start every rank with one config and the same flags"),
@@ -62,7 +63,7 @@ def show_model(model: nn.Module) -> Shown:
     described = [f"{name} {list(t.shape)} {t.dtype} {t.requires_grad}" for name, t in tensors]
     shown = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "names, shapes or order of its tensors": HASHED + _hash("\n".join(described).encode()),
+        "names and shapes of tensors": HASHED + _hash("\n".join(described).encode()),
     }
     return {"model": shown, **_show_code()}
 
@@ -98,7 +99,7 @@ def _installed() -> tuple[str, ...]:
 
 
 def _is_own(file: str) -> bool:
-    return not file.startswith(_installed()) and "-packages" not in file
+    return os.path.isabs(file) and not file.startswith(_installed()) and "-packages" not in file
 
 
 def _hash_file(file: str) -> str:
@@ -152,7 +153,9 @@ def _differences(section: str, values: dict[int, Shown]) -> list[str]:
         listed = ", ".join(names[:MOST_TOLD]) + (
             f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else ""
         )
-        told.append(f"{listed} on {ranks} differ{'s' if len(names) == 1 else ''} from {name_ranks([first])}'s")
+        told.append(
+            f"{ranks} {'differ' if ranks.startswith('ranks') else 'differs'} from {name_ranks([first])} in {listed}"
+        )
     return told
 
 

@@ -111,9 +111,10 @@ class Engine(ABC):
         if search:
             named = {name: buffer for name, buffer in model.named_buffers() if buffer.numel()}
             sums = torch.stack([_sums(buffer) for buffer in named.values()] or [torch.zeros(2, dtype=torch.float64)])
-            first = sums.to(self.device)
+            sums = sums.to(self.device)
+            first = sums.clone()
             self._copy_from_first([first])
-            differ = self.sum((sums.to(self.device) != first).any(dim=1).double()).tolist()
+            differ = self.sum((sums != first).any(dim=1).double()).tolist()
             names += [name for name, found in zip(named, differ, strict=False) if found and name not in names]
         if names:  # the same ones on every rank
             held = dict(model.named_buffers())  # a model may have put other tensors there
