@@ -94,6 +94,10 @@ class Engine(ABC):
     def place(self, model: nn.Module) -> None:
         """Move a model to the device, with rank 0's weights and buffers on every rank."""
         model.to(self.device, self.dtype)
+        for module in model.modules():  # an expanded buffer cannot be written: not from here, nor from a checkpoint
+            for name, buffer in module.named_buffers(recurse=False):
+                if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+                    setattr(module, name, buffer.contiguous())
         self._aligned = []
         weights = (parameter for parameter in model.parameters() if not is_shadow(parameter))
         self._copy_from_first([tensor.detach() for tensor in (*weights, *model.buffers())])
@@ -134,9 +138,7 @@ class Engine(ABC):
                 flat = torch.cat([tensor.reshape(-1) for tensor in taken]).to(self.device)
                 dist.broadcast(flat.view(torch.uint8), 0)
                 for tensor, part in zip(taken, flat.split([tensor.numel() for tensor in taken]), strict=True):
-                    whole = part.view(tensor.shape)
-                    if tensor.is_contiguous() or not torch.equal(tensor, whole):  # an expanded one cannot be written
-                        tensor.copy_(whole)
+                    tensor.copy_(part.view(tensor.shape))
 
     def track(self, model: nn.Module, per: Literal["sample", "micro_batch"], fallback: Iterable[str] = ()) -> None:
         """Let backward passes collect squared gradients; before `prepare`. Here as shadows, which the engine reduces."""
