@@ -80,6 +80,33 @@ def test_one_rank_that_resumes_is_refused(rank_pool, tmp_path):
     assert said[0] == said[1] and "--resume is given on rank 0, never on rank 1" in said[0]
 
 
+def _resume_from_own_disk(rank, world_size, folders):
+    """Each rank reads another file under the checkpoint's name, as if its node had a disk of its own."""
+    from largebatch import run as run_module
+
+    see = run_module.show_checkpoint
+    run_module.show_checkpoint = lambda path: (
+        {"checkpoint": {str(path): next(iter(see(folders[rank] / "checkpoints" / path.name)["checkpoint"].values()))}}
+    )
+    try:
+        return said_by(rank, world_size, [digits(**SHORT)], folders[0], resume="auto")
+    finally:
+        run_module.show_checkpoint = see
+
+
+def test_another_checkpoint_of_the_same_name_is_refused(rank_pool, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, rate in zip(folders, (0.02, 0.03), strict=True):
+        train(digits(**SHORT, **{"optimizer.lr": rate}), folder, ranks=Ranks())
+    said = rank_pool(2, _resume_from_own_disk, folders)
+    assert (
+        said[0] == said[1] and "--resume: the ranks see different checkpoints: rank 1 differs from rank 0 in" in said[0]
+    )
+    shutil.rmtree(folders[1] / "checkpoints")
+    said = rank_pool(2, _resume_from_own_disk, folders)
+    assert said[0] == said[1] and "SharedError: rank 1: --resume: " in said[0] and "is not there" in said[0]
+
+
 class Rows(torch.utils.data.Dataset):
     """Rows of numbers, with what is wrong with them on rank 1 of two."""
 
