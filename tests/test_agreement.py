@@ -178,7 +178,7 @@ def test_other_data_on_a_rank_is_refused(wrong, kind, rank_pool, tmp_path):
         pytest.skip("16 places are looked at")
     said = rank_pool(2, said_by, [on_rows(wrong, kind=kind)], tmp_path / "run")
     names = (
-        {"part": "read", "labels": "read"}
+        {"part": "samples_read", "labels": "samples_read"}
         if kind == "dataset"
         else {"part": "inputs.values, train.targets.bytes", "labels": "targets.bytes", "inputs": "inputs.values"}
     )

@@ -118,7 +118,7 @@ def test_a_set_of_the_users_own_is_read_in_a_few_places():
     first, shuffled = pairs(), pairs()
     shuffled.samples = shuffled.samples[1:] + shuffled.samples[:1]
     assert changes(MapSamples(first, 0), MapSamples(pairs(), 0)) == []
-    assert changes(MapSamples(first, 0), MapSamples(shuffled, 0)) == ["train.read"]
+    assert changes(MapSamples(first, 0), MapSamples(shuffled, 0)) == ["train.samples_read"]
     assert len(set(first.asked)) == 16 and {0, 99} <= set(first.asked)
     assert changes(MapSamples(pairs(7), 0), MapSamples(pairs(7), 0)) == []
 
@@ -127,7 +127,7 @@ def test_a_set_of_the_users_own_is_read_in_a_few_places():
             return self.samples[index][0] + float(np.random.default_rng().normal()), self.samples[index][1]
 
     known = of(MapSamples(Drawing(pairs().samples), 0))["train"]
-    assert "read" not in known and known["shape"] == "float32 [4], int64 []"
+    assert "samples_read" not in known and known["shape"] == "float32 [4], int64 []"
 
 
 def test_slow_samples_cost_a_second():
@@ -141,7 +141,7 @@ def test_slow_samples_cost_a_second():
 def test_samples_of_many_sizes_are_looked_at_one_by_one():
     ragged = Listed([(torch.ones(1 + index % 5), index % 3) for index in range(40)])
     known = of(MapSamples(ragged, 0))["train"]
-    assert "shape" not in known and len(known["read"]) == 16
+    assert "shape" not in known and len(known["samples_read"]) == 16
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def is_same(ours: Any, theirs: Any, part: str = "") -> bool:
     """
     if not (isinstance(ours, list) and isinstance(theirs, list)):
         return bool(ours == theirs)
-    if part.endswith(".read"):  # as many as there was time for
+    if part.endswith(".samples_read"):  # as many as there was time for
         return all(map(is_same, ours, theirs))
     if not all(isinstance(value, float) for value in (*ours, *theirs)) or len(ours) != len(theirs):
         return len(ours) == len(theirs) and all(map(is_same, ours, theirs))
@@ -186,7 +186,7 @@ def _shape_and_read(samples: Samples, loader: LoaderConfig) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 break
     found = {"shape": shapes} if len({str(sample[1][0]) for sample in read}) == 1 else {}
-    return found | ({"read": read} if is_repeatable else {})
+    return found | ({"samples_read": read} if is_repeatable else {})
 
 
 def _digest_of_sample(sample: Tensor) -> list[Any]:
