@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -56,11 +56,10 @@ class CheckpointConfig(Section):
     """Keep for good the first checkpoint after each multiple of so many epochs."""
     asynchronous: bool = True
     """Write beside the training, from a copy in the host's memory; false stops the training while it writes."""
+    same_data: bool = True
+    """Continue only on the data that the checkpoint was written with; false tells what differs and goes on."""
     time_limit_minutes: Positive | None = None
     """Stop after this time with a checkpoint, as at a signal of pre-emption."""
-    changed_data: Literal["refuse", "continue"] = "refuse"
-    """Resumed with another number of training samples than it was begun with: refuse; or continue with those there are, in
-    an order of their own."""
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -186,6 +185,8 @@ def _problem_of(state: dict[str, Any]) -> str | None:
         return "'config' is no config of a run"
     if not all(isinstance(group, dict) for group in state["groups"]):
         return "'groups' is of another kind"
+    if not isinstance(state.get("data", {}), dict):
+        return "'data' is of another kind"
     if min(state["num_train"], state["world_size"], state["micro_size"]) < 1:
         return "a count is not positive"
     return None

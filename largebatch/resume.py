@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from largebatch.checkpoint import STATE, CheckpointFolder, find_problems, read_mapping, read_run_state, samples_of
 from largebatch.config import Run
-from largebatch.section import UserError
+from largebatch.data import changed_parts
+from largebatch.section import UserError, leaves
 
 # What may differ from the run that wrote a checkpoint: who computes a sample and where, what is shown and kept; never
 # which samples enter an update and what they do to the weights.
@@ -75,14 +76,6 @@ def find_checkpoint(resume: str, folder: Path) -> tuple[Found | None, tuple[str,
     return None, ()
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _is_under(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
@@ -99,7 +92,7 @@ def check_config(run: Run, config: Mapping[str, Any], where: Path, is_branch: bo
     Raises:
         UserError: naming each key that differs, and what may.
     """
-    saved, own = dict(_leaves(config)), dict(_leaves(run.model_dump(mode="json")))
+    saved, own = dict(leaves(config)), dict(leaves(run.model_dump(mode="json")))
     # A key that only one of them has is of another version, or of another kind of section, whose name differs too.
     differing = [key for key in own if key in saved and saved[key] != own[key]]
     differing = [key for key in differing if key in BOUND or not _is_under(key, FREE)]
@@ -112,8 +105,46 @@ def check_config(run: Run, config: Mapping[str, Any], where: Path, is_branch: bo
     return [f"{key} {saved[key]} there, {own[key]} here" for key in changed]
 
 
-def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tuple[Found | None, tuple[str, ...]]:
+def _check_data(run: Run, found: Found, data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Refuse to continue on other data, or return what to tell of it where the config says so.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    num_here, num_there = data["train"]["samples"], found.state["num_train"]
+    if num_there != num_here:
+        counts = f"{num_there:,} training samples there, {num_here:,} here"
+        then = (
+            "an order of its own from here on, in which some samples of the epoch under way come twice or not at all; schedule "
+            "and end by the new length of an epoch"
+        )
+        if run.checkpoint.same_data:
+            raise UserError(
+                f"--resume: {found.path} is of another data set: {counts}; put back what is gone (of a photograph that cannot "
+                f"be read the name is enough, with --data.corrupt skip), or go on so, --checkpoint.same_data false: {then}"
+            )
+        return (f"continues on another data set: {counts}; {then}",)
+    changed = changed_parts(data, found.state.get("data"))  # of an old checkpoint nothing is known
+    if not changed:
+        return ()
+    line = f"{found.path} was written with other data, which differs in {', '.join(changed)}"
+    if run.checkpoint.same_data:
+        raise UserError(
+            f"--resume: {line}; bring the former data back, or go on with this with --checkpoint.same_data false"
+        )
+    return (line,)
+
+
+def choose_checkpoint(
+    run: Run, resume: str, folder: Path, data: Mapping[str, Any]
+) -> tuple[Found | None, tuple[str, ...]]:
     """Return `find_checkpoint` for a run that may continue from it, in a folder that may take it.
+
+    Args:
+        run: the config.
+        resume: as `find_checkpoint` takes it.
+        folder: the run folder.
+        data: the digest of the run's data.
 
     Raises:
         UserError: if it may not.
@@ -135,18 +166,7 @@ def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tu
             f"--resume: {found.path} stands on AdaScale's clock, on which a run with scaling.rule {run.scaling.rule} cannot go "
             "on; branch off with adascale, or begin anew"
         )
-    if (before := found.state["num_train"]) != num_train:
-        counts = f"{before:,} training samples there, {num_train:,} here"
-        then = (
-            "an order of its own from here on, in which some samples of the epoch under way come twice or not at all; schedule "
-            "and end by the new length of an epoch"
-        )
-        if run.checkpoint.changed_data == "refuse":
-            raise UserError(
-                f"--resume: {found.path} is of another data set: {counts}; put back what is gone (of a photograph that cannot "
-                f"be read the name is enough, with --data.corrupt skip), or take --checkpoint.changed_data continue: {then}"
-            )
-        notes = (*notes, f"continues on another data set: {counts}; {then}")
+    notes = (*notes, *_check_data(run, found, data))
     if not is_own and ((folder / "config.yaml").exists() or own.saved()):
         if not (folder / "config.yaml").exists():
             raise UserError(f"--out: {folder} already has checkpoints; name another folder")
@@ -154,6 +174,7 @@ def choose_checkpoint(run: Run, resume: str, folder: Path, num_train: int) -> tu
         check_config(run, read_mapping(folder / "config.yaml", "config of a run"), folder)
         begun, more = find_checkpoint("auto", folder)
         if begun is not None:
+            more = (*more, *_check_data(run, begun, data))
             return begun, (*more, f"{folder} was begun at {found.path} or elsewhere before: it goes on where it stands")
     newer = [path for path in own.saved() if path.name > found.path.name] if is_own and resume != "auto" else []
     newer = [path for path in newer if not find_problems(path)]

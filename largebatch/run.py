@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import nn
 
+from largebatch.agreement import difference, show_checkpoint, show_model, show_run
 from largebatch.checkpoint import LOCK, CheckpointFolder, locked, replace_text
 from largebatch.config import Run
-from largebatch.data import Source
+from largebatch.data import Source, digest, seed_generators
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import readable
-from largebatch.distributed import Backend, Ranks, create_backend, is_communication, launched_ranks
+from largebatch.distributed import Backend, Meeting, Ranks, choose_backend, is_communication, launched_ranks
 from largebatch.distributed.saving import cause_of
 from largebatch.distributed.state import export_weights
 from largebatch.models import FactoryModel, norm_group_size
@@ -43,7 +43,7 @@ def build_model(run: Run, task: Task) -> nn.Module:
     Raises:
         UserError: if there is nothing to train, or a complex tensor, which no precision of a run has room for.
     """
-    torch.manual_seed(run.seed)
+    seed_generators(run.seed)
     model = run.model.build(task)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_complex():
@@ -117,26 +117,28 @@ def train(
         UserError: for what the user can mend.
     """
     ranks = launched_ranks() if ranks is None else ranks
+    ranks = replace(ranks, timeout_seconds=run.backend.timeout_seconds)
     if ranks.rank != 0:
         folder_here, console = None, None
     else:
         folder_here = folder
-    if folder_here is not None and not may_rename:
-        check_folder(folder_here, resume != "never")
-    check_trackers(run.log)
-    source = run.data.load(run.seed) if source is None else source
-    model = build_model(run, source.task)
-    plan, plan_warnings = build_plan(run, len(source.train), ranks.world_size, norm_group_size(model))
-    try:
-        backend = create_backend(run.backend, run.precision, ranks)
-    except UserError as error:
-        error.everywhere = False
-        raise
+    meeting = Meeting(ranks)
+    with meeting.agree("config", difference) as shown:
+        shown.update(show_run(run, resume, folder))
+        if folder_here is not None and not may_rename:
+            check_folder(folder_here, resume != "never")
+        check_trackers(run.log)
+    with meeting.agree("data and the model", difference) as shown:
+        source = run.data.load(run.seed) if source is None else source
+        shown["data"] = known = digest(source, run.loader)
+        model = build_model(run, source.task)
+        shown.update(show_model(model))
+        plan, plan_warnings = build_plan(run, len(source.train), ranks.world_size, norm_group_size(model))
+        open_backend = choose_backend(run.backend, run.precision, replace(ranks, store=meeting.store))
+    backend = open_backend()
     # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
     own_seed = int(np.random.SeedSequence([run.seed, ranks.rank + 1]).generate_state(1)[0])
-    torch.manual_seed(own_seed)
-    np.random.seed(own_seed)  # and Python's: a user's model or data may draw from them
-    random.seed(own_seed)
+    seed_generators(own_seed)
     observers, is_lost = Observers(), False
     with ExitStack() as held:
         try:
@@ -145,7 +147,7 @@ def train(
             if folder_here is not None and not is_new:
                 held.enter_context(locked(folder_here, _lock_wait()))
                 check_folder(folder_here, resume != "never")  # again: another run may have come and gone
-            found, notes = _agree_on_checkpoint(run, folder, resume, len(source.train), backend)
+            found, notes = _agree_on_checkpoint(run, folder, resume, known, backend, meeting)
             if found is None:
                 notes += _verify_squares(run, model, source, backend)
             if console is not None:
@@ -156,7 +158,7 @@ def train(
                 say_warnings(console, (*warnings, *source.notes, *plan_warnings, *notes))
             folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
             folder_here = None if folder_here is None else folder
-            trainer = Trainer(run, source, model, plan, backend, observers, folder, found)
+            trainer = Trainer(run, source, model, plan, backend, observers, folder, found, known)
             done = trainer.progress.samples_seen
             if folder_here is not None:
                 _write_config(folder_here, run)
@@ -243,12 +245,12 @@ def _what_is_kept(folder: Path | None) -> str:
 
 
 def _agree_on_checkpoint(
-    run: Run, folder: Path | None, resume: str, num_train: int, backend: Backend
+    run: Run, folder: Path | None, resume: str, data: dict[str, Any], backend: Backend, meeting: Meeting
 ) -> tuple[Found | None, tuple[str, ...]]:
     """Return the checkpoint that rank 0 chose, on every rank, and what it noticed.
 
     Raises:
-        UserError: if there is none to continue from, or it is of another run, or a rank does not see it.
+        UserError: if there is none to continue from, or it is of another run, or a rank does not see the same one.
     """
     if resume == "never" or folder is None:
         return None, ()
@@ -257,15 +259,17 @@ def _agree_on_checkpoint(
     error: UserError | None = None
     if backend.rank == 0:
         try:
-            found, notes = choose_checkpoint(run, resume, folder, num_train)
+            found, notes = choose_checkpoint(run, resume, folder, data)
             CheckpointFolder(folder / "checkpoints").clean()
         except UserError as raised:
             error = raised
     found, notes, error = backend.share((found, notes, error))
     if error is not None:
         raise SharedError(str(error))
-    if found is not None and not found.path.is_dir():
-        raise UserError(f"--resume: {found.path} is not there; the run folder must be on a file system all ranks share")
+    if found is None:
+        return None, notes
+    with meeting.agree("checkpoint", difference) as shown:
+        shown.update(show_checkpoint(found.path))
     return found, notes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -37,7 +37,7 @@ class UserError(ValueError):
 
 
 class SharedError(UserError):
-    """A mistake that every rank knows of, found by one or by all of them: one line a node says it."""
+    """A mistake of a rank, or of them all, that every rank was told of: one line a node says it."""
 
 
 class UnreadableError(SharedError):
@@ -52,6 +52,15 @@ class Section(BaseModel):
     """One section of a config. Unknown keys are refused; attribute docstrings become the command-line help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings, named like ``section.key``."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

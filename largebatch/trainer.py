@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,7 @@ class Trainer:
         observer: takes the rows; on every rank, which may ignore them.
         folder: run folder, for checkpoints; None writes none.
         found: checkpoint to continue from; None begins.
+        data: digest of the source, for checkpoints; None keeps none.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Trainer:
         observer: Observer,
         folder: Path | None,
         found: Found | None = None,
+        data: dict[str, Any] | None = None,
     ) -> None:
         self.run, self.source, self.plan, self.backend, self.observer, self.folder = (
             run,
@@ -85,8 +88,10 @@ class Trainer:
             observer,
             folder,
         )
+        self.data = data
         self.tracked = run.tracked()
         self._unchecked = self.tracked is not None
+        self._unaligned = True
         if self.tracked is not None:
             backend.track(model, self.tracked, getattr(run.model, "fallback", ()))
         self.bare_model = model
@@ -164,7 +169,7 @@ class Trainer:
         return self._summary(status)
 
     def _train(self) -> None:
-        progress = self.progress
+        progress, backend = self.progress, self.backend
         if progress.owes_evaluation:
             self._evaluate_and_log()
         self.model.train()
@@ -186,6 +191,8 @@ class Trainer:
                     progress, clock = self.progress, time.perf_counter()
                     continue
                 grad_norm = math.nan
+            backend.align_buffers(self.bare_model, search=self._unaligned)
+            self._unaligned = False
             progress.samples_seen += batch_size
             progress.step += 1
 
@@ -321,6 +328,7 @@ class Trainer:
     def evaluate(self) -> tuple[Row, list[str]]:
         """Return the exact mean loss, and accuracy, over the whole validation set, and what of it could not be read."""
         size, loader, backend = self.run.evaluate.batch_size, self.run.loader, self.backend
+        backend.align_buffers(self.bare_model, search=True)
         return evaluate(self.bare_model, self.source, backend, size, loader, backend.dtype)
 
     def save(self) -> None:
@@ -331,6 +339,7 @@ class Trainer:
         now = time.perf_counter()
         progress.seconds += now - self._started
         self._started = now
+        backend.align_buffers(self.bare_model, search=True)
         tensors = {
             **backend.state(self.bare_model, self.optimizer),
             **random_state(backend.rank),
@@ -341,6 +350,7 @@ class Trainer:
             "progress": asdict(progress),
             "config": self.run.model_dump(mode="json"),
             "num_train": len(self.source.train),
+            **({} if self.data is None else {"data": self.data}),
             "world_size": backend.world_size,
             "micro_size": share,
             "engine": backend.describe(),

@@ -34,6 +34,7 @@ from largebatch.checkpoint import (
     samples_of,
 )
 from largebatch.cli import main
+from largebatch.data import TensorSamples
 from largebatch.distributed import Ranks
 from largebatch.distributed.state import read_tensors, tensor_metadata
 from largebatch.run import train
@@ -511,7 +512,8 @@ def test_another_run_is_not_continued(message, begun, tmp_path, capsys):
 def test_another_data_set_is_refused(begun):
     run = digits(**SHORT)
     source = run.data.load(0)
-    fewer = type(source)(torch.utils.data.Subset(source.train, range(1000)), source.val, source.task)
+    train_half = TensorSamples(source.train.inputs[:1000], source.train.targets[:1000])
+    fewer = type(source)(train_half, source.val, source.task)
     with pytest.raises(UserError, match="another data set: 1,438 training samples there, 1,000 here"):
         train(run, begun, ranks=Ranks(), source=fewer, resume="auto")
 

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jobs import Job, assert_same_run, checkpoints, no_job_left, small_gpt, wait_until, write_config, write_torchrun  # noqa: F401
+from test_agreement import LENGTH, MODELS, check_same_buffers, train_and_again
 from test_engines import CASES, OTHERS, config, distances, gathered, trajectory, whole
+from test_trainer import digits
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -80,6 +82,20 @@ def test_the_noise_is_measured_from_partitions(stage, rank_pool, tmp_path):
     for name in ("gradient_variance", "gradient_signal", "noise_scale"):
         theirs, mine = (torch.tensor([row[name] for row in rows]) for rows in (expected, ours))
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def _train_and_again(rank, world_size, run, folder):
+    return train_and_again(rank, world_size, run, folder, _fresh_counters)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_buffers_are_the_same_on_every_rank(stage, model, rank_pool, tmp_path):
+    """As on every engine (tests/test_agreement.py), in float32."""
+    engine = {"backend.name": "deepspeed", "backend.zero_stage": stage, "precision": "fp32"}
+    run = digits(**{**LENGTH, **MODELS[model], **engine})
+    check_same_buffers(run, rank_pool(2, _train_and_again, run, tmp_path), tmp_path, 1e-6)
 
 
 @needs_deepspeed

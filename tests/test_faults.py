@@ -173,6 +173,33 @@ def test_nodes_without_a_common_run_folder(tmp_path):
     assert summary(tmp_path / "node0" / "run")["status"] == "unsaved"
 
 
+@pytest.mark.parametrize("what", ["epochs", "code"])
+def test_nodes_that_differ(tmp_path, what):
+    """Two agents of torchrun, one started with another flag, or beside another copy of the model's file."""
+    config = write_config(tmp_path, schedule={"epochs": 1}, model={"name": "net:net"})
+    port, nodes = free_port(), []
+    for number in (0, 1):
+        code = tmp_path / f"node{number}"
+        code.mkdir()
+        rate = 1 + (number if what == "code" else 0)
+        text = f"import torch\n\n\ndef net(task):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Softplus({rate}))\n"
+        (code / "net.py").write_text(text)
+        given = {"NNODES": 2, "NPROC_PER_NODE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": code}
+        given["TORCHRUN"] = write_torchrun(code)
+        flags = ["--schedule.epochs", 1 + number] if what == "epochs" else []
+        words = ["launch/torchrun.sh", config, "--out", tmp_path / "run", *flags]
+        nodes.append(Job(words, tmp_path / f"node{number}.log", **given))
+    codes = [node.wait() for node in nodes]
+    lines = {line for node in nodes for line in node.printed().splitlines() if line.startswith("largebatch: error: ")}
+    print(codes, lines)
+    assert codes == [1, 1] and len(lines) == 1  # torchrun makes 1 of 2
+    expected = (
+        "schedule.epochs is 1.0 on rank 0, 2.0 on rank 1" if what == "epochs" else "rank 1 differs from rank 0 in net;"
+    )
+    assert expected in lines.pop() and not (tmp_path / "run").exists()
+    assert all("exitcode  : 2 " in node.printed() for node in nodes)
+
+
 @pytest.fixture
 def hosts():
     """Two hosts with a link between them, as network namespaces; returns their names."""

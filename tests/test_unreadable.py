@@ -323,11 +323,8 @@ def test_a_resume_after_a_removal_says_what_it_will_do_and_does_it(broken, tmp_p
     files_of(broken, "val")[3].unlink()
     assert main([*command, "--resume", "auto"]) == 2
     said = capsys.readouterr().err
-    assert (
-        "26 training samples there, 23 here" in said
-        and "--checkpoint.changed_data continue: an order of its own" in said
-    )
-    assert main([*command, "--resume", "auto", "--checkpoint.changed_data", "continue"]) == 0
+    assert "26 training samples there, 23 here" in said and "--checkpoint.same_data false: an order of its own" in said
+    assert main([*command, "--resume", "auto", "--checkpoint.same_data", "false"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "warning: continues on another data set: 26 training samples there, 23 here; an order of its own" in printed
     assert summary(tmp_path / "run")["samples"] == 2 * 23 and summary(tmp_path / "run")["status"] == "finished"

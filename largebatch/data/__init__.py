@@ -1,9 +1,11 @@
 """Data: which samples enter an update, and where they come from."""
 
+from largebatch.data.digest import changed_parts, digest
 from largebatch.data.factory import FactoryData, MapSamples
 from largebatch.data.folder import FolderSamples, ImageFolder
 from largebatch.data.hashing import uniforms
 from largebatch.data.images import ImageSamples, crop_flip
+from largebatch.data.seeding import seed_generators
 from largebatch.data.source import Samples, Source, TensorSamples
 from largebatch.data.synthetic import SyntheticImages
 from largebatch.data.text import Text
@@ -37,6 +39,9 @@ __all__ = [
     "SyntheticImages",
     "TensorSamples",
     "Text",
+    "changed_parts",
     "crop_flip",
+    "digest",
+    "seed_generators",
     "uniforms",
 ]

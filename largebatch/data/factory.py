@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -17,21 +16,10 @@ from torch.utils.data import TensorDataset, default_collate
 
 from largebatch.data.hashing import sample_hashes
 from largebatch.data.sampler import SampleKeys
+from largebatch.data.seeding import random_states_kept, seed_generators
 from largebatch.data.source import Samples, Source, TensorSamples
 from largebatch.section import Section, UserError, import_factory
 from largebatch.task import Task
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Put Python's, NumPy's and torch's (CPU) random states back afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,7 @@ class MapSamples:
             UserError: if a sample is not a pair.
         """
         samples = []
-        with _random_states_kept():
+        with random_states_kept():
             hashes = sample_hashes(self.seed, keys.epochs, keys.indices)
             for index, sample_seed in zip(keys.indices.tolist(), hashes.tolist(), strict=True):
                 random.seed(sample_seed)
@@ -121,12 +109,13 @@ class FactoryData(Section):
     """Keyword arguments of the function."""
 
     def load(self, seed: int) -> Source:
-        """Return what the factory gives, with ordinary data sets adapted.
+        """Return what the factory gives, with ordinary data sets adapted; Python, NumPy and torch are seeded before.
 
         Raises:
             UserError: if it cannot be imported, the options do not fit it, or it returns something else.
         """
         factory = import_factory(self.name, "data.name")
+        seed_generators(seed)
         result = call_factory(factory, "data.options", self.options, {"seed": seed})
         if isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], Task):
             train, val, task = result

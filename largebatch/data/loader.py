@@ -86,18 +86,22 @@ def _micro_batch(
     batches: Iterator[Batch], planned: int, first: int, device: torch.device, dtype: torch.dtype
 ) -> MicroBatch:
     """Take the next batch, of so many samples (0: a stand-in), to the device; floating-point tensors in the model's dtype."""
-    try:
-        inputs, targets, missing = readable(next(batches))
-    except UserError as error:
-        # A worker's error arrives with its traceback in the message; the last line is what was raised.
-        line = str(error).strip().splitlines()[-1]
-        raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+    inputs, targets, missing = readable(_read(batches))
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
 
     missing = missing if planned else {}
     return MicroBatch(move(inputs), move(targets), planned - len(missing), first, missing)
+
+
+def _read(batches: Iterator[Batch]) -> Batch:
+    try:
+        return next(batches)
+    except UserError as error:
+        # A worker's error arrives with its traceback in the message; the last line is what was raised.
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
 
 
 class TrainLoader:
@@ -153,3 +157,19 @@ def evaluation_batches(
     batches = iter(_data_loader(samples, keys, config, device))
     for part in parts:
         yield _micro_batch(batches, len(part), 0, device, dtype)
+
+
+def samples_twice(
+    samples: Samples, places: Iterable[int], config: LoaderConfig
+) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """Yield samples one at a time, each read twice in a batch of two: (place, (inputs (2, ...), targets (2, ...))).
+
+    They are read where the run reads: in a worker where it has some, as a file that was opened before a worker is
+    forked may be of no use in it.
+    """
+    chosen = list(places)
+    keys = [SampleKeys(np.zeros(2, dtype=np.int64), np.full(2, place)) for place in chosen]
+    one = config.model_copy(update={"num_workers": min(1, config.num_workers), "prefetch": 1})
+    batches = iter(_data_loader(samples, keys, one, torch.device("cpu")))
+    for place in chosen:
+        yield place, readable(_read(batches))[:2]

@@ -6,9 +6,12 @@ from largebatch.distributed.backend import (
     NonFiniteError,
     Precision,
     Ranks,
+    choose_backend,
     create_backend,
     launched_ranks,
+    resolve,
 )
+from largebatch.distributed.meeting import Meeting, name_ranks
 from largebatch.distributed.saving import CheckpointWriter
 from largebatch.distributed.watch import is_communication
 
@@ -16,10 +19,14 @@ __all__ = [
     "Backend",
     "BackendConfig",
     "CheckpointWriter",
+    "Meeting",
     "NonFiniteError",
     "Precision",
     "Ranks",
+    "choose_backend",
     "create_backend",
     "is_communication",
     "launched_ranks",
+    "name_ranks",
+    "resolve",
 ]

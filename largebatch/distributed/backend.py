@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -64,12 +65,21 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """Place of this process among the processes of the run, as torchrun names it, and how long they wait for each other."""
+    """Place of this process among the processes of the run, as torchrun names it, and how long they wait for each other.
+
+    Args:
+        rank: this process.
+        local_rank: its number on its node.
+        world_size: processes of the run.
+        timeout_seconds: how long they wait.
+        store: through which they have met already; None where an engine is to open it.
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     timeout_seconds: float = 600.0
+    store: torch.distributed.Store | None = None
 
 
 def launched_ranks() -> Ranks:
@@ -212,6 +222,15 @@ class Backend(Protocol):
         """
         ...
 
+    def align_buffers(self, model: nn.Module, search: bool) -> None:
+        """Give every rank rank 0's values of the buffers that were found to differ; between two updates.
+
+        Args:
+            model: as it was handed to `prepare`.
+            search: compare all of them first, as models move buffers by what a rank has seen; one collective.
+        """
+        ...
+
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return model and optimizer by name for a checkpoint, as `distributed.state` spells it; every rank takes part."""
         ...
@@ -225,21 +244,49 @@ class Backend(Protocol):
         ...
 
 
+def resolve(config: BackendConfig, precision: Precision) -> BackendConfig:
+    """Return the section with what is decided elsewhere written out: by Accelerate's launcher, DeepSpeed's file, the machine.
+
+    Raises:
+        UserError: for what Accelerate was configured for and a run cannot do, or a file that cannot be read.
+    """
+    if config.name == "accelerate":
+        from largebatch.distributed.accelerate import launched
+
+        config = launched(config, precision)
+    decided: dict[str, Any] = {}
+    if config.name == "auto":
+        decided["name"] = "ddp"
+    if config.device == "auto":
+        decided["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.name == "deepspeed":
+        from largebatch.distributed.ds_config import load_ds_config
+
+        decided["ds_config"] = load_ds_config(config.ds_config, config.zero_stage)
+        decided["zero_stage"] = None  # it is in there
+    return config.model_copy(update=decided)
+
+
 def create_backend(config: BackendConfig, precision: Precision, ranks: Ranks) -> Backend:
     """Return the engine of a config for this process.
 
     Raises:
         UserError: if the device is not there, or a key does not go with the engine.
     """
-    if config.name == "accelerate":
-        from largebatch.distributed.accelerate import launched
+    return choose_backend(config, precision, ranks)()
 
-        config = launched(config, precision)
-    name = "ddp" if config.name == "auto" else config.name
+
+def choose_backend(config: BackendConfig, precision: Precision, ranks: Ranks) -> Callable[[], Backend]:
+    """Return what makes the engine of a config for this process: all that can be refused is refused before.
+
+    Raises:
+        UserError: if the device is not there, or a key does not go with the engine.
+    """
+    config = resolve(config, precision)
+    name, use_cuda = config.name, config.device == "cuda"
     ranks = replace(ranks, timeout_seconds=config.timeout_seconds)
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if use_cuda and not torch.cuda.is_available():
         raise UserError("backend.device: expected a GPU for 'cuda', found none; use --backend.device cpu")
-    use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     if use_cuda and ranks.local_rank >= torch.cuda.device_count():
         raise UserError(
             f"torchrun: {ranks.local_rank + 1} processes or more on this node, but {torch.cuda.device_count()} GPUs; "
@@ -256,11 +303,12 @@ def create_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
     if name != "deepspeed":
         _refuse_keys(config, name, "only deepspeed has it; remove it", "zero_stage", "ds_config")
     if name == "deepspeed":
-        from largebatch.distributed.deepspeed import DeepSpeed
-        from largebatch.distributed.ds_config import load_ds_config
+        from largebatch.distributed.deepspeed import DeepSpeed, require_deepspeed
 
         _refuse_keys(config, name, "its hooks are not compiled; use ddp or fsdp", "compile")
-        return DeepSpeed(ranks, device, precision, load_ds_config(config.ds_config, config.zero_stage))
+        require_deepspeed(device, precision)
+        assert isinstance(config.ds_config, dict)
+        return partial(DeepSpeed, ranks, device, precision, config.ds_config)
     if name == "fsdp":
         from largebatch.distributed.fsdp import FullyShard
 
@@ -270,14 +318,14 @@ def create_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
             raise UserError(
                 "backend.offload: the loss scaling of fp16 does not reach the CPU's memory; use bf16 or fp32"
             )
-        return FullyShard(ranks, device, precision, config.compile, config.shard, config.offload)
+        return partial(FullyShard, ranks, device, precision, config.compile, config.shard, config.offload)
     from largebatch.distributed.ddp import DataParallel
 
     dtype = getattr(torch, config.squares_dtype)
     channels_last = config.channels_last
     if channels_last is None:
         channels_last = use_cuda and precision in ("bf16", "fp16")
-    return DataParallel(ranks, device, precision, config.compile, dtype, config.squares_every, channels_last)
+    return partial(DataParallel, ranks, device, precision, config.compile, dtype, config.squares_every, channels_last)
 
 
 def _refuse_keys(config: BackendConfig, engine: str, why: str, *keys: str) -> None:

@@ -73,7 +73,7 @@ class DataParallel(Engine):
         self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters."""
-        model.to(self.device, self.dtype)
+        self.place(model)
         for module in model.modules() if self.channels_last else ():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -91,10 +91,11 @@ class DataParallel(Engine):
             return called, build_optimizer(model)
         ignored = [name for name, p in called.named_parameters(remove_duplicate=False) if is_shadow(p)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(called, ignored)
-        # Buffers are not broadcast: batch statistics are summed once per update instead (models/norm.py).
+        # Buffers are not broadcast: batch statistics are summed once per update instead (models/norm.py), others aligned.
         self.wrapper = DistributedDataParallel(
             called,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            init_sync=False,  # `place` did
             **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
             gradient_as_bucket_view=True,
         )

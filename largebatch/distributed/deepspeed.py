@@ -96,9 +96,7 @@ class DeepSpeed(Engine):
     needs_group_alone: ClassVar[bool] = True
 
     def __init__(self, ranks: Ranks, device: torch.device, precision: Precision, config: dict[str, Any]) -> None:
-        if precision == "fp64":
-            raise UserError("precision: DeepSpeed has no float64; use fp32, or --backend.name ddp")
-        self.deepspeed = _import_deepspeed(device)
+        self.deepspeed = require_deepspeed(device, precision)
         super().__init__(ranks, device, precision)
         self.config = config
         self.stage = int(config["zero_optimization"]["stage"])
@@ -110,7 +108,7 @@ class DeepSpeed(Engine):
         self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Move the model to the device, partition it; return what to call, and its optimizer."""
-        model.to(self.device, self.dtype)
+        self.place(model)
         optimizer = build_optimizer(model)
         groups = [dict(group) for group in optimizer.param_groups]
         if self.stage > 0 and isinstance(optimizer, (LARS, LAMB)):
@@ -355,12 +353,14 @@ def _nothing_compiled() -> Iterator[None]:
         transport.build_shm_op = build
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def require_deepspeed(device: torch.device, precision: Precision) -> Any:
     """Import DeepSpeed, once what it needs is there.
 
     Raises:
-        UserError: naming what is missing and the command that brings it.
+        UserError: naming what is missing and the command that brings it; for float64.
     """
+    if precision == "fp64":
+        raise UserError("precision: DeepSpeed has no float64; use fp32, or --backend.name ddp")
     if find_spec("deepspeed") is None:
         raise UserError("backend.name: DeepSpeed is not installed; pip install 'largebatch[deepspeed]'")
     os.environ.setdefault("DS_ACCELERATOR", device.type)

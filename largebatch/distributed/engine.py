@@ -15,12 +15,21 @@ from torch import Tensor, nn
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
-from largebatch.distributed.watch import RankWatch, open_group
-from largebatch.moments import check_statistics, shadows, track, tracked_parameters
+from largebatch.distributed.watch import RankWatch, open_group, open_store
+from largebatch.moments import check_statistics, is_shadow, shadows, track, tracked_parameters
 from largebatch.noise import partial_sums
 from largebatch.optim import gradients_and_squares, scale_gradients
 
 SCALER = "engine.scaler."  # what fp16's loss scaling has come to, in a checkpoint
+
+
+MESSAGE_ELEMENTS = 2**22  # of weights that are copied from rank 0 at a time
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Return two sums in float64, the second weighted by place, that tell apart buffers of the same shape."""
+    flat = values.detach().reshape(-1).double().nan_to_num(0.0, 0.0, 0.0)
+    return torch.stack([flat.sum(), flat @ torch.linspace(1.0, 2.0, len(flat), dtype=flat.dtype, device=flat.device)])
 
 
 class Engine(ABC):
@@ -56,12 +65,16 @@ class Engine(ABC):
         self.wrapper: Any = None
         self._announced, self._share = 1, 1.0  # samples of the update, and the part of them that could be read
         self.losses_finite = torch.ones((), dtype=torch.bool, device=device)
+        self._aligned: list[str] = []  # buffers that ranks move by themselves
         self._measured: tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]] | None = None
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # A process group that the caller opened (a test, a notebook) stays the caller's to close.
         self.owns_group = (self.world_size > 1 or self.needs_group_alone) and not dist.is_initialized()
-        store = open_group(self.rank, self.world_size, device, ranks.timeout_seconds) if self.owns_group else None
+        store = None
+        if self.owns_group:
+            store = ranks.store or open_store(self.rank, self.world_size, ranks.timeout_seconds)
+            open_group(store, self.rank, self.world_size, device, ranks.timeout_seconds)
         self.watch = RankWatch(store, self.rank, self.world_size)
 
     def describe(self) -> str:
@@ -78,6 +91,55 @@ class Engine(ABC):
     @abstractmethod
     def accumulate(self, sync: bool) -> AbstractContextManager[Any]:
         """Return the context of one micro-batch's forward and backward pass; gradients are reduced where ``sync``."""
+
+    def place(self, model: nn.Module) -> None:
+        """Move a model to the device, with rank 0's weights and buffers on every rank."""
+        model.to(self.device, self.dtype)
+        for module in model.modules():  # an expanded buffer cannot be written: not from here, nor from a checkpoint
+            for name, buffer in module.named_buffers(recurse=False):
+                if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+                    setattr(module, name, buffer.contiguous())
+        self._aligned = []
+        weights = (parameter for parameter in model.parameters() if not is_shadow(parameter))
+        self._copy_from_first([tensor.detach() for tensor in (*weights, *model.buffers())])
+
+    def align_buffers(self, model: nn.Module, search: bool) -> None:
+        """Give every rank rank 0's values of the buffers that were found to differ; between two updates.
+
+        Args:
+            model: as it was handed to `prepare`.
+            search: compare all of them first, as models move buffers by what a rank has seen; one collective.
+        """
+        if self.world_size == 1:
+            return
+        names = self._aligned
+        if search:
+            named = {name: buffer for name, buffer in model.named_buffers() if buffer.numel()}
+            sums = torch.stack([_sums(buffer) for buffer in named.values()] or [torch.zeros(2, dtype=torch.float64)])
+            sums = sums.to(self.device)
+            first = sums.clone()
+            self._copy_from_first([first])
+            differ = self.sum((sums != first).any(dim=1).double()).tolist()
+            names += [name for name, found in zip(named, differ, strict=False) if found and name not in names]
+        if names:  # the same ones on every rank
+            held = dict(model.named_buffers())  # a model may have put other tensors there
+            self._copy_from_first([held[name].detach() for name in names])
+
+    @torch.no_grad()
+    def _copy_from_first(self, tensors: list[Tensor]) -> None:
+        """Copy rank 0's tensors to every rank, many in one message."""
+        if self.world_size == 1:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            waiting = [tensor for tensor in tensors if tensor.dtype == dtype and tensor.numel()]
+            while waiting:
+                taken, elements = [waiting.pop(0)], 0
+                while waiting and (elements := elements + taken[-1].numel()) < MESSAGE_ELEMENTS:
+                    taken.append(waiting.pop(0))
+                flat = torch.cat([tensor.reshape(-1) for tensor in taken]).to(self.device)
+                dist.broadcast(flat.view(torch.uint8), 0)
+                for tensor, part in zip(taken, flat.split([tensor.numel() for tensor in taken]), strict=True):
+                    tensor.copy_(part.view(tensor.shape))
 
     def track(self, model: nn.Module, per: Literal["sample", "micro_batch"], fallback: Iterable[str] = ()) -> None:
         """Let backward passes collect squared gradients; before `prepare`. Here as shadows, which the engine reduces."""

@@ -61,7 +61,7 @@ class FullyShard(Engine):
         Raises:
             UserError: for a parameter that FSDP2 cannot cut, and for what `chosen` refuses.
         """
-        model.to(self.device, self.dtype)
+        self.place(model)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 0 or not parameter.is_contiguous():
                 what = "has no dimension" if parameter.ndim == 0 else "is not contiguous in memory"

@@ -195,5 +195,5 @@ class Partitions:
         if self.stage == 3:
             for index in range(len(self.flat)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(index)
-            if self.zero.persistent_parameters:
-                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+            if self.zero.persistent_parameters:  # gathered anew at their next use, as at the start
+                self.zero.persistent_parameters[0].partition(self.zero.persistent_parameters)

@@ -137,16 +137,13 @@ class RankWatch:
         return waiting
 
 
-def open_group(rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> dist.Store:
-    """Open the default process group as torchrun's environment says; return its store.
+def open_store(rank: int, world_size: int, timeout_seconds: float) -> dist.Store:
+    """Return the store through which ranks meet, at the place that torchrun's environment names; one rank needs none.
 
-    Args:
-        rank: this process.
-        world_size: number of ranks; 1 needs no environment.
-        device: of this process; GPUs speak through NCCL, others through gloo.
-        timeout_seconds: after which a collective fails that a rank does not take part in.
+    Raises:
+        LostRankError: if they do not meet.
     """
-    timeout, start = timedelta(seconds=timeout_seconds), timedelta(seconds=max(timeout_seconds, START_SECONDS))
+    start = timedelta(seconds=max(timeout_seconds, START_SECONDS))
     store: Any = dist.HashStore()
     if world_size > 1:
         try:
@@ -158,12 +155,24 @@ def open_group(rank: int, world_size: int, device: torch.device, timeout_seconds
                 "every node was started, and that this address can be reached from all of them"
             ) from error
     store.set_timeout(start)
+    return store
+
+
+def open_group(store: dist.Store, rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> None:
+    """Open the default process group.
+
+    Args:
+        store: from `open_store`.
+        rank: this process.
+        world_size: number of ranks.
+        device: of this process; GPUs speak through NCCL, others through gloo.
+        timeout_seconds: after which a collective fails that a rank does not take part in.
+    """
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=world_size,
-        timeout=timeout,
+        timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.index is not None else None,
     )
-    return store

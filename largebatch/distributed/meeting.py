@@ -1,0 +1,171 @@
+"""Ranks agree before they have a process group: on what they hold, and on what one of them could not do.
+
+Collectives are of no use for it: ranks that hold other configs open other groups, and sums of other lengths abort. What
+is compared travels through the store that the ranks meet through, to rank 0, which tells all of them what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from largebatch.distributed.backend import Ranks
+from largebatch.distributed.watch import GRACE_SECONDS, START_SECONDS, open_store, short_cause
+from largebatch.section import LostRankError, SharedError, UserError
+
+Shown = dict[str, Any]
+
+
+class Meeting:
+    """What the ranks of a run agree on before they open their process group; one rank agrees with itself.
+
+    Args:
+        ranks: this process among all. A group that is open already lends its store.
+
+    Attributes:
+        store: through which the ranks met, for the engine to open its group; None where there is one rank, or a group.
+
+    Raises:
+        LostRankError: if they do not meet.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.seconds = max(ranks.timeout_seconds, START_SECONDS)
+        self.store: dist.Store | None = None
+        if self.world_size == 1:
+            return
+        if dist.is_initialized():
+            # Runs that follow each other in one group use one store: each has a number of its own in it.
+            store = dist.distributed_c10d._get_default_store()
+            number = store.add(f"largebatch/meetings/{self.rank}", 1)
+        else:
+            self.store = store = open_store(self.rank, self.world_size, ranks.timeout_seconds)
+            number = 0
+        self._notes = dist.PrefixStore(f"largebatch/meeting/{number}", store)
+        self._notes.set(f"place/{self.rank}", f"{platform.node()}, process {os.getpid()}")
+
+    @contextmanager
+    def agree(self, on: str, difference: Callable[[list[Shown]], str | None]) -> Iterator[Shown]:
+        """Run a block on every rank, and leave it on all of them alike.
+
+        Args:
+            on: a word of its own for this block.
+            difference: called on rank 0 with what each rank has shown, in part where the block failed; the line that
+                tells what differs, or None.
+
+        Yields:
+            A mapping for the block to fill with what is to be shown, as JSON holds it.
+
+        Raises:
+            SharedError: on every rank, where they differ, or the block raised a `UserError` on one of them.
+            LostRankError: where the block raised something else on another rank, or one was not heard of.
+        """
+        shown: Shown = {}
+        raised: Exception | None = None
+        try:
+            yield shown
+        except Exception as error:
+            raised = error
+        if self.world_size == 1:
+            if raised is not None:
+                raise raised
+            return
+        is_own = raised is not None and not isinstance(raised, UserError)
+        text = None if raised is None else f"{type(raised).__name__}: {raised}" if is_own else str(raised)
+        try:
+            verdict = self._exchange(on, {"shown": shown, "error": text, "is_own": is_own}, difference)
+        except RuntimeError as error:
+            if raised is not None:
+                raise raised from None
+            raise LostRankError(
+                "rank 0, which keeps the ranks' meeting place, is gone or cannot be reached: its own log says why "
+                f"({short_cause(str(error))})"
+            ) from error
+        if raised is not None and is_own:
+            raise raised
+        if verdict is not None:
+            raise (SharedError if verdict["is_mistake"] else LostRankError)(verdict["text"]) from raised
+
+    def _exchange(self, on: str, account: Shown, difference: Callable[[list[Shown]], str | None]) -> Shown | None:
+        """Return rank 0's verdict on the accounts of all ranks, None for agreement."""
+        notes = self._notes
+        notes.set(f"{on}/{self.rank}", json.dumps(account, default=str))
+        if self.rank == 0:
+            verdict = self._judge(on, difference)
+            notes.set(f"{on}/verdict", json.dumps(verdict))
+            if verdict is not None:  # the store may go with this process
+                readers = self.world_size - 1
+                _wait_until(lambda: notes.add(f"{on}/read", 0) >= readers, GRACE_SECONDS)
+            return verdict
+        if not _wait_until(lambda: notes.check([f"{on}/0"]), self.seconds):
+            return {"is_mistake": False, "text": self._missing([0], on)}
+        # It waits as long for the others, and has then something to say.
+        if not _wait_until(lambda: notes.check([f"{on}/verdict"]), self.seconds + 2 * GRACE_SECONDS):
+            return {"is_mistake": False, "text": self._missing([0], on)}
+        verdict = json.loads(notes.get(f"{on}/verdict"))
+        if verdict is not None:
+            notes.add(f"{on}/read", 1)
+        return verdict
+
+    def _judge(self, on: str, difference: Callable[[list[Shown]], str | None]) -> Shown | None:
+        deadline = time.monotonic() + self.seconds
+        keys = [f"{on}/{rank}" for rank in range(self.world_size)]
+        for key in keys:
+            _wait_until(lambda key=key: self._notes.check([key]), deadline - time.monotonic())  # type: ignore[misc]
+        missing = [rank for rank, key in enumerate(keys) if not self._notes.check([key])]
+        if missing:
+            return {"is_mistake": False, "text": self._missing(missing, on)}
+        accounts = [json.loads(self._notes.get(key)) for key in keys]
+        text = difference([account["shown"] for account in accounts])
+        if text is not None:
+            return {"is_mistake": True, "text": text}
+        failed: dict[str, list[int]] = {}
+        for rank, account in enumerate(accounts):
+            if account["error"] is not None:
+                failed.setdefault(account["error"], []).append(rank)
+        if not failed:
+            return None
+        lines = [
+            text if len(ranks) == self.world_size else f"{name_ranks(ranks)}: {text}" for text, ranks in failed.items()
+        ]
+        return {"is_mistake": not any(account["is_own"] for account in accounts), "text": "; ".join(lines[:4])}
+
+    def _missing(self, ranks: list[int], on: str) -> str:
+        places = []
+        for rank in ranks[:4]:
+            known = self._notes.check([f"place/{rank}"])
+            where = self._notes.get(f"place/{rank}").decode() if known else "which has not come"
+            places.append(f"rank {rank} ({where})")
+        more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+        return f"no word from {', '.join(places)}{more} on the {on} for {self.seconds:.0f} s: dead, or still at it"
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Ask until a condition holds, less often in time, and return whether it came to; Ctrl-C is heard meanwhile."""
+    deadline, pause = time.monotonic() + seconds, 0.001
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(0.25, 1.5 * pause)
+    return True
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """Return "rank 3", or "ranks 1, 4 to 7", for numbers in rising order."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    names = [str(run[0]) if len(run) == 1 else f"{run[0]}{' to ' if len(run) > 2 else ', '}{run[-1]}" for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}"
