@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from largebatch.moments.marks import WHOLE, Rows, by_sample, mark_of
+from largebatch.moments.operations import FOLLOW
 from largebatch.moments.private import with_parameters
-from largebatch.moments.provenance import FOLLOW, WHOLE, Rows, by_sample, mark_of, verdicts
+from largebatch.moments.provenance import verdicts
 from largebatch.moments.rules import tap
 from largebatch.moments.scope import Refusal, Scope, notes, state
 from largebatch.moments.uses import Looped, Operand, Use, statistic_dtype

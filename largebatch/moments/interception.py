@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from largebatch.moments import fallback, provenance, rules
+from largebatch.moments import fallback, marks, operations, provenance, rules
 from largebatch.moments.aliasing import forward_squared, refuse_further_segment
+from largebatch.moments.marks import WHOLE, Batch, Rows, mark
 from largebatch.moments.private import (
     BODIES,
     backward_pass,
@@ -24,7 +25,6 @@ from largebatch.moments.private import (
     is_transformed,
     unwrapped,
 )
-from largebatch.moments.provenance import WHOLE, Batch, Rows, mark
 from largebatch.moments.scope import WAY_OUT, Refusal, Scope, Tracked, notes, state, why_lost
 from largebatch.section import UserError
 
@@ -41,43 +41,43 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         scope = self.scope
         if scope.is_paused:
-            if scope.allowed is not None and func not in provenance.WITHOUT_TENSORS:
-                for t in provenance.tensors_in(args, kwargs):
+            if scope.allowed is not None and func not in operations.WITHOUT_TENSORS:
+                for t in marks.tensors_in(args, kwargs):
                     if id(t) in scope.operands and id(t) not in scope.allowed:
                         raise Refusal(
                             f"it uses parameter '{scope.operands[id(t)].bases[0].name}', which is not its own"
                         )
             return func(*args, **kwargs)
-        if func in provenance.WITHOUT_TENSORS:
+        if func in operations.WITHOUT_TENSORS:
             return func(*args, **kwargs)
         if func in BODIES:
             with self:
                 return BODIES[func](*args, **kwargs)
-        tensors = provenance.tensors_in(args, kwargs)
+        tensors = marks.tensors_in(args, kwargs)
         self._check_seen(func, kwargs, tensors)
         operands = [operand for t in tensors if (operand := scope.operand(t)) is not None]
         if not operands or not torch.is_grad_enabled():
             return self._plain(func, args, kwargs, tensors)
         if getattr(func, "__name__", "") == "register_hook":
             raise scope.refuse(func, operands, "a hook may change its gradient, which squares of samples would not see")
-        if provenance.is_in_place(func) and scope.operand(args[0]) is not None:
+        if operations.is_in_place(func) and scope.operand(args[0]) is not None:
             raise scope.refuse(func, operands, "it changes the parameter, or what was computed from it, in place")
         if (
-            func in provenance.LIKE
+            func in operations.LIKE
             and scope.operand(args[0]) is not None
             and not any(scope.operand(a) for a in args[1:])
         ):
             return scope.derive(func, args, kwargs, operands)  # of the other it takes the type or the shape alone
-        if all(provenance.mark_of(scope.batch, t) is None for t in tensors):
+        if all(marks.mark_of(scope.batch, t) is None for t in tensors):
             return scope.derive(func, args, kwargs, operands)
         lost = scope.lost(tensors)
         if lost is not None:
             raise scope.refuse(func, operands, why_lost(lost))
         if any(operand.tensor.is_complex() for operand in operands):
             raise scope.refuse(func, operands, "it takes the parameter as complex numbers")
-        rule = rules.RULES.get(func, rules.pointwise if func in provenance.POINTWISE else None)
+        rule = rules.RULES.get(func, rules.pointwise if func in operations.POINTWISE else None)
         reason = ""
-        for way in (rule, None if provenance.is_in_place(func) else fallback.run):
+        for way in (rule, None if operations.is_in_place(func) else fallback.run):
             try:
                 if way is not None:
                     return way(scope, func, args, kwargs)
@@ -96,10 +96,10 @@ class Interception(TorchFunctionMode):
             kwargs.get("out") is not None or name.startswith("_foreach") or (name == "__set__" and len(tensors) > 1)
         )
         wrapped = [t for t in tensors if is_transformed(t)]
-        if not (is_write or wrapped or func in provenance.LEAVING):
+        if not (is_write or wrapped or func in operations.LEAVING):
             return
         batch = self.scope.batch
-        if any(provenance.passed_on(unwrapped(t))[0] is batch for t in tensors):
+        if any(marks.passed_on(unwrapped(t))[0] is batch for t in tensors):
             what = "torch.func" if wrapped else f"{name} with out=" if kwargs.get("out") is not None else name
             raise UserError(
                 f"track: the values of the batch go through {what}, where its samples cannot be followed. {WAY_OUT}"
@@ -108,7 +108,7 @@ class Interception(TorchFunctionMode):
     def _plain(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Run a function that no parameter is seen by."""
         batch = self.scope.batch
-        if not provenance.is_in_place(func):
+        if not operations.is_in_place(func):
             output = func(*args, **kwargs)
             provenance.follow(batch, func, args, kwargs, tensors, output)
             return output
@@ -207,7 +207,7 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
     dim = tracked.batch_dim
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if backward_pass() >= 0:  # activation checkpointing runs a part of the model again, on what it was run on before
-        batches = [batch for tensor in tensors if (batch := provenance.passed_on(tensor)[0]) is not None]
+        batches = [batch for tensor in tensors if (batch := marks.passed_on(tensor)[0]) is not None]
         if not batches:
             raise UserError(
                 f"track: '{tracked.path}' runs again in activation checkpointing, on other tensors than before: call "

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from largebatch.moments import provenance
+from largebatch.moments import operations, provenance
+from largebatch.moments.marks import WHOLE, Batch, Rows, mark, mark_of
 from largebatch.moments.private import batch_statistics
-from largebatch.moments.provenance import WHOLE, Batch, Rows, mark, mark_of
 from largebatch.moments.scope import Refusal, Scope
 from largebatch.moments.uses import Given, Left, Looped, Operand, Product, Tap, Use, statistic_dtype
 
@@ -375,7 +375,7 @@ def pointwise(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     marks = [(t, m) for t in tensors if (m := mark_of(scope.batch, t))]
     piece = torch.empty(shape, device="meta")
     (rows,) = provenance.verdicts(scope.batch, torch.add, args, {}, marks, [piece])
-    if not isinstance(rows, Rows) or (provenance.is_in_place(func) and args[0].shape != shape):
+    if not isinstance(rows, Rows) or (operations.is_in_place(func) and args[0].shape != shape):
         raise Refusal("its arguments hold their samples differently")
     expanded = []
     for value in args:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largebatch.moments import provenance
-from largebatch.moments.provenance import CASTS, Batch, Lost, Rows
+from largebatch.moments.marks import Batch, Lost, Rows, mark_of
+from largebatch.moments.operations import CASTS
 from largebatch.moments.uses import Base, Operand
 from largebatch.section import UserError
 
@@ -142,7 +142,7 @@ class Scope:
 
     def lost(self, tensors: list[Tensor]) -> Lost | None:
         """Return the mark of an argument whose samples are lost, None where there is none that matters."""
-        marks = [(t, m) for t in tensors if (m := provenance.mark_of(self.batch, t))]
+        marks = [(t, m) for t in tensors if (m := mark_of(self.batch, t))]
         is_batch = any(isinstance(m, Rows) for _, m in marks)  # beside which whole numbers only choose
         lost = [m for t, m in marks if isinstance(m, Lost) and (t.is_floating_point() or not is_batch)]
         return lost[0] if lost else None
@@ -154,7 +154,7 @@ class Scope:
             UserError: naming the function that did so.
         """
         for tensor in tensors:
-            found = provenance.mark_of(self.batch, tensor) if tensor.requires_grad else None
+            found = mark_of(self.batch, tensor) if tensor.requires_grad else None
             if isinstance(found, Lost) and not found.is_sum:
                 raise UserError(
                     f"track: the model's output is not computed sample by sample: {why_lost(found)}. {WAY_OUT}"

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from largebatch.moments.marks import Batch
+from largebatch.moments.operations import CASTS
 from largebatch.moments.private import backward_pass
-from largebatch.moments.provenance import CASTS, Batch
 from largebatch.section import UserError
 
 # Elements of samples' gradients held at a time: 16 MiB of float32, about a processor's last-level cache.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from oracle import distance
 
-from largebatch.moments import grad_sample_sq, track
+from largebatch.moments import chosen_samples, grad_sample_sq, track
 from largebatch.section import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -37,23 +37,26 @@ def assert_exact(build, batch, call=lambda model, x: first(model(x)), tolerance=
             p.add_(torch.randn_like(p), alpha=0.02)
     plain = copy.deepcopy(model)
     track(model, **options)
-    for m in (model, plain):
-        (call(m, batch).square().sum() / len(batch)).backward()
-    for name, p in plain.named_parameters():
-        own = model.get_parameter(name).grad
-        assert (own is None) == (p.grad is None) and (own is None or torch.equal(own, p.grad)), name
-    expected = {}
-    for b in range(len(batch)):
-        plain.zero_grad()
-        call(plain, batch[b : b + 1]).square().sum().backward()
-        for name, p in plain.named_parameters():
-            if p.grad is not None:
-                expected[name] = expected.get(name, 0) + p.grad.square() / len(batch)
-    squares = grad_sample_sq(model, len(batch))
-    largest = max(float(value.max()) for value in expected.values())
-    for name, value in expected.items():
-        # A key's bias has a gradient of zero but for rounding.
-        assert value.max() < 1e-20 * largest or distance(squares[name], value) <= tolerance, name
+    (call(plain, batch).square().sum() / len(batch)).backward()
+    for chosen in (range(len(batch)), [1]):  # all samples, and one that stands for all
+        weight = len(batch) / len(chosen)
+        model.zero_grad()
+        with chosen_samples(list(chosen), weight):
+            (call(model, batch).square().sum() / len(batch)).backward()
+        for name, p in plain.named_parameters() if len(chosen) > 1 else ():
+            own = model.get_parameter(name).grad
+            assert (own is None) == (p.grad is None) and (own is None or torch.equal(own, p.grad)), name
+        squares, expected = grad_sample_sq(model, len(batch)), {}
+        for b in chosen:
+            plain.zero_grad()
+            call(plain, batch[b : b + 1]).square().sum().backward()
+            for name, p in plain.named_parameters():
+                if p.grad is not None:
+                    expected[name] = expected.get(name, 0) + p.grad.square() * weight / len(batch)
+        largest = max(float(value.max()) for value in expected.values())
+        for name, value in expected.items():
+            # A key's bias has a gradient of zero but for rounding.
+            assert value.max() < 1e-20 * largest or distance(squares[name], value) <= tolerance, name
 
 
 TORCHVISION = (
