@@ -8,6 +8,7 @@ from torch import nn
 from largebatch.data import Source
 from largebatch.data.loader import LoaderConfig, evaluation_batches
 from largebatch.distributed import Backend
+from largebatch.section import UserError
 
 
 def evaluate(
@@ -26,10 +27,14 @@ def evaluate(
         dtype: of floating-point inputs, and of the outputs that the loss is taken of.
 
     Returns:
-        ``val_loss``, and ``val_accuracy`` in [0, 1] where the task has one.
+        ``val_loss``, and ``val_accuracy`` in [0, 1] where the task has one, means over the samples whose targets are not
+        all ignored.
+
+    Raises:
+        UserError: if no sample has such a target.
     """
     task = source.task
-    totals = torch.zeros(3, dtype=torch.float64, device=backend.device)  # loss, correct, samples
+    totals = torch.zeros(3, dtype=torch.float64, device=backend.device)  # loss, correct, samples with a target
     batches = evaluation_batches(
         source.val, batch_size, backend.rank, backend.world_size, loader, backend.device, dtype
     )
@@ -44,7 +49,9 @@ def evaluate(
             correct = task.num_correct(outputs, batch.targets)
             if correct is not None:
                 totals[1] += correct
-            totals[2] += batch.num_samples
+            totals[2] += task.num_known(batch.targets)
     model.train()
     loss, correct_sum, count = backend.sum(totals).tolist()
-    return {"val_loss": loss / count} | ({"val_accuracy": correct_sum / count} if task.kind != "regression" else {})
+    if count == 0:
+        raise UserError("data: every target of the validation set is ignored (-100); there is nothing to score")
+    return {"val_loss": loss / count} | ({"val_accuracy": correct_sum / count} if task.has_accuracy else {})
