@@ -9,7 +9,7 @@ from largebatch.attendance import everyones, naming
 from largebatch.data import Source
 from largebatch.data.loader import LoaderConfig, evaluation_batches
 from largebatch.distributed import Backend
-from largebatch.section import UnreadableError
+from largebatch.section import UnreadableError, UserError
 
 
 def evaluate(
@@ -30,13 +30,17 @@ def evaluate(
         dtype: of floating-point inputs, and of the outputs that the loss is taken of.
 
     Returns:
-        ``val_loss``, and ``val_accuracy`` in [0, 1] where the task has one; why samples are missing from them, a line each.
+        ``val_loss``, and ``val_accuracy`` in [0, 1] where the task has one, means over the samples whose targets are not all
+        ignored; why samples are missing from them, a line each.
 
     Raises:
         UnreadableError: if all of them are.
+        UserError: if no sample has a target that is not ignored.
     """
     task = source.task
-    totals = torch.zeros(4, dtype=torch.float64, device=backend.device)  # loss, correct, samples, missing ones
+    totals = torch.zeros(
+        4, dtype=torch.float64, device=backend.device
+    )  # loss, correct, samples with a target, missing ones
     missing: list[str] = []
     batches = evaluation_batches(
         source.val, batch_size, backend.rank, backend.world_size, loader, backend.device, dtype
@@ -53,12 +57,13 @@ def evaluate(
             correct = task.num_correct(outputs, batch.targets)
             if correct is not None:
                 totals[1] += correct
-            totals[2] += batch.num_samples
+            totals[2] += task.num_known(batch.targets)
     model.train()
     totals[3] = len(missing)
     loss, correct_sum, count, num_missing = backend.sum(totals).tolist()
     missing = everyones(missing, backend) if num_missing else []
-    if not count:
+    if not count and missing:
         raise UnreadableError(f"data.path: nothing is left to evaluate on: {naming(missing)}")
-    scores = {"val_loss": loss / count} | ({"val_accuracy": correct_sum / count} if task.kind != "regression" else {})
-    return scores, missing
+    if not count:
+        raise UserError("data: every target of the validation set is ignored (-100); there is nothing to score")
+    return {"val_loss": loss / count} | ({"val_accuracy": correct_sum / count} if task.has_accuracy else {}), missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,35 +14,54 @@ from largebatch.section import UserError
 
 TaskKind = Literal["classification", "language_modeling", "regression"]
 
+# A target that is not to be learnt, as in torch.nn.functional.cross_entropy and the Hugging Face libraries.
+IGNORED = -100
+
 
 @dataclass(frozen=True)
 class Task:
     """The contract between a data set and a model.
+
+    Targets of -100 are ignored: such a token has no loss and is neither right nor wrong.
 
     Args:
         kind: ``classification`` (targets (n,) of class indices), ``language_modeling`` (inputs and targets (n, t) of
             tokens) or ``regression`` (targets of the outputs' shape).
         sample_shape: shape of one input without the batch dimension, e.g. (1, 28, 28); (t,) for tokens.
         num_outputs: classes, vocabulary size, or regression outputs.
+        loss: a loss of one's own in place of the kind's: takes outputs and targets of n samples, returns (n,), each
+            sample's own loss.
+        correct: with it, how far each sample is right, (n,) in [0, 1], for the accuracy; None reports no accuracy.
     """
 
     kind: TaskKind
     sample_shape: tuple[int, ...]
     num_outputs: int
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    correct: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether samples are right or wrong."""
+        return self.correct is not None if self.loss is not None else self.kind != "regression"
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return each sample's own loss, shape (n,).
 
-        A sequence is one sample: its loss is the mean over its tokens. Whoever sums these divides by the true global
-        count, so that no rank and no micro-batch weighs more than its samples (Goyal et al. 2017, remark 3).
+        A sequence is one sample: its loss is the mean over its tokens that are not ignored, 0 where all are. Whoever sums
+        these divides by the true global count, so that no rank and no micro-batch weighs more than its samples (Goyal et
+        al. 2017, remark 3).
 
         Args:
             outputs: (n, num_outputs) of a classifier, (n, t, num_outputs) of a language model, (n, ...) of a regression.
             targets: (n,), (n, t), or of the outputs' shape; a regression's (n,) goes with outputs (n, 1) and the other way.
 
         Raises:
-            UserError: for other shapes, which would broadcast to another loss, or a class that is none.
+            UserError: for other shapes, which would broadcast to another loss, a class that is none, or a loss of one's own
+                that is not (n,).
         """
+        if self.loss is not None:
+            return _of_each_sample(self.loss(outputs, targets), len(targets), "loss")
         if self.kind == "regression":
             if {tuple(outputs.shape), tuple(targets.shape)} == {(len(outputs),), (len(outputs), 1)}:
                 outputs, targets = outputs.flatten(), targets.flatten()
@@ -52,21 +72,44 @@ class Task:
                 if outputs.ndim > 1
                 else (outputs - targets).square()
             )
-        places = 1 if self.kind == "classification" else 2
-        if outputs.ndim != places + 1 or targets.shape != outputs.shape[:places] or targets.is_floating_point():
-            what = (
-                "outputs (n, classes) and targets (n,)" if places == 1 else "outputs (n, t, tokens) and targets (n, t)"
-            )
-            raise self._mismatch(outputs, targets, f"{what} of whole numbers")
+        self._check_targets(outputs, targets)
         try:
-            losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+            losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
         except IndexError as error:
-            wrong = targets.flatten()[(targets.flatten() < 0) | (targets.flatten() >= outputs.shape[-1])]
+            flat = targets.flatten()
+            wrong = flat[((flat < 0) & (flat != IGNORED)) | (flat >= outputs.shape[-1])]
             raise UserError(
                 f"data: a target is {int(wrong[0])}, where the model has {outputs.shape[-1]} outputs: expected 0 to "
-                f"{outputs.shape[-1] - 1}"
+                f"{outputs.shape[-1] - 1}, or {IGNORED} for one that is ignored"
             ) from error
-        return losses if places == 1 else losses.view_as(targets).mean(dim=1)
+        return _mean_of_known(losses.view_as(targets), targets)
+
+    def num_correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Return how many samples are right (a sequence counts by the share of its tokens that are), or None.
+
+        Raises:
+            UserError: for shapes as in `losses`, or an own ``correct`` that does not return (n,).
+        """
+        if not self.has_accuracy:
+            return None
+        if self.correct is not None:
+            right = _of_each_sample(self.correct(outputs, targets), len(targets), "correct")
+            return right.sum(dtype=torch.float64)
+        self._check_targets(outputs, targets)
+        return _mean_of_known((outputs.argmax(dim=-1) == targets).to(torch.float64), targets).sum()
+
+    def num_known(self, targets: Tensor) -> Tensor:
+        """Return how many of the samples have a target that is not ignored: what losses and scores are averaged over."""
+        if self.loss is not None or self.kind == "regression":
+            return torch.tensor(len(targets), device=targets.device)
+        return (targets != IGNORED).flatten(1).any(dim=1).sum() if targets.ndim > 1 else (targets != IGNORED).sum()
+
+    def _check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        places = 1 if self.kind == "classification" else 2
+        if outputs.ndim == places + 1 and targets.shape == outputs.shape[:places] and not targets.is_floating_point():
+            return
+        what = "outputs (n, classes) and targets (n,)" if places == 1 else "outputs (n, t, tokens) and targets (n, t)"
+        raise self._mismatch(outputs, targets, f"{what} of whole numbers")
 
     def _mismatch(self, outputs: Tensor, targets: Tensor, expected: str) -> UserError:
         return UserError(
@@ -74,9 +117,20 @@ class Task:
             f"{list(targets.shape)} of {str(targets.dtype).removeprefix('torch.')}"
         )
 
-    def num_correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Return how many samples are right (sum over samples of a sequence's share of right tokens), or None."""
-        if self.kind == "regression":
-            return None
-        right = (outputs.argmax(dim=-1) == targets).to(torch.float64)
-        return right.flatten(1).mean(dim=1).sum() if right.dim() > 1 else right.sum()
+
+def _of_each_sample(values: Tensor, count: int, what: str) -> Tensor:
+    """Return what a function of the user's returned, if it is one number a sample."""
+    if not isinstance(values, Tensor) or values.shape != (count,):
+        came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(
+            f"Task: {what} has to return a tensor of shape [{count}], one number a sample; it returned {came}"
+        )
+    return values
+
+
+def _mean_of_known(values: Tensor, targets: Tensor) -> Tensor:
+    """Return each sample's mean of values (n,) or (n, t) over the targets that are not ignored; 0 where all are."""
+    if values.ndim == 1:
+        return values * (targets != IGNORED)
+    known = targets != IGNORED
+    return (values * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)

@@ -1,8 +1,18 @@
-"""What a task takes, and what would broadcast to another loss."""
+"""What a task takes, what would broadcast to another loss, ignored targets, and losses of one's own."""
+
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
 
+from largebatch.config_file import check_config
+from largebatch.data.sampler import global_batch
+from largebatch.run import train
 from largebatch.section import UserError
 from largebatch.task import Task
 
@@ -52,3 +62,79 @@ def test_shapes_that_would_broadcast_are_refused(task, outputs, targets, dtype):
 def test_a_class_that_is_none_is_named(wrong):
     with pytest.raises(UserError, match=f"a target is {wrong}, where the model has 5 outputs: expected 0 to 4"):
         CLASSES.losses(torch.randn(N, 5), torch.tensor([0, 1, wrong, 2]))
+
+
+def test_ignored_tokens_are_neither_learnt_nor_wrong():
+    """Two valid tokens of six: their mean, not a sixth of their sum."""
+    outputs, targets = torch.randn(N, 6, 5, dtype=torch.float64), torch.randint(0, 5, (N, 6))
+    targets[0, 2:], targets[1, ::2], targets[3] = -100, -100, -100
+    losses, right = TOKENS.losses(outputs, targets), 0.0
+    for sample in range(N):
+        known = targets[sample] != -100
+        if not known.any():
+            assert losses[sample] == 0
+            continue
+        torch.testing.assert_close(losses[sample], F.cross_entropy(outputs[sample], targets[sample], ignore_index=-100))
+        right += float((outputs[sample].argmax(-1) == targets[sample])[known].double().mean())
+    assert TOKENS.num_correct(outputs, targets).item() == pytest.approx(right, rel=1e-14)
+    assert TOKENS.num_known(targets) == 3
+
+
+def test_a_perfect_model_is_perfect_where_labels_are_ignored():
+    targets = torch.tensor([0, -100, 3, -100])
+    outputs = 1e3 * F.one_hot(targets.clamp(min=0), 5).double()
+    assert CLASSES.num_correct(outputs, targets) / CLASSES.num_known(targets) == 1.0
+    assert torch.equal(CLASSES.losses(outputs, targets), torch.zeros(N, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("targets", [torch.rand(N, 5).softmax(1), torch.zeros(N, 1, dtype=torch.int64)])
+def test_soft_labels_are_refused_by_the_accuracy_too(targets):
+    with pytest.raises(UserError, match="a task of classification takes"):
+        CLASSES.num_correct(torch.randn(N, 5), targets)
+
+
+@pytest.mark.parametrize(
+    "returned", [lambda n: torch.zeros(()), lambda n: torch.zeros(n, 1), lambda n: torch.zeros(n, 8, 8), lambda n: 1.0]
+)
+def test_an_own_loss_is_one_number_a_sample(returned):
+    own = Task("classification", (3,), 5, loss=lambda o, t: returned(len(t)), correct=lambda o, t: returned(len(t)))
+    for function in (own.losses, own.num_correct):
+        with pytest.raises(UserError, match=r"has to return a tensor of shape \[4\], one number a sample; it returned"):
+            function(torch.randn(N, 5), torch.zeros(N, dtype=torch.int64))
+    assert not Task("classification", (3,), 5, loss=own.loss).has_accuracy
+
+
+def test_the_segmentation_of_the_documents_trains_to_its_own_loss(tmp_path, monkeypatch):
+    """One epoch of two updates, and the validation set, against the same by hand."""
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    code, config = re.search(r"```python\n(.*?)```", text, re.S)[1], re.search(r"```yaml\n(.*?)```", text, re.S)[1]
+    (tmp_path / "segmentation.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    values = yaml.safe_load(config) | {
+        "precision": "fp64",
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "log": {"every_updates": 1},
+    }
+    run = check_config(values | {"schedule": {"name": "constant", "epochs": 1}})
+    result = train(run, tmp_path / "run")
+
+    train_set, val_set, task = sys.modules["segmentation"].data()
+    torch.manual_seed(run.seed)
+    model = sys.modules["segmentation"].model(task).double()
+    for number in range(2):
+        rows = torch.from_numpy(global_batch(run.seed, len(train_set), 32 * number, 32).indices)
+        images, classes = (part[rows] for part in train_set.tensors)
+        loss = F.cross_entropy(model(images.double()), classes)
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * 32 / 8 * parameter.grad
+    for name, tensor in load_file(result.folder / "model.safetensors").items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-12, atol=1e-14)
+    images, classes = val_set.tensors
+    outputs = model(images.double()).detach()
+    assert result.summary.val_loss == pytest.approx(float(F.cross_entropy(outputs, classes)), rel=1e-12)
+    assert result.summary.val_accuracy == pytest.approx(
+        float((outputs.argmax(1) == classes).double().mean()), rel=1e-12
+    )
