@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import nn
 
@@ -31,10 +33,10 @@ def evaluate(
     task = source.task
     totals = torch.zeros(3, dtype=torch.float64, device=backend.device)  # loss, correct, samples
     batches = evaluation_batches(
-        source.val, batch_size, backend.rank, backend.world_size, loader, backend.device, dtype
+        source.val, batch_size, backend.rank, backend.world_size, loader, backend.device, dtype, backend.timeout_seconds
     )
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), closing(batches):
         for batch in batches:
             with backend.autocast():
                 outputs = model(batch.inputs)
