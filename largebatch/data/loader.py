@@ -6,10 +6,12 @@ import atexit
 import re
 import signal
 import threading
+import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,6 +23,10 @@ from torch.utils.data import DataLoader
 from largebatch.data.sampler import PlanSampler, SampleKeys
 from largebatch.data.source import Samples
 from largebatch.section import LostWorkerError, Section, UserError
+
+
+# How long a process that was killed may take to go: in a system call on a dead network mount, for ever.
+KILLED_SECONDS = 3.0
 
 
 class LoaderConfig(Section):
@@ -124,6 +130,10 @@ class _Batches:
         )
         self._batches = iter(loader)
         self._workers = list(getattr(self._batches, "_workers", ()))
+        self._closed, self._hanging = threading.Event(), ""
+        self._waits_since: float | None = None
+        if self._workers:
+            threading.Thread(target=self._watch, daemon=True).start()
         atexit.register(self.close)  # before multiprocessing's own exit handler, which waits for them
 
     def next(self) -> tuple[Tensor, Tensor]:
@@ -133,20 +143,22 @@ class _Batches:
             UserError: for a sample that cannot be read.
             LostWorkerError: if a worker is gone, or gives no batch in time.
         """
+        self._waits_since = time.monotonic()
         try:
             inputs, targets = next(self._batches)
         except UserError as error:
             # A worker's error arrives with its traceback in the message; the last line is what was raised.
             line = str(error).strip().splitlines()[-1]
             raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
-        except RuntimeError as error:
-            if "DataLoader timed out" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self._hanging and "DataLoader timed out" not in str(error):
                 raise
-            worker = self._workers[self._count % len(self._workers)]  # batches are dealt out to the workers in turn
             raise LostWorkerError(
-                f"worker process {worker.pid} of the data loader gave no batch in {self.timeout_seconds:g} s "
-                "(backend.timeout_seconds): it hangs, or the file system that holds the data does"
+                f"worker process {self._hanging or self._find_hanging()} of the data loader gave no batch in "
+                f"{self.timeout_seconds:g} s (backend.timeout_seconds): it hangs, or the file system that holds the data does"
             ) from error
+        finally:
+            self._waits_since = None
         self._count += 1
 
         def move(tensor: Tensor) -> Tensor:
@@ -157,14 +169,38 @@ class _Batches:
     def close(self) -> None:
         """End the workers, those that hang too."""
         atexit.unregister(self.close)
+        self._closed.set()
         if not self._workers:
             return
         with _children_may_die():
             for worker in self._workers:
                 worker.kill()
             for worker in self._workers:
-                worker.join()
+                worker.join(KILLED_SECONDS)
         self._workers = []
+
+    def _watch(self) -> None:
+        """Kill the workers when the rank has waited too long: it may be receiving from one that is stopped, without a limit."""
+        while not self._closed.wait(1.0):
+            since = self._waits_since
+            if since is not None and time.monotonic() - since > self.timeout_seconds + 1.0:
+                self._hanging = self._find_hanging()
+                for worker in self._workers:
+                    worker.kill()
+                return
+
+    def _find_hanging(self) -> str:
+        """Return the ids of the workers that are stopped or wait for a disk, or of the one whose turn it is."""
+        found = [str(worker.pid) for worker in self._workers if _state(worker.pid) in ("T", "t", "D")]
+        return ", ".join(found) or str(self._workers[self._count % len(self._workers)].pid)
+
+
+def _state(process_id: int) -> str:
+    """Return the letter in which Linux says what a process does; empty elsewhere."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 @contextmanager
