@@ -1,8 +1,8 @@
 """The command line: ``largebatch train CONFIG``; ``plan``, ``noise``, ``bench`` and ``study CONFIG``; ``inspect PATH``.
 
 A user's mistake is one line on standard error and exit code 2. A run that diverged ends with 3, one whose last state could
-not be written with 4, one that lost a rank with 5, an interrupted one with 130, and one that was pre-empted or met its time
-limit with 75 ("try again"), on which launchers requeue.
+not be written with 4, one that lost a rank with 5, one that lost a process which loads its data with 6, an interrupted one
+with 130, and one that was pre-empted or met its time limit with 75 ("try again"), on which launchers requeue.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from largebatch.section import LostRankError, UserError
+from largebatch.section import LostRankError, LostWorkerError, UserError
 
-EXIT_CODES = {"finished": 0, "damaged": 1, "diverged": 3, "unsaved": 4, "preempted": 75, "interrupted": 130, "lost": 5}
+EXIT_CODES = {
+    "finished": 0,
+    "damaged": 1,
+    "diverged": 3,
+    "unsaved": 4,
+    "lost": 5,
+    "lost worker": 6,
+    "preempted": 75,
+    "interrupted": 130,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return EXIT_CODES["interrupted"]
+    except LostWorkerError as error:
+        rank = f"rank {os.environ['RANK']} stops: " if "RANK" in os.environ else ""
+        print(f"largebatch: error: {rank}{error}", file=sys.stderr)
+        return EXIT_CODES["lost worker"]
     except LostRankError as error:
         print(f"largebatch: error: rank {os.environ.get('RANK', '0')} stops: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODES["lost"])  # threads that wait for the lost rank would keep the process

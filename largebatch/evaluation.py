@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import nn
 
@@ -43,10 +45,10 @@ def evaluate(
     )  # loss, correct, samples with a target, missing ones
     missing: list[str] = []
     batches = evaluation_batches(
-        source.val, batch_size, backend.rank, backend.world_size, loader, backend.device, dtype
+        source.val, batch_size, backend.rank, backend.world_size, loader, backend.device, dtype, backend.timeout_seconds
     )
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), closing(batches):
         for batch in batches:
             missing += batch.missing.values()
             with backend.autocast():

@@ -18,6 +18,7 @@ from largebatch.agreement import difference, show_checkpoint, show_model, show_r
 from largebatch.checkpoint import LOCK, CheckpointFolder, locked, replace_text
 from largebatch.config import Run
 from largebatch.data import Source, digest, seed_generators
+from largebatch.data.loader import as_lost_worker
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import readable
 from largebatch.distributed import Backend, Meeting, Ranks, choose_backend, is_communication, launched_ranks
@@ -31,7 +32,7 @@ from largebatch.plot import plot_run
 from largebatch.progress import Summary
 from largebatch.report import create_progress, summary_table
 from largebatch.resume import Found, choose_checkpoint
-from largebatch.section import LostRankError, SharedError, UserError
+from largebatch.section import LostRankError, LostWorkerError, SharedError, UserError
 from largebatch.task import Task
 from largebatch.tracking import Observers, check_trackers, create_trackers
 from largebatch.trainer import Trainer
@@ -159,6 +160,7 @@ def train(
             folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
             folder_here = None if folder_here is None else folder
             trainer = Trainer(run, source, model, plan, backend, observers, folder, found, known)
+            held.callback(trainer.loader.close)
             done = trainer.progress.samples_seen
             if folder_here is not None:
                 _write_config(folder_here, run)
@@ -178,6 +180,9 @@ def train(
             backend.watch.report(str(error), is_own=True)
             raise
         except Exception as error:
+            if (lost := as_lost_worker(error)) is not None:
+                backend.watch.report(str(lost), is_own=True)
+                raise LostWorkerError(f"{lost}; {_what_is_kept(folder)}") from error
             if ranks.world_size == 1 or not is_communication(error):
                 backend.watch.report(f"{type(error).__name__}: {cause_of(error)}", is_own=True)
                 raise

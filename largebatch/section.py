@@ -48,6 +48,10 @@ class LostRankError(RuntimeError):
     """The ranks can no longer reach each other; the message names those that are missing or failed first."""
 
 
+class LostWorkerError(RuntimeError):
+    """A worker process of a data loader died or hangs; the message names it and says what to do."""
+
+
 class Section(BaseModel):
     """One section of a config. Unknown keys are refused; attribute docstrings become the command-line help."""
 

@@ -106,6 +106,8 @@ class Trainer:
         self.meter = NoiseMeter(run, plan, backend.squared_names(model)) if run.measures_noise() else None
         self._started = time.perf_counter()
         self.keeper = Keeper(run, backend, plan.samples_per_epoch, folder)
+        device, dtype, timeout = backend.device, backend.dtype, backend.timeout_seconds
+        self.loader = TrainLoader(source.train, run.loader, device, dtype, timeout)
         if found is None:
             self._start_loader()
         else:
@@ -132,8 +134,7 @@ class Trainer:
             self.progress.samples_seen,
             self.plan.least_units,
         )
-        backend = self.backend
-        self.loader = TrainLoader(self.source.train, self.sampler, self.run.loader, backend.device, backend.dtype)
+        self.loader.begin(self.sampler)
 
     def train(self) -> Summary:
         """Run the plan to its end, or to where it is stopped; return what it came to."""

@@ -42,7 +42,7 @@ class SlowMLP(torch.nn.Module):
     def forward(self, x):
         time.sleep(float(os.environ.get("LARGEBATCH_TEST_SECONDS", "0")))
         self.calls += 1
-        if os.environ.get("LARGEBATCH_TEST_RAISES") == f"{os.environ.get('RANK')}:{self.calls}":
+        if os.environ.get("LARGEBATCH_TEST_RAISES") == f"{os.environ.get('RANK', '0')}:{self.calls}":
             raise RuntimeError("broken on purpose")
         return self.layers(x)
 

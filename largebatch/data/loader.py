@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import re
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,7 +22,10 @@ from torch.utils.data import DataLoader
 
 from largebatch.data.sampler import PlanSampler, SampleKeys
 from largebatch.data.source import Batch, Samples, readable
-from largebatch.section import Section, UserError
+from largebatch.section import LostWorkerError, Section, UserError
+
+# How long a process that was killed may take to go: in a system call on a dead network mount, for ever.
+KILLED_SECONDS = 3.0
 
 
 class LoaderConfig(Section):
@@ -68,40 +78,165 @@ def _leave_signals_to_the_rank(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _data_loader(samples: Samples, batch_sampler: Any, config: LoaderConfig, device: torch.device) -> DataLoader[Any]:
-    workers: dict[str, Any] = {}
-    if config.num_workers:
-        workers = {"prefetch_factor": config.prefetch, "worker_init_fn": _leave_signals_to_the_rank}
-    return DataLoader(
-        samples,  # type: ignore[arg-type]  # a Samples is fetched by __getitems__, with the keys its batch sampler yields
-        batch_sampler=batch_sampler,
-        num_workers=config.num_workers,
-        collate_fn=_as_is,
-        pin_memory=device.type == "cuda",
-        **workers,
+# What torch's RuntimeErrors say of a worker that is gone, wherever in the rank's own work its signal handler raised them.
+_LOST_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [^.\n]*|exited unexpectedly)?"
+)
+
+
+def as_lost_worker(error: BaseException) -> LostWorkerError | None:
+    """Return what an exception says of a data loader's worker, as one line; None where it says nothing of one."""
+    if isinstance(error, LostWorkerError):
+        return error
+    found = _LOST_WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    how = (found[2] or "exited unexpectedly").strip().replace("is killed by signal", "was killed by a signal")
+    return LostWorkerError(
+        f"worker process {found[1]} of the data loader {how}; if the kernel ended it for want of memory, set a lower "
+        "loader.num_workers or loader.prefetch, or give the job more memory"
     )
 
 
-def _micro_batch(
-    batches: Iterator[Batch], planned: int, first: int, device: torch.device, dtype: torch.dtype
-) -> MicroBatch:
-    """Take the next batch, of so many samples (0: a stand-in), to the device; floating-point tensors in the model's dtype."""
-    inputs, targets, missing = readable(_read(batches))
+class _Batches:
+    """The batches of a stock DataLoader, whose workers end when it is closed.
 
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+    Closing matters after an error: its traceback keeps the DataLoader's iterator alive, workers ignore what asks the run
+    to stop, and the interpreter waits for them at its exit.
 
-    missing = missing if planned else {}
-    return MicroBatch(move(inputs), move(targets), planned - len(missing), first, missing)
+    Args:
+        samples: a data set.
+        batch_sampler: the keys of every batch.
+        config: workers and prefetch.
+        device: where batches go.
+        dtype: of floating-point inputs and targets.
+        timeout_seconds: how long to wait for a batch of the workers.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_sampler: Any,
+        config: LoaderConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        timeout_seconds: float,
+    ) -> None:
+        workers: dict[str, Any] = {}
+        if config.num_workers:
+            workers = {
+                "prefetch_factor": config.prefetch,
+                "worker_init_fn": _leave_signals_to_the_rank,
+                "timeout": timeout_seconds,
+            }
+        self.device, self.dtype, self.timeout_seconds, self._count = device, dtype, timeout_seconds, 0
+        loader: DataLoader[Any] = DataLoader(
+            samples,  # type: ignore[arg-type]  # a Samples is fetched by __getitems__, with the keys of its batch sampler
+            batch_sampler=batch_sampler,
+            num_workers=config.num_workers,
+            collate_fn=_as_is,
+            pin_memory=device.type == "cuda",
+            **workers,
+        )
+        self._batches = iter(loader)
+        self._workers = list(getattr(self._batches, "_workers", ()))
+        self._closed, self._hanging = threading.Event(), ""
+        self._waits_since: float | None = None
+        if self._workers:
+            threading.Thread(target=self._watch, daemon=True).start()
+        atexit.register(self.close)  # before multiprocessing's own exit handler, which waits for them
+
+    def next(self, planned: int, first: int = 0) -> MicroBatch:
+        """Return the next batch on the device.
+
+        Args:
+            planned: its samples; 0 for a stand-in, which counts for nothing.
+            first: place of the first of them in the update's batch.
+
+        Raises:
+            UserError, LostWorkerError: as `read`.
+        """
+        inputs, targets, missing = readable(self.read())
+        missing = missing if planned else {}
+        return MicroBatch(self._move(inputs), self._move(targets), planned - len(missing), first, missing)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+    def read(self) -> Batch:
+        """Return the next batch as it was read.
+
+        Raises:
+            UserError: for a sample that cannot be read.
+            LostWorkerError: if a worker is gone, or gives no batch in time.
+        """
+        self._waits_since = time.monotonic()
+        try:
+            batch: Batch = next(self._batches)
+        except UserError as error:
+            # A worker's error arrives with its traceback in the message; the last line is what was raised.
+            line = str(error).strip().splitlines()[-1]
+            raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self._hanging and "DataLoader timed out" not in str(error):
+                raise
+            raise LostWorkerError(
+                f"worker process {self._hanging or self._find_hanging()} of the data loader gave no batch in "
+                f"{self.timeout_seconds:g} s (backend.timeout_seconds): it hangs, or the file system that holds the data does"
+            ) from error
+        finally:
+            self._waits_since = None
+        self._count += 1
+        return batch
+
+    def close(self) -> None:
+        """End the workers, those that hang too."""
+        atexit.unregister(self.close)
+        self._closed.set()
+        if not self._workers:
+            return
+        with _children_may_die():
+            for worker in self._workers:
+                worker.kill()
+            for worker in self._workers:
+                worker.join(KILLED_SECONDS)
+        self._workers = []
+
+    def _watch(self) -> None:
+        """Kill the workers when the rank has waited too long: it may be receiving from one that is stopped, without a limit."""
+        while not self._closed.wait(1.0):
+            since = self._waits_since
+            if since is not None and time.monotonic() - since > self.timeout_seconds + 1.0:
+                self._hanging = self._find_hanging()
+                for worker in self._workers:
+                    worker.kill()
+                return
+
+    def _find_hanging(self) -> str:
+        """Return the ids of the workers that are stopped or wait for a disk, or of the one whose turn it is."""
+        found = [str(worker.pid) for worker in self._workers if _state(worker.pid) in ("T", "t", "D")]
+        return ", ".join(found) or str(self._workers[self._count % len(self._workers)].pid)
 
 
-def _read(batches: Iterator[Batch]) -> Batch:
+def _state(process_id: int) -> str:
+    """Return the letter in which Linux says what a process does; empty elsewhere."""
     try:
-        return next(batches)
-    except UserError as error:
-        # A worker's error arrives with its traceback in the message; the last line is what was raised.
-        line = str(error).strip().splitlines()[-1]
-        raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+@contextmanager
+def _children_may_die() -> Iterator[None]:
+    """Keep torch's handler, which raises in the rank when a worker dies, from the death of workers that are ended."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 class TrainLoader:
@@ -112,17 +247,29 @@ class TrainLoader:
 
     Args:
         samples: the training set.
-        sampler: which samples enter which micro-batch of this rank.
         config: workers and prefetch.
         device: where batches go.
         dtype: of floating-point inputs.
+        timeout_seconds: how long to wait for a batch of the workers.
     """
 
     def __init__(
-        self, samples: Samples, sampler: PlanSampler, config: LoaderConfig, device: torch.device, dtype: torch.dtype
+        self,
+        samples: Samples,
+        config: LoaderConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        timeout_seconds: float,
     ) -> None:
-        self.sampler, self.device, self.dtype = sampler, device, dtype
-        self.batches = iter(_data_loader(samples, sampler, config, device))
+        self._create = partial(
+            _Batches, samples, config=config, device=device, dtype=dtype, timeout_seconds=timeout_seconds
+        )
+        self._batches: _Batches | None = None
+
+    def begin(self, sampler: PlanSampler) -> None:
+        """Load from here on what a sampler says enters the micro-batches of this rank."""
+        self.close()
+        self.sampler, self._batches = sampler, self._create(sampler)
 
     def next(self, batch_size: int) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield this rank's micro-batches of the next update, and whether each is the last.
@@ -130,10 +277,15 @@ class TrainLoader:
         Args:
             batch_size: B of this update over all ranks, as the plan says.
         """
+        assert self._batches is not None  # begun
         pieces = self.sampler.pieces(batch_size)
         for number, piece in enumerate(pieces, start=1):
-            size = piece.stop - piece.start
-            yield _micro_batch(self.batches, size, piece.start, self.device, self.dtype), number == len(pieces)
+            yield self._batches.next(piece.stop - piece.start, piece.start), number == len(pieces)
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._batches is not None:
+            self._batches.close()
 
 
 def evaluation_batches(
@@ -144,19 +296,23 @@ def evaluation_batches(
     config: LoaderConfig,
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[MicroBatch]:
+    timeout_seconds: float,
+) -> Generator[MicroBatch]:
     """Yield this rank's part of a data set, each sample on exactly one rank.
 
     Every rank gets equally many batches, as a sharded model's forward pass is a collective: where a rank's part runs out
-    early, a stand-in of no samples.
+    early, a stand-in of no samples. Close the generator, or its workers stay where the caller fails.
     """
     mine, most = np.arange(len(samples))[rank::world_size], -(-len(samples) // world_size)
     parts = [mine[start : start + batch_size] for start in range(0, most, batch_size)]
     loaded = [part if len(part) else np.zeros(1, dtype=np.int64) for part in parts]
     keys = [SampleKeys(np.zeros(len(part), dtype=np.int64), part) for part in loaded]
-    batches = iter(_data_loader(samples, keys, config, device))
-    for part in parts:
-        yield _micro_batch(batches, len(part), 0, device, dtype)
+    batches = _Batches(samples, keys, config, device, dtype, timeout_seconds)
+    try:
+        for part in parts:
+            yield batches.next(len(part))
+    finally:
+        batches.close()
 
 
 def samples_twice(
@@ -170,6 +326,9 @@ def samples_twice(
     chosen = list(places)
     keys = [SampleKeys(np.zeros(2, dtype=np.int64), np.full(2, place)) for place in chosen]
     one = config.model_copy(update={"num_workers": min(1, config.num_workers), "prefetch": 1})
-    batches = iter(_data_loader(samples, keys, one, torch.device("cpu")))
-    for place in chosen:
-        yield place, readable(_read(batches))[:2]
+    batches = _Batches(samples, keys, one, torch.device("cpu"), torch.float32, timeout_seconds=600.0)
+    try:
+        for place in chosen:
+            yield place, readable(batches.read())[:2]
+    finally:
+        batches.close()

@@ -111,6 +111,7 @@ class Backend(Protocol):
     world_size: int
     device: torch.device
     dtype: torch.dtype
+    timeout_seconds: float
     watch: RankWatch
 
     def describe(self) -> str:

@@ -50,6 +50,7 @@ class Engine(ABC):
         half: type that autocast computes in; None without autocast.
         scaler: fp16's loss scaling; disabled in every other precision.
         watch: tells which rank is missing when the ranks lose each other.
+        timeout_seconds: how long ranks wait for each other, and for a worker of the data loader.
         losses_finite: bool, whether this rank's losses since the last update were finite.
     """
 
@@ -58,7 +59,7 @@ class Engine(ABC):
 
     def __init__(self, ranks: Ranks, device: torch.device, precision: Precision = "fp32") -> None:
         self.rank, self.world_size, self.device = ranks.rank, ranks.world_size, device
-        self.precision = precision
+        self.precision, self.timeout_seconds = precision, ranks.timeout_seconds
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
