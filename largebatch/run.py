@@ -20,8 +20,8 @@ from largebatch.config import Run
 from largebatch.data import Source
 from largebatch.data.sampler import SampleKeys
 from largebatch.distributed import Backend, Ranks, create_backend, is_communication, launched_ranks
-from largebatch.distributed.saving import cause_of
 from largebatch.distributed.state import export_weights
+from largebatch.distributed.watch import cause_of
 from largebatch.models import FactoryModel, norm_group_size
 from largebatch.moments import track, verify
 from largebatch.plan import Plan
