@@ -242,6 +242,10 @@ class CheckpointFolder:
         """Return where the checkpoint after so many samples belongs."""
         return self.path / f"{PREFIX}{samples_seen:012d}"
 
+    def part(self, samples_seen: int) -> Path:
+        """Return where the checkpoint after so many samples is written before it is committed."""
+        return self.place(samples_seen).with_name(self.place(samples_seen).name + PART)
+
     def saved(self) -> list[Path]:
         """Return the checkpoints, oldest first."""
         found = [p for p in self.path.glob(PREFIX + "*") if samples_of(p) is not None and p.is_dir()]
@@ -258,8 +262,8 @@ class CheckpointFolder:
         return None, damaged
 
     def begin(self, samples_seen: int) -> Path:
-        """Make and return the empty folder in which a checkpoint is written before it is committed."""
-        part = self.place(samples_seen).with_name(self.place(samples_seen).name + PART)
+        """Make the folder `part` anew and return it."""
+        part = self.part(samples_seen)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         return part

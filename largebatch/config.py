@@ -75,8 +75,8 @@ class LogConfig(Section):
     """Updates between two rows of metrics.jsonl."""
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
     """Further trackers: wandb, tensorboard."""
-    project: str = "largebatch"
-    """Project of Weights & Biases."""
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")] = "largebatch"
+    """Project of Weights & Biases: 1 to 128 characters, none of / \\ # ? % :."""
     wandb_mode: Literal["online", "offline"] = "offline"
     """offline keeps the run in its folder, for `wandb sync` later."""
 

@@ -41,6 +41,7 @@ class Keeper:
                 self.config.keep_last,
                 None if every is None else every * samples_per_epoch,
                 run.backend.timeout_seconds,
+                backend.sum,
             )
 
     def restart(self, step: int, samples_seen: int, path: Path) -> None:

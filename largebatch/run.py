@@ -22,8 +22,8 @@ from largebatch.data.loader import as_lost_worker
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import readable
 from largebatch.distributed import Backend, Meeting, Ranks, choose_backend, is_communication, launched_ranks
-from largebatch.distributed.saving import cause_of
 from largebatch.distributed.state import export_weights
+from largebatch.distributed.watch import cause_of
 from largebatch.models import FactoryModel, norm_group_size
 from largebatch.moments import track, verify
 from largebatch.plan import Plan

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from largebatch.checkpoint import replace_text
 from largebatch.config import LogConfig, Run
 from largebatch.section import UserError
 
@@ -103,45 +106,115 @@ def _scalars(row: Row) -> dict[str, float]:
 
 
 class WandB:
-    """Weights & Biases, with samples seen as the horizontal axis."""
+    """Weights & Biases, with samples seen as the horizontal axis and as the step of a row.
+
+    What it kept of a run that was killed is known to itself alone: it writes beside the run, some seconds late. So a resumed
+    run sends the rows behind the last one that was kept, from metrics.jsonl what was lost of them, and none twice.
+    """
 
     def __init__(self, run: Run, folder: Path, name: str) -> None:
         import wandb
 
-        # One id a run folder, so that a resumed run goes on in its own page.
-        id_file = folder / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+        self.folder = folder
+        run_id = _wandb_id(folder)
         try:
             self.run = wandb.init(
                 project=run.log.project,
                 name=name,
-                id=id_file.read_text(encoding="utf-8").strip(),
+                id=run_id,
                 resume="allow",
                 dir=folder,
                 mode=run.log.wandb_mode,
                 config=run.model_dump(mode="json"),
                 settings=wandb.Settings(silent=True),
             )
-        except wandb.errors.UsageError as error:
+        except wandb.errors.Error as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"log.wandb_mode: Weights & Biases refused to go online ({error}); run `wandb login` or set it to offline"
+                f"log.wandb_mode: Weights & Biases refused to go {run.log.wandb_mode} ({reason}); run `wandb login`, or set it "
+                "to offline"
             ) from error
         self.run.define_metric("*", step_metric="samples")
+        self.kept, samples = _kept_offline(folder, run_id)
+        if run.log.wandb_mode == "online":
+            self.kept = self.run.starting_step - 1
+            samples = dict(self.run.summary).get("samples", self.kept)
+        # Steps only rise: after a return to a checkpoint they are more than the samples.
+        self.step, self.shift = self.kept, self.kept - samples
+        self.has_begun = False
 
     def log(self, row: Row) -> None:
-        """Send a row."""
-        self.run.log(_scalars(row))
+        """Send a row, unless it was kept."""
+        self.has_begun = True
+        step = row["samples"] + self.shift
+        if step > self.kept:
+            self.run.log(_scalars(row), step=step)
+            self.step = step
 
     def sync(self) -> None:
         """Do nothing: it writes by itself."""
 
     def rewind(self, samples: int) -> None:
-        """Keep the rows: they are out; those that follow have smaller samples, which is the axis."""
+        """Go on after so many samples: a resumed run behind what is kept, one that has returned behind what it has sent."""
+        if self.has_begun:
+            self.shift = self.step - samples
+            return
+        for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
+            self.log(json.loads(line))
 
     def close(self) -> None:
         """Finish the run."""
         self.run.finish()
+
+
+def _wandb_id(folder: Path) -> str:
+    """Return the one id of a run folder, so that a resumed run goes on in its own page.
+
+    Raises:
+        UserError: if it cannot be kept.
+    """
+    path = folder / "wandb_id"
+    try:
+        known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        if not known:
+            known = uuid.uuid4().hex[:8]
+            replace_text(path, known + "\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read or written ({getattr(error, 'strerror', None) or error})") from error
+    return known
+
+
+def _kept_offline(folder: Path, run_id: str) -> tuple[int, int]:
+    """Return step and samples of the last row that Weights & Biases kept in this folder, (-1, -1) for none."""
+    for path in sorted(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"), reverse=True):
+        last = (-1, -1)
+        with suppress(Exception):  # a file of another version: what was read of it counts
+            for row in _wandb_rows(path):
+                last = max(last, (int(row["_step"]), int(row["samples"])))
+        if last[0] >= 0:
+            return last
+    return -1, -1
+
+
+def _wandb_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a .wandb file: protocol buffers in LevelDB's log, blocks of 32 KiB of pieces with a header each."""
+    record_of = import_module("wandb.proto.wandb_internal_pb2").Record.FromString
+    block, header, whole, last = 32768, struct.Struct("<IHB"), 1, 4
+    data, at, piece = path.read_bytes(), 7, b""
+    while at + header.size <= len(data):
+        if block - at % block < header.size:  # a block's end has no room for a header
+            at += block - at % block
+            continue
+        _, length, kind = header.unpack_from(data, at)
+        at += header.size + length
+        if at > len(data):  # cut short
+            return
+        piece += data[at - length : at]
+        if kind in (whole, last):
+            record = record_of(piece)
+            if record.HasField("history"):
+                yield {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            piece = b""
 
 
 class TensorBoard:

@@ -7,39 +7,31 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.torch_version import TorchVersion
 
 from largebatch.checkpoint import CheckpointFolder, describe_file
 from largebatch.distributed.state import write_tensors
+from largebatch.distributed.watch import cause_of
 
 # A disk with less room than this, beside what was being written, is full.
 FULL_BYTES = 2**20
 # Before, a stager emptied its own tables after its first use.
 STAGES_ONCE = TorchVersion(torch.__version__) < "2.13"
+T = TypeVar("T")
 
 
-def cause_of(error: BaseException) -> str:
-    """Return an exception's own cause in one line; torch.distributed.checkpoint wraps those of all ranks into one."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, wrapped = sorted(failures.items())[0]
-        inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-        return f"rank {rank}: {cause_of(inner)}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+class SaveError(RuntimeError):
+    """A step of a save failed on some rank, and every rank was told of it."""
 
 
 class CheckpointWriter:
@@ -53,6 +45,7 @@ class CheckpointWriter:
         keep_last: newest checkpoints that are kept.
         keep_every: samples; the first checkpoint after each multiple is kept for good.
         timeout_seconds: a rank that is not heard of for so long in a save makes it fail.
+        sum_over_ranks: elementwise sum of a tensor over the ranks, by the training's own collectives.
     """
 
     def __init__(
@@ -64,13 +57,14 @@ class CheckpointWriter:
         keep_last: int = 1,
         keep_every: float | None = None,
         timeout_seconds: float = 600.0,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
-        self.folder, self.rank = folder, rank
+        self.folder, self.rank, self.world_size = folder, rank, world_size
         self.keep_last, self.keep_every = keep_last, keep_every
-        # The writing thread's collectives must not meet the training's.
-        timeout = timedelta(seconds=timeout_seconds)
+        self.timeout, self.sum_over_ranks = timedelta(seconds=timeout_seconds), sum_over_ranks
         # Every rank is a member, which the type that torch 2.14 declares does not say.
-        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        self.group: Any = None
+        self.is_broken = True  # the group: none yet, or one in which the ranks may be at different collectives
         self.asynchronous = asynchronous
         self.stager: DefaultStager | None = None
         self.thread: threading.Thread | None = None
@@ -92,16 +86,39 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self.wait()
+        self._join()
         if not self.asynchronous:
-            self._write(samples_seen, tensors, state, is_best)
+            self._write(samples_seen, tensors, None, state, is_best)
         else:
-            if self.stager is None or STAGES_ONCE:
-                self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
-            staged = self.stager.stage(dict(tensors))
+            staged, failure = self._stage(tensors)
             # A daemon: a rank whose peers are gone must be able to leave.
-            self.thread = threading.Thread(target=self._write, args=(samples_seen, staged, state, is_best), daemon=True)
+            arguments = (samples_seen, staged, failure, state, is_best)
+            self.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
             self.thread.start()
         self.stalled_seconds += time.perf_counter() - started
+
+    def _join(self) -> None:
+        """Give the writing threads a group of their own, whose collectives do not meet the training's.
+
+        A group that has lost a message stays broken. All ranks take a new one where one of them has noticed.
+        """
+        if self.world_size == 1 or not float(self.sum_over_ranks(torch.tensor(float(self.is_broken)))):
+            return
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+        self.group = dist.new_group(backend="gloo", timeout=self.timeout)
+        self.is_broken = False
+
+    def _stage(self, tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], BaseException | None]:
+        """Return a copy in the host's memory, or why there is none."""
+        try:
+            if self.stager is None or STAGES_ONCE:
+                self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+            staged: Any = self.stager.stage(dict(tensors))
+            return staged, None
+        except (Exception, CheckpointException) as error:
+            self.stager = None  # which may hold half of a copy
+            return {}, error
 
     def wait(self) -> None:
         """Wait until nothing is being written."""
@@ -120,11 +137,18 @@ class CheckpointWriter:
         if self.stager is not None:
             self.stager.close()
 
-    def _write(self, samples_seen: int, tensors: Mapping[str, Tensor], state: dict[str, Any], is_best: bool) -> None:
+    def _write(
+        self,
+        samples_seen: int,
+        tensors: Mapping[str, Tensor],
+        failure: BaseException | None,
+        state: dict[str, Any],
+        is_best: bool,
+    ) -> None:
         started = time.perf_counter()
-        part, place = None, None
+        place = None
         try:
-            part = self._begin(samples_seen)
+            part = self._begin(samples_seen, failure)
             write_tensors(part, tensors, self.group)
             files = self._describe(part)
             if self.rank == 0:
@@ -136,12 +160,15 @@ class CheckpointWriter:
                         self.folder.mark_best(place)
                 finally:
                     self.folder.prune(place, self.keep_last, self.keep_every)
-        except BaseException as error:
+        except BaseException as error:  # CheckpointException is no Exception
             name = self.folder.place(samples_seen).name
             what = f"checkpoint {name} not written" if place is None else f"checkpoint {name} is whole, but"
             self.error = f"{what}: {self._cause_of(error)}"
-            if part is not None and self.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
+            self.is_broken = not isinstance(error, SaveError | CheckpointException)  # those reached every rank
+            if self.rank == 0:
+                shutil.rmtree(self.folder.part(samples_seen), ignore_errors=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise
         self.busy_seconds += time.perf_counter() - started
 
     def _cause_of(self, error: BaseException) -> str:
@@ -153,48 +180,51 @@ class CheckpointWriter:
             return f"{reason}: {self.folder.path} ({free:,} bytes free)"
         return cause
 
-    def _begin(self, samples_seen: int) -> Path:
+    def _begin(self, samples_seen: int, failure: BaseException | None) -> Path:
         """Make the folder on rank 0, and see that every rank sees it."""
-        part = self.folder.place(samples_seen)
-        failure: OSError | None = None
-        if self.rank == 0:
-            try:
-                part = self.folder.begin(samples_seen)
-            except OSError as error:
-                failure = error
-        part, _ = self._share((part, failure))[0]
-        try:
-            is_seen = part.is_dir()
-        except OSError:
-            is_seen = False
-        if not is_seen:
-            what = f"rank {self.rank} does not see it; the run folder must be on a file system all ranks share"
-            failure = FileNotFoundError(2, what, str(part))
-        self._share((part, failure))
+
+        def begin() -> Path:
+            if failure is not None:
+                raise failure
+            return self.folder.begin(samples_seen) if self.rank == 0 else self.folder.place(samples_seen)
+
+        part = self._on_every_rank(begin)[0]
+
+        def see() -> None:
+            if not part.is_dir():
+                what = f"rank {self.rank} does not see it; the run folder must be on a file system all ranks share"
+                raise FileNotFoundError(2, what, str(part))
+
+        self._on_every_rank(see)
         return part
 
     def _describe(self, part: Path) -> dict[str, Any]:
         """Return the manifest's entries; each rank reads back what it wrote itself."""
-        mine, failure = {}, None
-        try:
-            mine = {path.name: describe_file(path) for path in part.glob(f"__{self.rank}_*")}
-            if self.rank == 0:
-                mine[".metadata"] = describe_file(part / ".metadata")
-        except OSError as error:
-            failure = error
-        return {name: entry for files, _ in self._share((mine, failure)) for name, entry in files.items()}
 
-    def _share(self, outcome: tuple[Any, OSError | None]) -> list[tuple[Any, OSError | None]]:
-        """Return what every rank came to, on every rank.
+        def describe() -> dict[str, Any]:
+            mine = {path.name: describe_file(path) for path in part.glob(f"__{self.rank}_*")}
+            return mine | ({".metadata": describe_file(part / ".metadata")} if self.rank == 0 else {})
+
+        return {name: entry for files in self._on_every_rank(describe) for name, entry in files.items()}
+
+    def _on_every_rank(self, step: Callable[[], T]) -> list[T]:
+        """Return what a step came to on each rank, on every rank.
 
         Raises:
-            OSError: where a rank failed, on all of them alike: none waits for one that gave up.
+            SaveError: where it failed on a rank, on all of them alike: none waits for one that gave up.
         """
-        outcomes: list[Any] = [outcome]
+        mine, failure = None, None
+        try:
+            mine = step()
+        except (Exception, CheckpointException) as error:
+            failure = self._cause_of(error)  # in words: not every exception can travel
+        outcomes: list[Any] = [(mine, failure)]
         if self.group is not None:
-            outcomes = [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(outcomes, outcome, group=self.group)
-        failures = [failure for _, failure in outcomes if failure is not None]
-        if failures:
-            raise failures[0]
-        return outcomes
+            outcomes = [None] * self.world_size
+            dist.all_gather_object(outcomes, (mine, failure), group=self.group)
+        for rank, (_, problem) in enumerate(outcomes):
+            if problem is not None:
+                raise SaveError(
+                    problem if problem.startswith("rank ") or self.world_size == 1 else f"rank {rank}: {problem}"
+                )
+        return [value for value, _ in outcomes]

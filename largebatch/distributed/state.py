@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from largebatch.distributed.reading import INDEX, read_index, read_into
+from largebatch.distributed.watch import cause_of
 from largebatch.moments import is_shadow
 from largebatch.optim import is_shadow_group
 from largebatch.section import UserError
@@ -111,6 +112,17 @@ def load_random_state(path: Path, rank: int) -> None:
         torch.cuda.set_rng_state(saved["cuda"])
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Says in words what went wrong: not every exception can travel to the other ranks, which wait for it."""
+
+    def write_data(self, *arguments: Any) -> Any:
+        """Write this rank's share."""
+        try:
+            return super().write_data(*arguments)
+        except BaseException as error:
+            raise RuntimeError(cause_of(error)) from None
+
+
 def write_tensors(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Write tensors into a folder that is there; every rank of the group takes part, each with its share.
 
@@ -119,7 +131,7 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGr
         state: by name; a name that all ranks have is written by one of them.
         group: whose ranks write; None for this process alone.
     """
-    writer = dcp.FileSystemWriter(path, overwrite=True)
+    writer = _Writer(path, overwrite=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one process alone is meant
         dcp.save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)

@@ -54,6 +54,22 @@ def is_communication(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+def cause_of(error: BaseException) -> str:
+    """Return an exception's own cause in one line; torch.distributed.checkpoint wraps those of all ranks into one."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, wrapped = sorted(failures.items())[0]
+        cause = cause_of(wrapped[0] if isinstance(wrapped, tuple) else wrapped)
+        return cause if cause.startswith("rank ") else f"rank {rank}: {cause}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    lines = (short_cause(text) if is_communication(error) else text).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 @contextmanager
 def _sigterm_ignored() -> Iterator[None]:
     """Let no launcher that has noticed the failure too end this process before it has said who is missing."""
