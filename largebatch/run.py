@@ -140,7 +140,7 @@ def train(
     # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
     own_seed = int(np.random.SeedSequence([run.seed, ranks.rank + 1]).generate_state(1)[0])
     seed_generators(own_seed)
-    observers, is_lost = Observers(), False
+    observers, is_lost, workers = Observers(), False, ExitStack()
     with ExitStack() as held:
         try:
             folder = backend.share(folder)  # one by the clock may differ by rank
@@ -160,7 +160,7 @@ def train(
             folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
             folder_here = None if folder_here is None else folder
             trainer = Trainer(run, source, model, plan, backend, observers, folder, found, known)
-            held.callback(trainer.loader.close)
+            workers.callback(trainer.loader.close)
             done = trainer.progress.samples_seen
             if folder_here is not None:
                 _write_config(folder_here, run)
@@ -189,6 +189,7 @@ def train(
             is_lost = True
             raise LostRankError(f"{backend.watch.explain(cause_of(error))}; {_what_is_kept(folder)}") from error
         finally:
+            workers.close()  # first: until then the death of one may raise anywhere
             observers.close()
             if not is_lost:  # a group that has lost a rank cannot be left in good order
                 backend.close()

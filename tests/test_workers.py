@@ -121,7 +121,8 @@ def end(jobs, since=None):
         since = time.monotonic()
     codes = [job.wait(60) for job in jobs]
     took = time.monotonic() - since
-    assert not {pid for job in jobs for pid in job.family()}, "a process is left"
+    # A rank that was killed ends nothing; its workers look for it every five seconds.
+    wait_until(lambda: not any(job.family() for job in jobs), SECONDS, "no process left")
     return codes, took
 
 
@@ -155,10 +156,10 @@ def test_a_killed_worker_is_one_line_and_exit_code_6(tmp_path):
 # what a rank says.
 WAYS_OUT = {
     **{
-        f"{kind} photograph": ({"broken": kind}, None, (2, LOST), "dog/11.png")
+        f"{kind} photograph": ({"broken": kind}, None, (2, 2), "dog/11.png")
         for kind in ("truncated", "empty", "text", "dangling")
     },
-    "broken validation photograph": ({"broken": "truncated", "half": "val", "every": 1}, None, (2, LOST), "dog/11.png"),
+    "broken validation photograph": ({"broken": "truncated", "half": "val", "every": 1}, None, (2, 2), "dog/11.png"),
     "worker killed": (
         {}, lambda jobs: os.kill(workers_of(jobs[-1])[0], signal.SIGKILL), (LOST_WORKER, LOST), "of the data loader"
     ),
@@ -170,7 +171,10 @@ WAYS_OUT = {
     "Ctrl-C": ({}, lambda jobs: [job.send(signal.SIGINT) for job in jobs], (130, 130), "interrupted after update"),
     "killed": ({}, lambda jobs: jobs[-1].send(signal.SIGKILL), (-9, LOST), ""),
     "time limit": ({"flags": ("--checkpoint.time_limit_minutes", "0.02")}, None, (75, 75), "time limit reached"),
-    "diverged": ({"flags": ("--optimizer.lr", "1e9", "--optimizer.weight_decay", "0")}, None, (3, 3), "diverged"),
+    "diverged": (
+        {"flags": ("--precision", "fp16", "--optimizer.lr", "1e9", "--optimizer.weight_decay", "0")},
+        None, (3, 3), "diverged",
+    ),
     "raised": ({"LARGEBATCH_TEST_RAISES": "{last}:40"}, None, (1, LOST), ""),
     "finished": ({"epochs": 2}, None, (0, 0), ""),
 }  # fmt: skip
@@ -193,7 +197,8 @@ def test_every_way_out_ends_the_workers(tmp_path, way, num_workers, world_size):
     codes, took = end(jobs, since)
     print(f"{way}, {num_workers} workers, {world_size} ranks: {codes} after {took:.1f} s: {[said_by(j) for j in jobs]}")
     assert sorted(codes) == sorted([own, other][:world_size])
-    assert took < SECONDS + (TIMEOUT if way == "worker hangs" else 0.0)
+    # A worker that dies during a save is found by torch's own look at its workers, every five seconds.
+    assert took < SECONDS + {"worker hangs": TIMEOUT, "worker killed": 5.0}.get(way, 0.0)
     assert any(words in said_by(job) for job in jobs)
     assert way == "raised" or all("Traceback" not in job.printed() for job in jobs)
     assert all("Exception ignored" not in job.printed() for job in jobs)

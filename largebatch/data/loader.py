@@ -180,9 +180,11 @@ class _Batches:
         except (RuntimeError, OSError, EOFError) as error:
             if not self._hanging and "DataLoader timed out" not in str(error):
                 raise
+            hanging = self._hanging or self._find_hanging()
+            self.close()
             raise LostWorkerError(
-                f"worker process {self._hanging or self._find_hanging()} of the data loader gave no batch in "
-                f"{self.timeout_seconds:g} s (backend.timeout_seconds): it hangs, or the file system that holds the data does"
+                f"worker process {hanging} of the data loader gave no batch in {self.timeout_seconds:g} s "
+                "(backend.timeout_seconds): it hangs, or the file system that holds the data does"
             ) from error
         finally:
             self._waits_since = None
