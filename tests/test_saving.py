@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch.distributed.checkpoint as dcp
-from test_deepspeed import _compiled_operator, _fresh_counters, needs_deepspeed  # noqa: F401
+from test_deepspeed import _fresh_counters, needs_deepspeed
 from test_trainer import digits
 from torch.distributed.checkpoint.api import CheckpointException
 
