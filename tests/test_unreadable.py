@@ -90,6 +90,7 @@ def photographs(root, **flags):
 
 
 SKIP = {"data.corrupt": "skip"}
+OTHER = {"checkpoint.same_data": False}  # a file that was put back is other data
 
 
 def _train_on_rank(rank, world_size, run, folder, resume):
@@ -253,7 +254,7 @@ def test_a_photograph_that_stops_the_run_costs_nothing(world_size, whole, broken
     files, good = files_of(broken, "train"), files_of(whole, "train")
     stopped = tmp_path / "stopped"
     for number, again in enumerate(("never", "auto")):
-        error = result_of(photographs(broken), stopped, world_size, rank_pool, again)
+        error = result_of(photographs(broken, **OTHER), stopped, world_size, rank_pool, again)
         assert isinstance(error, UnreadableError)
         assert f"everything up to update {number + 1} is in {stopped}" in str(error)
         assert "--data.corrupt skip, then continue with --resume auto --out" in str(error)
@@ -267,12 +268,12 @@ def test_a_photograph_that_stops_the_run_costs_nothing(world_size, whole, broken
             shutil.copy(good[files.index(file)], file)
     shutil.copy(good[BROKEN[2]], files[BROKEN[2]])
     shutil.copy(files_of(whole, "val")[3], files_of(broken, "val")[3])
-    assert result_of(photographs(broken), stopped, world_size, rank_pool, "auto").status == "finished"
+    assert result_of(photographs(broken, **OTHER), stopped, world_size, rank_pool, "auto").status == "finished"
     assert_same_run(stopped, expected["whole"])
     for i in BROKEN:
         files[i].write_bytes(b"")
     files_of(broken, "val")[3].write_bytes(b"no")
-    again = result_of(photographs(broken, **SKIP), tmp_path / "left out", world_size, rank_pool, "auto")
+    again = result_of(photographs(broken, **SKIP, **OTHER), tmp_path / "left out", world_size, rank_pool, "auto")
     assert again.status == "finished" and len(again.unreadable) == 4
     assert_same_run(tmp_path / "left out", expected["skipped"])
 
@@ -291,11 +292,11 @@ def test_a_photograph_of_validation_that_stops_the_run_costs_nothing(world_size,
         and str(val) in str(error)
     )
     shutil.copy(files_of(whole, "val")[3], val)
-    assert result_of(photographs(broken), stopped, world_size, rank_pool, "auto").status == "finished"
+    assert result_of(photographs(broken, **OTHER), stopped, world_size, rank_pool, "auto").status == "finished"
     assert_same_run(stopped, tmp_path / "whole")
 
     val.write_bytes(b"")
-    late = photographs(broken, **{"evaluate.every_epochs": 5})
+    late = photographs(broken, **OTHER, **{"evaluate.every_epochs": 5})
     error = result_of(late, tmp_path / "late", world_size, rank_pool)
     assert "everything up to update 7 is in" in str(error)
     shutil.copy(files_of(whole, "val")[3], val)

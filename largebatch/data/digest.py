@@ -104,6 +104,8 @@ def _digest_of(samples: Samples, loader: LoaderConfig) -> dict[str, Any]:
             found[field.name] = {"shape": _shape(value), "bytes": _hashed(np.ascontiguousarray(value).view(np.uint8))}
         elif isinstance(value, bool | int | float | str):
             found[field.name] = value
+    if isinstance(samples, TextSamples):  # which are mapped, and no field
+        found["windows"] = _digest_of_tensor(samples.windows)
     return found | (_digest_of_files(samples) if isinstance(samples, FolderSamples) else {})
 
 
