@@ -515,7 +515,10 @@ class Trainer:
 
     def _saved_at_a_stop(self) -> str:
         """Save where the run stands, and say how it goes on from samples that cannot be read. A collective."""
-        advice = "put whole files in their places (and add --checkpoint.same_data false), or leave them out with --data.corrupt skip"
+        advice = (
+            "put whole files in their places (and add --checkpoint.same_data false), or leave them out "
+            "with --data.corrupt skip"
+        )
         if self.folder is None:
             return advice
         self.save()
