@@ -17,7 +17,7 @@ from largebatch.checkpoint import MANIFEST
 from largebatch.config import Run
 from largebatch.data.digest import HASHED, describe, is_same
 from largebatch.distributed import name_ranks, resolve
-from largebatch.section import UserError, leaves
+from largebatch.section import UserError, first_few, leaves
 
 Shown = dict[str, Any]
 
@@ -37,7 +37,6 @@ SECTIONS = {
     ),
     "model": ("the ranks built different models", "a model has to come out the same in every process"),
 }
-MOST_TOLD = 4  # differences in a line
 
 
 def show_run(run: Run, resume: str, folder: Path | None) -> Shown:
@@ -123,8 +122,7 @@ def difference(shown: list[Shown]) -> str | None:
     for section, (what, advice) in SECTIONS.items():
         found = _differences(section, {rank: dict(leaves(s[section])) for rank, s in enumerate(shown) if section in s})
         if found:
-            more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
-            return f"{what}: {'; '.join(found[:MOST_TOLD])}{more}; {advice}"
+            return f"{what}: {first_few(found, most=4)}; {advice}"
     return None
 
 
@@ -150,12 +148,8 @@ def _differences(section: str, values: dict[int, Shown]) -> list[str]:
         else:
             told.append(f"{key} is {here} on {name_ranks([first])}, {there} on {name_ranks(differing)}")
     for ranks, names in unnamed.items():
-        listed = ", ".join(names[:MOST_TOLD]) + (
-            f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else ""
-        )
-        told.append(
-            f"{ranks} {'differ' if ranks.startswith('ranks') else 'differs'} from {name_ranks([first])} in {listed}"
-        )
+        verb = "differ" if ranks.startswith("ranks") else "differs"
+        told.append(f"{ranks} {verb} from {name_ranks([first])} in {first_few(names, ', ', most=4)}")
     return told
 
 

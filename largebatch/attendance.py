@@ -9,10 +9,7 @@ import torch
 
 from largebatch.data.loader import MicroBatch
 from largebatch.distributed import Backend
-from largebatch.section import UnreadableError
-
-# Unreadable samples that a message names; it counts the others.
-MOST_NAMED = 5
+from largebatch.section import UnreadableError, first_few
 
 
 @dataclass
@@ -50,7 +47,7 @@ class Attendance:
             return []
         missing = everyones(self.missing, backend)
         if num_samples == 0:
-            raise UnreadableError(f"data.path: nothing is left of an update: {naming(missing)}")
+            raise UnreadableError(f"data.path: nothing is left of an update: {first_few(missing)}")
         self.num_samples = num_samples
         self.num_units = float(num_samples) if self.of_samples else num_samples**2 / of_squares
         backend.shrink_update(num_samples, self.num_units)
@@ -62,12 +59,6 @@ def everyones(missing: Iterable[str], backend: Backend) -> list[str]:
     return sorted({line for lines in backend.gather(list(missing)) for line in lines})
 
 
-def naming(lines: Sequence[str]) -> str:
-    """Return the first few lines as one, with the number of the others."""
-    more = f"; and {len(lines) - MOST_NAMED:,} more" if len(lines) > MOST_NAMED else ""
-    return "; ".join(lines[:MOST_NAMED]) + more
-
-
 def note(missing: Sequence[str], known: list[str], stops: bool) -> str | None:
     """Return what to tell of samples that are left out, None where it was told before; ``known`` takes them in.
 
@@ -75,9 +66,9 @@ def note(missing: Sequence[str], known: list[str], stops: bool) -> str | None:
         UnreadableError: where the run stops at the first.
     """
     if missing and stops:
-        raise UnreadableError(f"data.path: {naming(missing)}")
+        raise UnreadableError(f"data.path: {first_few(missing)}")
     new = [line for line in missing if line not in known]
     if not new:
         return None
     known += new
-    return f"left out, {len(known):,} in all: {naming(new)}"
+    return f"left out, {len(known):,} in all: {first_few(new)}"

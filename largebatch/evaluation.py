@@ -7,11 +7,11 @@ from contextlib import closing
 import torch
 from torch import nn
 
-from largebatch.attendance import everyones, naming
+from largebatch.attendance import everyones
 from largebatch.data import Source
 from largebatch.data.loader import LoaderConfig, evaluation_batches
 from largebatch.distributed import Backend
-from largebatch.section import UnreadableError, UserError
+from largebatch.section import UnreadableError, UserError, first_few
 
 
 def evaluate(
@@ -65,7 +65,7 @@ def evaluate(
     loss, correct_sum, count, num_missing = backend.sum(totals).tolist()
     missing = everyones(missing, backend) if num_missing else []
     if not count and missing:
-        raise UnreadableError(f"data.path: nothing is left to evaluate on: {naming(missing)}")
+        raise UnreadableError(f"data.path: nothing is left to evaluate on: {first_few(missing)}")
     if not count:
         raise UserError("data: every target of the validation set is ignored (-100); there is nothing to score")
     return {"val_loss": loss / count} | ({"val_accuracy": correct_sum / count} if task.has_accuracy else {}), missing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -65,6 +65,12 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def first_few(items: Sequence[str], separator: str = "; ", most: int = 5) -> str:
+    """Return the first few of several in one line, with the number of the others."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

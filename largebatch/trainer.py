@@ -30,6 +30,7 @@ from largebatch.distributed.state import (
     read_tensors,
     tensor_metadata,
 )
+from largebatch.divergence import Diverged, choose, describe, last_words
 from largebatch.evaluation import evaluate
 from largebatch.keeping import Keeper
 from largebatch.metering import NoiseMeter
@@ -44,13 +45,6 @@ from largebatch.resume import Found, find_checkpoint
 from largebatch.scaling import temperature
 from largebatch.section import UnreadableError, UserError
 from largebatch.stopping import StopRequest
-
-# Updates skipped in a row, and returns to a checkpoint in a run, after which it is not bad luck.
-MOST_SKIPS, MOST_ROLLBACKS = 20, 10
-
-
-class Diverged(Exception):
-    """The run cannot go on after a gradient that was NaN or infinite; the message says why."""
 
 
 class Trainer:
@@ -406,14 +400,9 @@ class Trainer:
         Raises:
             Diverged: if the run cannot go on.
         """
-        progress, choice = self.progress, self.run.optimizer.non_finite
-        whose = f"on rank {', '.join(map(str, error.ranks))}" if error.ranks else ""
-        cause = f"the loss was not finite {whose}" if error.ranks else "every loss was finite"
-        what = f"update {progress.step + 1} (after {progress.samples_seen} samples): the gradient is NaN or infinite, {cause}"
-        advice = "lower optimizer.lr, lengthen the warm-up, or set optimizer.max_grad_norm"
-        if self.folder is not None:
-            advice += "; --resume that checkpoint with --out NEW goes on from there with such changes"
-        if choice == "skip" and progress.skipped_in_a_row < MOST_SKIPS:
+        progress, configured = self.progress, self.run.optimizer.non_finite
+        what, choice = describe(error, progress), choose(configured, progress)
+        if choice == "skip":
             progress.skipped += 1
             progress.skipped_in_a_row += 1
             # With the samples that it is counted with: a run that resumes before them forgets the row with the rest.
@@ -422,18 +411,13 @@ class Trainer:
                 {**self._clock_row(), "samples": samples, "event": f"{what}; skipped, {progress.skipped} in all"}
             )
             return True
-        if choice == "roll_back" and progress.rollbacks < MOST_ROLLBACKS and self._roll_back(what):
+        if choice == "roll_back" and self._roll_back(what):
             return False
-        if choice == "skip":
-            what += f", {MOST_SKIPS} updates in a row were skipped"
-        if choice == "roll_back":
-            what += (
-                f", after {progress.rollbacks} returns to a checkpoint" if progress.rollbacks else ", no checkpoint yet"
-            )
+        place = None
         if self.folder is not None:
             self.save()
-            what += f"; the state before it is in {CheckpointFolder(self.folder / 'checkpoints').place(progress.samples_seen)}"
-        raise Diverged(f"{what}; {advice}") from error
+            place = CheckpointFolder(self.folder / "checkpoints").place(progress.samples_seen)
+        raise Diverged(last_words(what, configured, progress, place)) from error
 
     def _roll_back(self, what: str) -> bool:
         """Continue from the newest checkpoint with other samples; return whether there is one."""

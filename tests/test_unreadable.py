@@ -309,7 +309,7 @@ def test_an_update_of_which_nothing_is_left_stops_the_run(world_size, broken, tm
     for file in files_of(broken, "train"):
         file.write_bytes(b"")
     error = result_of(photographs(broken, **SKIP), tmp_path / "run", world_size, rank_pool)
-    assert "nothing is left of an update: image '" in str(error) and "; and 3 more" in str(error)
+    assert "nothing is left of an update: image '" in str(error) and " and 3 more" in str(error)
     assert "everything up to update 0 is in" in str(error)
 
 

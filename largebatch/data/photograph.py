@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from largebatch.section import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ORIENTATION, PHOTOMETRIC, BITS, WHITE_IS_ZERO = 0x0112, 262, 258, 0  # tags of EXIF and TIFF
+PHOTOMETRIC, BITS, WHITE_IS_ZERO = 262, 258, 0  # tags of TIFF
 
 
 def pillow() -> Any:
@@ -44,7 +46,9 @@ def read_image(file: Path) -> Image:
     try:
         with module.open(file) as image:
             image.load()
-            return _upright(_as_rgb(image), image)
+            with suppress(Exception):  # broken notes do not make a broken photograph
+                import_module("PIL.ImageOps").exif_transpose(image, in_place=True)
+            return _as_rgb(image)
     except MemoryError:
         raise
     # A broken file can raise anything: struct.error, IndexError, SyntaxError (a PNG), whatever its decoder trips over.
@@ -77,22 +81,3 @@ def _eight_bits(image: Image) -> Image:
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         grey = 255.0 - grey
     return pillow().fromarray(grey.round().clip(0, 255).astype(np.uint8))
-
-
-def _upright(picture: Image, image: Image) -> Image:
-    """Turn a picture as the camera noted; Pillow has done so by itself in TIFF."""
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # broken notes do not make a broken photograph
-        return picture
-    module = pillow().Transpose
-    turns = {
-        2: module.FLIP_LEFT_RIGHT,
-        3: module.ROTATE_180,
-        4: module.FLIP_TOP_BOTTOM,
-        5: module.TRANSPOSE,
-        6: module.ROTATE_270,
-        7: module.TRANSVERSE,
-        8: module.ROTATE_90,
-    }
-    return picture.transpose(turns[orientation]) if orientation in turns else picture

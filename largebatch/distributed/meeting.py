@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from largebatch.distributed.backend import Ranks
 from largebatch.distributed.watch import GRACE_SECONDS, START_SECONDS, open_store, short_cause
-from largebatch.section import LostRankError, SharedError, UserError
+from largebatch.section import LostRankError, SharedError, UserError, first_few
 
 Shown = dict[str, Any]
 
@@ -136,16 +136,15 @@ class Meeting:
         lines = [
             text if len(ranks) == self.world_size else f"{name_ranks(ranks)}: {text}" for text, ranks in failed.items()
         ]
-        return {"is_mistake": not any(account["is_own"] for account in accounts), "text": "; ".join(lines[:4])}
+        return {"is_mistake": not any(account["is_own"] for account in accounts), "text": first_few(lines)}
 
     def _missing(self, ranks: list[int], on: str) -> str:
         places = []
-        for rank in ranks[:4]:
+        for rank in ranks:
             known = self._notes.check([f"place/{rank}"])
             where = self._notes.get(f"place/{rank}").decode() if known else "which has not come"
             places.append(f"rank {rank} ({where})")
-        more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
-        return f"no word from {', '.join(places)}{more} on the {on} for {self.seconds:.0f} s: dead, or still at it"
+        return f"no word from {first_few(places, ', ')} on the {on} for {self.seconds:.0f} s: dead, or still at it"
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:

@@ -13,8 +13,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from largebatch.section import LostRankError
+from largebatch.signals import handled_by
 
 # How long a rank that has failed waits for the others' accounts. Launchers kill what is left of a job 30 s after a failure.
 GRACE_SECONDS = 5.0
@@ -70,19 +70,6 @@ def cause_of(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-@contextmanager
-def _sigterm_ignored() -> Iterator[None]:
-    """Let no launcher that has noticed the failure too end this process before it has said who is missing."""
-    if threading.current_thread() is not threading.main_thread():  # others cannot have handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class RankWatch:
     """Each rank's account of itself, in the store that all ranks reach.
 
@@ -119,7 +106,8 @@ class RankWatch:
         # A store whose rank hangs, or is cut off, blocks who asks it: past the store's own timeout, in code that no
         # exception reaches.
         asking = threading.Thread(target=lambda: answers.append(self._ask(cause, grace_seconds)), daemon=True)
-        with _sigterm_ignored():
+        # No launcher that has noticed the failure too shall end this process before it has said who is missing.
+        with handled_by(signal.SIGTERM, signal.SIG_IGN):
             asking.start()
             asking.join(grace_seconds + 2.0)
         if answers:
