@@ -18,7 +18,6 @@ from largebatch.agreement import difference, show_checkpoint, show_model, show_r
 from largebatch.checkpoint import LOCK, CheckpointFolder, locked, replace_text
 from largebatch.config import Run
 from largebatch.data import Source, digest, seed_generators
-from largebatch.data.loader import as_lost_worker
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import readable
 from largebatch.distributed import Backend, Meeting, Ranks, choose_backend, is_communication, launched_ranks
@@ -179,17 +178,17 @@ def train(
             error.everywhere = False  # a broken sample, say, which one rank alone has met
             backend.watch.report(str(error), is_own=True)
             raise
+        except LostWorkerError as error:
+            backend.watch.report(str(error), is_own=True)
+            raise LostWorkerError(f"{error}; {_what_is_kept(folder)}") from error
         except Exception as error:
-            if (lost := as_lost_worker(error)) is not None:
-                backend.watch.report(str(lost), is_own=True)
-                raise LostWorkerError(f"{lost}; {_what_is_kept(folder)}") from error
             if ranks.world_size == 1 or not is_communication(error):
                 backend.watch.report(f"{type(error).__name__}: {cause_of(error)}", is_own=True)
                 raise
             is_lost = True
             raise LostRankError(f"{backend.watch.explain(cause_of(error))}; {_what_is_kept(folder)}") from error
         finally:
-            workers.close()  # first: until then the death of one may raise anywhere
+            workers.close()
             observers.close()
             if not is_lost:  # a group that has lost a rank cannot be left in good order
                 backend.close()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import re
 import signal
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,9 +22,12 @@ from torch.utils.data import DataLoader
 from largebatch.data.sampler import PlanSampler, SampleKeys
 from largebatch.data.source import Batch, Samples, readable
 from largebatch.section import LostWorkerError, Section, UserError
+from largebatch.signals import handled_by
 
 # How long a process that was killed may take to go: in a system call on a dead network mount, for ever.
 KILLED_SECONDS = 3.0
+# How often it is looked whether a worker that is waited for still lives.
+LOOK_SECONDS = 1.0
 
 
 class LoaderConfig(Section):
@@ -78,26 +80,6 @@ def _leave_signals_to_the_rank(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-# What torch's RuntimeErrors say of a worker that is gone, wherever in the rank's own work its signal handler raised them.
-_LOST_WORKER = re.compile(
-    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [^.\n]*|exited unexpectedly)?"
-)
-
-
-def as_lost_worker(error: BaseException) -> LostWorkerError | None:
-    """Return what an exception says of a data loader's worker, as one line; None where it says nothing of one."""
-    if isinstance(error, LostWorkerError):
-        return error
-    found = _LOST_WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
-    if found is None:
-        return None
-    how = (found[2] or "exited unexpectedly").strip().replace("is killed by signal", "was killed by a signal")
-    return LostWorkerError(
-        f"worker process {found[1]} of the data loader {how}; if the kernel ended it for want of memory, set a lower "
-        "loader.num_workers or loader.prefetch, or give the job more memory"
-    )
-
-
 class _Batches:
     """The batches of a stock DataLoader, whose workers end when it is closed.
 
@@ -127,7 +109,7 @@ class _Batches:
             workers = {
                 "prefetch_factor": config.prefetch,
                 "worker_init_fn": _leave_signals_to_the_rank,
-                "timeout": timeout_seconds,
+                "timeout": min(LOOK_SECONDS, timeout_seconds),
             }
         self.device, self.dtype, self.timeout_seconds, self._count = device, dtype, timeout_seconds, 0
         loader: DataLoader[Any] = DataLoader(
@@ -138,7 +120,11 @@ class _Batches:
             pin_memory=device.type == "cuda",
             **workers,
         )
+        before = signal.getsignal(signal.SIGCHLD)
         self._batches = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            # Torch's own handler raises when a worker dies, wherever the rank is: in a save, in the middle of an update.
+            signal.signal(signal.SIGCHLD, before)
         self._workers = list(getattr(self._batches, "_workers", ()))
         self._closed, self._hanging = threading.Event(), ""
         self._waits_since: float | None = None
@@ -172,24 +158,44 @@ class _Batches:
         """
         self._waits_since = time.monotonic()
         try:
-            batch: Batch = next(self._batches)
+            while (batch := self._next()) is None:
+                pass
+        finally:
+            self._waits_since = None
+        self._count += 1
+        return batch
+
+    def _next(self) -> Batch | None:
+        """Return the next batch, None where there is none yet."""
+        assert self._waits_since is not None
+        try:
+            return next(self._batches)
         except UserError as error:
             # A worker's error arrives with its traceback in the message; the last line is what was raised.
             line = str(error).strip().splitlines()[-1]
             raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
         except (RuntimeError, OSError, EOFError) as error:
-            if not self._hanging and "DataLoader timed out" not in str(error):
-                raise
-            hanging = self._hanging or self._find_hanging()
-            self.close()
-            raise LostWorkerError(
-                f"worker process {hanging} of the data loader gave no batch in {self.timeout_seconds:g} s "
-                "(backend.timeout_seconds): it hangs, or the file system that holds the data does"
-            ) from error
-        finally:
-            self._waits_since = None
-        self._count += 1
-        return batch
+            is_early = "DataLoader timed out" in str(error)
+            waited = time.monotonic() - self._waits_since
+            if self._workers and not is_early:  # the connection to one that dies goes before it does
+                wait([worker.sentinel for worker in self._workers], LOOK_SECONDS)
+            dead = [f"{w.pid} {_ending(w.exitcode)}" for w in self._workers if w.exitcode is not None]
+            if self._hanging or (is_early and not dead and waited >= self.timeout_seconds):
+                hanging = self._hanging or self._find_hanging()
+                self.close()
+                raise LostWorkerError(
+                    f"worker process {hanging} of the data loader gave no batch in {self.timeout_seconds:g} s "
+                    "(backend.timeout_seconds): it hangs, or the file system that holds the data does"
+                ) from error
+            if dead:
+                self.close()
+                raise LostWorkerError(
+                    f"worker process {', '.join(dead)} while it loaded data; if the kernel ended it for want of memory, set a "
+                    "lower loader.num_workers or loader.prefetch, or give the job more memory"
+                ) from error
+            if is_early:
+                return None
+            raise
 
     def close(self) -> None:
         """End the workers, those that hang too."""
@@ -197,7 +203,8 @@ class _Batches:
         self._closed.set()
         if not self._workers:
             return
-        with _children_may_die():
+        # Torch's handler, where a loader of the user's own has set it, raises when a worker dies.
+        with handled_by(signal.SIGCHLD, signal.SIG_DFL):
             for worker in self._workers:
                 worker.kill()
             for worker in self._workers:
@@ -220,25 +227,16 @@ class _Batches:
         return ", ".join(found) or str(self._workers[self._count % len(self._workers)].pid)
 
 
+def _ending(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
 def _state(process_id: int) -> str:
     """Return the letter in which Linux says what a process does; empty elsewhere."""
     try:
         return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return ""
-
-
-@contextmanager
-def _children_may_die() -> Iterator[None]:
-    """Keep torch's handler, which raises in the rank when a worker dies, from the death of workers that are ended."""
-    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
 
 
 class TrainLoader:
