@@ -30,7 +30,10 @@ SECTIONS = {
     "config": ("the ranks were given different configs", "start every rank with one config and the same flags"),
     "versions": ("the ranks run different versions", "install the same ones on every node"),
     "code": ("the ranks run different code", "copy the same files to every node"),
-    "data": ("the ranks hold different data", "every node needs the same samples in the same order"),
+    "data": (
+        "the ranks hold different data",
+        "every node needs the same samples in the same order, drawn from the run's seed if at all",
+    ),
     "checkpoint": (
         "--resume: the ranks see different checkpoints",
         "the run folder must be on a file system all ranks share",

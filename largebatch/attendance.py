@@ -9,7 +9,7 @@ import torch
 
 from largebatch.data.loader import MicroBatch
 from largebatch.distributed import Backend
-from largebatch.section import UnreadableError, first_few
+from largebatch.section import SharedError, UnreadableError, first_few
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Attendance:
     def add(self, micro_batch: MicroBatch) -> None:
         """Count a micro-batch of this rank."""
         self.sizes.append(micro_batch.num_samples)
-        self.missing += micro_batch.missing.values()
+        self.missing += filter(None, micro_batch.missing.values())
 
     def call(self, backend: Backend) -> list[str]:
         """Count the micro-batches of all ranks, before the last pass of an update; return what is missing, and why.
@@ -40,6 +40,7 @@ class Attendance:
 
         Raises:
             UnreadableError: if nothing is left of the update.
+            SharedError: if nothing of it has a target.
         """
         mine = [sum(self.sizes), sum(size**2 for size in self.sizes)]
         num_samples, of_squares = map(int, backend.sum(torch.tensor(mine, dtype=torch.float64)).tolist())
@@ -47,6 +48,8 @@ class Attendance:
             return []
         missing = everyones(self.missing, backend)
         if num_samples == 0:
+            if not missing:
+                raise SharedError("data: every target of an update is ignored (-100); there is nothing to learn from")
             raise UnreadableError(f"data.path: nothing is left of an update: {first_few(missing)}")
         self.num_samples = num_samples
         self.num_units = float(num_samples) if self.of_samples else num_samples**2 / of_squares

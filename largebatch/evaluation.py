@@ -59,7 +59,7 @@ def evaluate(
             correct = task.num_correct(outputs, batch.targets)
             if correct is not None:
                 totals[1] += correct
-            totals[2] += task.num_known(batch.targets)
+            totals[2] += task.known(batch.targets).sum()
     model.train()
     totals[3] = len(missing)
     loss, correct_sum, count, num_missing = backend.sum(totals).tolist()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from largebatch.agreement import difference, show_checkpoint, show_model, show_run
 from largebatch.checkpoint import LOCK, CheckpointFolder, locked, replace_text
@@ -41,11 +42,17 @@ def build_model(run: Run, task: Task) -> nn.Module:
     """Return the model with initial weights that depend on the seed alone, the same on every rank.
 
     Raises:
-        UserError: if there is nothing to train, or a complex tensor, which no precision of a run has room for.
+        UserError: if there is nothing to train, or a tensor that is complex, which no precision of a run has room for,
+            sparse, or without values.
     """
     seed_generators(run.seed)
     model = run.model.build(task)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = "lazy" if is_lazy(tensor) else "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        if kind != "strided":
+            raise UserError(
+                f"model.name: '{name}' of {run.model.name} is a {kind} tensor; a run needs dense ones that hold values"
+            )
         if tensor.is_complex():
             raise UserError(
                 f"model.name: '{name}' of {run.model.name} is complex, and would lose its imaginary part; make it real and use "

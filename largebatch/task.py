@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from largebatch.section import UserError
+from largebatch.section import UserError, nearest
 
 TaskKind = Literal["classification", "language_modeling", "regression"]
 
@@ -40,6 +40,12 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
     correct: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a kind that there is not."""
+        if self.kind not in get_args(TaskKind):
+            known = get_args(TaskKind)
+            raise UserError(f"Task: kind is '{self.kind}'{nearest(self.kind, known)}; expected {', '.join(known)}")
+
     @property
     def has_accuracy(self) -> bool:
         """Whether samples are right or wrong."""
@@ -61,7 +67,10 @@ class Task:
                 that is not (n,).
         """
         if self.loss is not None:
-            return _of_each_sample(self.loss(outputs, targets), len(targets), "loss")
+            losses = _of_each_sample(self.loss(outputs, targets), len(targets), "loss")
+            if torch.is_grad_enabled() and outputs.requires_grad and not losses.requires_grad:
+                raise UserError("Task: loss has to be differentiable in the outputs; what it returned has no gradient")
+            return losses
         if self.kind == "regression":
             if {tuple(outputs.shape), tuple(targets.shape)} == {(len(outputs),), (len(outputs), 1)}:
                 outputs, targets = outputs.flatten(), targets.flatten()
@@ -74,7 +83,9 @@ class Task:
             )
         self._check_targets(outputs, targets)
         try:
-            losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
+            losses = F.cross_entropy(
+                outputs.flatten(0, -2), targets.flatten().long(), ignore_index=IGNORED, reduction="none"
+            )
         except IndexError as error:
             flat = targets.flatten()
             wrong = flat[((flat < 0) & (flat != IGNORED)) | (flat >= outputs.shape[-1])]
@@ -94,15 +105,22 @@ class Task:
             return None
         if self.correct is not None:
             right = _of_each_sample(self.correct(outputs, targets), len(targets), "correct")
+            if not bool(((right >= 0) & (right <= 1)).all()):
+                raise UserError("Task: correct has to return numbers from 0 to 1, how far each sample is right")
             return right.sum(dtype=torch.float64)
         self._check_targets(outputs, targets)
         return _mean_of_known((outputs.argmax(dim=-1) == targets).to(torch.float64), targets).sum()
 
-    def num_known(self, targets: Tensor) -> Tensor:
-        """Return how many of the samples have a target that is not ignored: what losses and scores are averaged over."""
-        if self.loss is not None or self.kind == "regression":
-            return torch.tensor(len(targets), device=targets.device)
-        return (targets != IGNORED).flatten(1).any(dim=1).sum() if targets.ndim > 1 else (targets != IGNORED).sum()
+    @property
+    def can_ignore(self) -> bool:
+        """Whether targets may say that they are to be ignored."""
+        return self.loss is None and self.kind != "regression"
+
+    def known(self, targets: Tensor) -> Tensor:
+        """Return whether each sample has a target that is not ignored, bool (n,): losses and scores are means over those."""
+        if not self.can_ignore:
+            return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+        return (targets != IGNORED).reshape(len(targets), -1).any(dim=1)
 
     def _check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         places = 1 if self.kind == "classification" else 2
@@ -120,8 +138,8 @@ class Task:
 
 def _of_each_sample(values: Tensor, count: int, what: str) -> Tensor:
     """Return what a function of the user's returned, if it is one number a sample."""
-    if not isinstance(values, Tensor) or values.shape != (count,):
-        came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if not isinstance(values, Tensor) or values.shape != (count,) or values.is_complex():
+        came = f"{list(values.shape)} of {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
         raise UserError(
             f"Task: {what} has to return a tensor of shape [{count}], one number a sample; it returned {came}"
         )

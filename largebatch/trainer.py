@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from largebatch.attendance import Attendance, note
 from largebatch.checkpoint import CheckpointFolder
 from largebatch.config import Run
-from largebatch.data import Source
+from largebatch.data import FactoryData, Source
 from largebatch.data.loader import MicroBatch, TrainLoader
 from largebatch.data.sampler import PlanSampler, evenly_spaced
 from largebatch.data.source import may_miss
@@ -101,7 +101,10 @@ class Trainer:
         self._started = time.perf_counter()
         self.keeper = Keeper(run, backend, plan.samples_per_epoch, folder)
         device, dtype, timeout = backend.device, backend.dtype, backend.timeout_seconds
-        self.loader = TrainLoader(source.train, run.loader, device, dtype, timeout)
+        # The library's own sets give every sample a target.
+        known = source.task.known if isinstance(run.data, FactoryData) and source.task.can_ignore else None
+        self._counts_samples = known is not None or may_miss(source.train)
+        self.loader = TrainLoader(source.train, run.loader, device, dtype, timeout, known)
         if found is None:
             self._start_loader()
         else:
@@ -233,7 +236,7 @@ class Trainer:
         backend.begin_update(batch_size, attendance.num_units, self.progress.step)
         for micro_batch, is_last in self.loader.next(batch_size):
             attendance.add(micro_batch)
-            if is_last and may_miss(self.source.train):
+            if is_last and self._counts_samples:
                 self._note_unreadable(attendance.call(backend), self.progress.samples_seen + batch_size)
             with backend.accumulate(sync=is_last), self._choice(micro_batch, batch_size, squared):
                 backend.backward(self.loss_sum(micro_batch) / batch_size)

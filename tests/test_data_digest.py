@@ -13,6 +13,7 @@ from test_trainer import digits
 from largebatch import run as run_module
 from largebatch.checkpoint import STATE, CheckpointFolder
 from largebatch.data import ImageFolder, Source, TensorSamples, Text, changed_parts, digest
+from largebatch.data.digest import _digest_of_tensor
 from largebatch.data.factory import MapSamples
 from largebatch.data.loader import LoaderConfig
 from largebatch.distributed import Ranks
@@ -283,3 +284,12 @@ def test_junk_for_a_digest_is_one_line_or_passed_over():
         {"train": {"inputs": {"values": [None]}}},
     ):
         assert isinstance(changed_parts(known, junk), list)
+
+
+def test_columns_of_a_table_are_hashed_where_they_lie():
+    """A single row counts as contiguous whatever its strides."""
+    table = torch.arange(64 * 7).reshape(64, 7)
+    for column in (table[:, 6], table.t()[6], table.flatten()[6::7]):
+        found, plain = (_digest_of_tensor(c) for c in (column, column.clone()))
+        assert found == plain
+    assert _digest_of_tensor(table[1::2, 2]) != _digest_of_tensor(table[::2, 2])

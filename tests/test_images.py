@@ -475,3 +475,9 @@ def test_real_photographs(data_folder):
     assert (len(source.train), len(source.val), source.task.num_outputs) == (240, 80, 10)
     inputs, _ = source.val.__getitems__(keys(range(0, 80, 10)))
     assert torch.isfinite(inputs).all() and inputs.std() > 0.3
+
+
+def test_the_transparent_grey_of_a_16_bit_png_is_white(tmp_path):
+    values = np.array([[0, 1000, 65535]], dtype=np.uint16)
+    pytest.importorskip("PIL.Image").fromarray(values).save(tmp_path / "a.png", transparency=1000)
+    assert np.asarray(read_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 255, 255]

@@ -1,5 +1,6 @@
 """What a task takes, what would broadcast to another loss, ignored targets, and losses of one's own."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -9,12 +10,15 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
 from largebatch.config_file import check_config
 from largebatch.data.sampler import global_batch
-from largebatch.run import train
+from largebatch.distributed import Ranks
+from largebatch.run import build_model, train
 from largebatch.section import UserError
 from largebatch.task import Task
+from largebatch.tracking import read_metrics
 
 N = 4
 REGRESSION, CLASSES, TOKENS = (
@@ -77,13 +81,13 @@ def test_ignored_tokens_are_neither_learnt_nor_wrong():
         torch.testing.assert_close(losses[sample], F.cross_entropy(outputs[sample], targets[sample], ignore_index=-100))
         right += float((outputs[sample].argmax(-1) == targets[sample])[known].double().mean())
     assert TOKENS.num_correct(outputs, targets).item() == pytest.approx(right, rel=1e-14)
-    assert TOKENS.num_known(targets) == 3
+    assert TOKENS.known(targets).tolist() == [True, True, True, False]
 
 
 def test_a_perfect_model_is_perfect_where_labels_are_ignored():
     targets = torch.tensor([0, -100, 3, -100])
     outputs = 1e3 * F.one_hot(targets.clamp(min=0), 5).double()
-    assert CLASSES.num_correct(outputs, targets) / CLASSES.num_known(targets) == 1.0
+    assert CLASSES.num_correct(outputs, targets) / CLASSES.known(targets).sum() == 1.0
     assert torch.equal(CLASSES.losses(outputs, targets), torch.zeros(N, dtype=torch.float64))
 
 
@@ -138,3 +142,119 @@ def test_the_segmentation_of_the_documents_trains_to_its_own_loss(tmp_path, monk
     assert result.summary.val_accuracy == pytest.approx(
         float((outputs.argmax(1) == classes).double().mean()), rel=1e-12
     )
+
+
+def test_labels_of_other_integer_types_are_class_indices():
+    outputs, targets = torch.randn(N, 5), torch.tensor([0, 4, 2, 1])
+    expected = CLASSES.losses(outputs, targets)
+    assert torch.equal(CLASSES.losses(outputs, targets.to(torch.int32)), expected)
+    assert torch.equal(
+        CLASSES.losses(outputs[:, :2], targets > 1), CLASSES.losses(outputs[:, :2], (targets > 1).long())
+    )
+
+
+def test_a_kind_that_there_is_not_is_named():
+    with pytest.raises(UserError, match=r"kind is 'clasification' .did you mean 'classification'"):
+        Task("clasification", (3,), 5)
+
+
+@pytest.mark.parametrize("value", [7.0, -0.1, math.nan])
+def test_an_own_score_lies_between_0_and_1(value):
+    own = Task("classification", (3,), 5, loss=lambda o, t: o.sum(1), correct=lambda o, t: torch.full((len(t),), value))
+    with pytest.raises(UserError, match="correct has to return numbers from 0 to 1"):
+        own.num_correct(torch.randn(N, 5), torch.zeros(N))
+
+
+@pytest.mark.parametrize("loss", [lambda o, t: o.sum(1).detach(), lambda o, t: o.argmax(1)])
+def test_an_own_loss_has_a_gradient(loss):
+    with pytest.raises(UserError, match="differentiable"):
+        Task("classification", (3,), 5, loss=loss).losses(torch.randn(N, 5, requires_grad=True), torch.zeros(N))
+
+
+DATA = """
+import torch
+from torch.utils.data import TensorDataset
+from largebatch.task import Task
+
+def data(ignored="half"):
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(96, 6, generator=draw), torch.randint(0, 5, (96,), generator=draw)
+    if ignored == "half":
+        y[:64:2] = -100
+    elif ignored == "all":
+        y[:64] = -100
+    return TensorDataset(x[:64], y[:64]), TensorDataset(x[64:], y[64:]), Task("classification", (6,), 5)
+
+class Exits(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+    def __getitem__(self, index):
+        if index == 50:
+            raise SystemExit(0)
+        return torch.zeros(6), 0
+
+def exits():
+    return Exits(), data()[1], data()[2]
+"""
+
+
+def _ignoring(rank, world_size, folder, place, **options):
+    """Train one epoch of two updates of 32 by SGD; return the weights."""
+    sys.path.insert(0, str(folder))
+    values = {
+        "data": {"name": "ignoring:data", "options": options}, "model": {"name": "mlp", "hidden": []}, "precision": "fp64",
+        "batch": {"reference_size": 32, "size": 32, "micro_size": 8}, "optimizer": {"name": "sgd", "lr": 0.1},
+        "schedule": {"name": "constant", "epochs": 1}, "log": {"every_updates": 1},
+    }  # fmt: skip
+    train(check_config(values), place, ranks=Ranks(rank, rank, world_size))
+    return load_file(place / "model.safetensors") if rank == 0 else None
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_update_is_the_mean_over_what_has_a_target(world_size, tmp_path, rank_pool, monkeypatch):
+    (tmp_path / "ignoring.py").write_text(DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = rank_pool(world_size, _ignoring, tmp_path, tmp_path / "run")[0]
+    namespace = {}
+    exec(DATA, namespace)
+    (inputs, labels), model = namespace["data"]()[0].tensors, nn.Linear(6, 5)
+    model.double()
+    first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    names = sorted(found)
+    torch.manual_seed(0)
+    model.load_state_dict(dict(zip(("bias", "weight"), _initial(tmp_path, names), strict=True)))
+    for number in range(2):
+        rows = torch.from_numpy(global_batch(0, 64, 32 * number, 32).indices)
+        loss = F.cross_entropy(model(inputs[rows].double()), labels[rows], ignore_index=-100)
+        assert first[number]["loss"] == pytest.approx(loss.item(), rel=1e-12)
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+    for name, parameter in zip(names, (model.bias, model.weight), strict=True):
+        torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-12, atol=1e-14)
+
+
+def _initial(folder, names):
+    values = {"data": {"name": "ignoring:data"}, "model": {"name": "mlp", "hidden": []}, "batch": {"reference_size": 32, "size": 32},
+              "optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"epochs": 1}}  # fmt: skip
+    state = build_model(check_config(values), Task("classification", (6,), 5)).state_dict()
+    return [state[name] for name in names]
+
+
+def test_an_update_without_a_target_stops_the_run(tmp_path, monkeypatch):
+    (tmp_path / "ignoring.py").write_text(DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="every target of an update is ignored"):
+        _ignoring(0, 1, tmp_path, tmp_path / "run", ignored="all")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_data_set_that_exits_is_a_mistake(num_workers, tmp_path, monkeypatch):
+    (tmp_path / "ignoring.py").write_text(DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+    values = {"data": {"name": "ignoring:exits"}, "model": {"name": "mlp", "hidden": []}, "batch": {"reference_size": 8, "size": 8},
+              "optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"epochs": 1}, "loader": {"num_workers": num_workers}}  # fmt: skip
+    with pytest.raises(UserError, match=r"called sys\.exit\(0\) for a sample"):
+        train(check_config(values))

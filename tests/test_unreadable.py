@@ -17,6 +17,7 @@ from largebatch.cli import main
 from largebatch.config_file import check_config
 from largebatch.data import ImageFolder
 from largebatch.data.sampler import SampleKeys, global_batch
+from largebatch.data.source import readable
 from largebatch.distributed import Ranks
 from largebatch.distributed.state import read_tensors, tensor_metadata
 from largebatch.run import build_model, train
@@ -369,3 +370,14 @@ def test_a_link_to_nothing_counts_and_cannot_be_read(target, why, whole, tmp_pat
     indices = np.array([12, 13])
     *_, missing = train.__getitems__(SampleKeys(np.zeros_like(indices), indices))
     assert list(missing) == [1] and "zz.png' cannot be read (" in missing[1] and why in missing[1]
+
+
+@pytest.mark.parametrize("missing", [{-1: "why"}, {2: "why"}, {"0": "why"}, {True: "why"}, [0]])
+def test_what_a_data_set_says_of_its_rows_is_checked(missing):
+    with pytest.raises(UserError, match=r"\{row: why\}"):
+        readable((torch.zeros(2, 3), torch.zeros(2), missing))
+
+
+def test_a_reason_may_be_anything():
+    inputs, targets, missing = readable((torch.zeros(2, 3), torch.arange(2), {np.int64(0): ValueError("x"), 1: None}))
+    assert missing == {0: "x", 1: "None"} and len(inputs) == len(targets) == 1

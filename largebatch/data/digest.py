@@ -128,8 +128,13 @@ def _digest_of_tensor(values: Tensor) -> dict[str, Any]:
     blocks = [rows[low : min(high, low + most)] for low, high in pairwise(starts) if low < high]
     if values.is_floating_point():
         return {"shape": _shape(values), "values": [mean for block in blocks for mean in _means(block)]}
-    contents = (block.detach().cpu().contiguous().view(torch.uint8).numpy() for block in blocks)
+    contents = (_bytes(block) for block in blocks)
     return {"shape": _shape(values), "bytes": _hashed(*contents)}
+
+
+def _bytes(values: Tensor) -> np.ndarray:
+    # Not contiguous(): it leaves the strides of a single row as they are.
+    return values.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy()
 
 
 def _means(values: Tensor) -> list[float]:
@@ -194,7 +199,7 @@ def _shape_and_read(samples: Samples, loader: LoaderConfig) -> dict[str, Any]:
 def _digest_of_sample(sample: Tensor) -> list[Any]:
     if sample.is_floating_point():
         return [list(sample.shape), _means(sample)]
-    return [list(sample.shape), _hashed(sample.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())]
+    return [list(sample.shape), _hashed(_bytes(sample))]
 
 
 def describe(value: Any) -> str | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import pickle
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
@@ -17,10 +18,10 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from largebatch.data.sampler import PlanSampler, SampleKeys
-from largebatch.data.source import Batch, Samples, readable
+from largebatch.data.source import Batch, Samples, may_miss, readable
 from largebatch.section import LostWorkerError, Section, UserError
 from largebatch.signals import handled_by
 
@@ -48,7 +49,8 @@ class MicroBatch:
         targets: (n, ...) on the device.
         num_samples: samples that count; 0 where an idle rank holds a stand-in so that it can take part in the reduction.
         first: place of the first of them in the update's batch.
-        missing: samples that could not be read and are not among them: place among the planned ones -> what and why.
+        missing: samples that are not among them: place among the planned ones -> what could not be read and why, empty where
+            the sample has no target to learn.
     """
 
     inputs: Tensor
@@ -93,6 +95,7 @@ class _Batches:
         device: where batches go.
         dtype: of floating-point inputs and targets.
         timeout_seconds: how long to wait for a batch of the workers.
+        known: tells from targets (n, ...) on the CPU which samples have any, bool (n,); the others are left out. None: all do.
     """
 
     def __init__(
@@ -103,7 +106,9 @@ class _Batches:
         device: torch.device,
         dtype: torch.dtype,
         timeout_seconds: float,
+        known: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self.known, self._may_miss = known, may_miss(samples)
         workers: dict[str, Any] = {}
         if config.num_workers:
             workers = {
@@ -113,7 +118,7 @@ class _Batches:
             }
         self.device, self.dtype, self.timeout_seconds, self._count = device, dtype, timeout_seconds, 0
         loader: DataLoader[Any] = DataLoader(
-            samples,  # type: ignore[arg-type]  # a Samples is fetched by __getitems__, with the keys of its batch sampler
+            _Guarded(samples),  # type: ignore[arg-type]  # a Samples is fetched by __getitems__, with the keys of its batch sampler
             batch_sampler=batch_sampler,
             num_workers=config.num_workers,
             collate_fn=_as_is,
@@ -143,7 +148,13 @@ class _Batches:
             UserError, LostWorkerError: as `read`.
         """
         inputs, targets, missing = readable(self.read())
+        if missing and not self._may_miss:
+            raise UserError(
+                "data: a data set that returns {row: why} of unreadable samples has to have may_miss = True"
+            )
         missing = missing if planned else {}
+        if self.known is not None and planned > len(missing):
+            inputs, targets, missing = _with_targets(inputs, targets, missing, planned, self.known(targets))
         return MicroBatch(self._move(inputs), self._move(targets), planned - len(missing), first, missing)
 
     def _move(self, tensor: Tensor) -> Tensor:
@@ -231,6 +242,50 @@ def _ending(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
+def _with_targets(
+    inputs: Tensor, targets: Tensor, missing: dict[int, str], planned: int, known: Tensor
+) -> tuple[Tensor, Tensor, dict[int, str]]:
+    """Leave out the samples that are not known; one stands in where there would be none."""
+    if bool(known.all()):
+        return inputs, targets, missing
+    places = [place for place in range(planned) if place not in missing]
+    ignored = {place: "" for place, is_known in zip(places, known.tolist(), strict=True) if not is_known}
+    rows = torch.nonzero(known).flatten() if bool(known.any()) else torch.tensor([0])
+    return inputs.index_select(0, rows), targets.index_select(0, rows), {**missing, **ignored}
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    """Samples whose code cannot end the process, nor raise what could not leave it.
+
+    An exit would pass for the end of the run, and in a worker, like an exception that cannot be pickled, for a hang.
+
+    Args:
+        samples: the data set.
+    """
+
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, keys: SampleKeys) -> Batch:
+        try:
+            return self.samples.__getitems__(keys)
+        except SystemExit as error:
+            raise UserError(f"data: the data set's own code called sys.exit({error.code!r}) for a sample") from error
+        except Exception as error:
+            try:
+                pickle.dumps(type(error))
+            except Exception:
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+            raise
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and get_worker_info() is None:
+                raise  # Ctrl-C in the rank's own process
+            raise RuntimeError(f"the data set's own code raised {type(error).__name__}: {error}") from error
+
+
 def _state(process_id: int) -> str:
     """Return the letter in which Linux says what a process does; empty elsewhere."""
     try:
@@ -251,6 +306,7 @@ class TrainLoader:
         device: where batches go.
         dtype: of floating-point inputs.
         timeout_seconds: how long to wait for a batch of the workers.
+        known: as `Task.known`, where samples may have no target to learn.
     """
 
     def __init__(
@@ -260,9 +316,10 @@ class TrainLoader:
         device: torch.device,
         dtype: torch.dtype,
         timeout_seconds: float,
+        known: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._create = partial(
-            _Batches, samples, config=config, device=device, dtype=dtype, timeout_seconds=timeout_seconds
+            _Batches, samples, config=config, device=device, dtype=dtype, timeout_seconds=timeout_seconds, known=known
         )
         self._batches: _Batches | None = None
 
@@ -329,6 +386,8 @@ def samples_twice(
     batches = _Batches(samples, keys, one, torch.device("cpu"), torch.float32, timeout_seconds=600.0)
     try:
         for place in chosen:
-            yield place, readable(batches.read())[:2]
+            inputs, targets, missing = readable(batches.read())
+            if not missing:
+                yield place, (inputs, targets)
     finally:
         batches.close()

@@ -77,7 +77,10 @@ def _eight_bits(image: Image) -> Image:
     """Return 16-bit grey (some TIFFs have fewer bits) in eight, white as white; Pillow would clip all above 255."""
     tags = getattr(image, "tag_v2", {})
     white = 2 ** tags.get(BITS, (16,))[0] - 1
-    grey = np.asarray(image).astype(np.float32) * (255.0 / white)
+    values = np.asarray(image)
+    grey = values.astype(np.float32) * (255.0 / white)
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         grey = 255.0 - grey
+    if isinstance(clear := image.info.get("transparency"), int):  # one grey of a PNG is transparent
+        grey[values == clear] = 255.0
     return pillow().fromarray(grey.round().clip(0, 255).astype(np.uint8))

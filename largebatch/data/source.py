@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -50,11 +51,29 @@ def readable(batch: Batch) -> tuple[Tensor, Tensor, dict[int, str]]:
     Where none is left, the first of them stands in, so that there is something to run a model on.
     """
     inputs, targets = batch[:2]
-    missing = batch[2] if len(batch) == 3 else {}
+    missing = _checked(batch[2], len(targets)) if len(batch) == 3 else {}
     if missing:
         rows = torch.tensor([row for row in range(len(targets)) if row not in missing] or [0])
         inputs, targets = inputs.index_select(0, rows), targets.index_select(0, rows)
     return inputs, targets, missing
+
+
+def _checked(missing: object, num_rows: int) -> dict[int, str]:
+    """Return what a data set says of rows that cannot be read.
+
+    Raises:
+        UserError: if it is not {row: why}.
+    """
+    if not isinstance(missing, Mapping):
+        raise UserError(
+            f"data: beside inputs and targets a data set may return {{row: why}}, not a {type(missing).__name__}"
+        )
+    for row in missing:
+        if not isinstance(row, int | np.integer) or isinstance(row, bool) or not 0 <= row < num_rows:
+            raise UserError(
+                f"data: {{row: why}} names rows 0 to {num_rows - 1} of the batch by whole numbers, not {row!r}"
+            )
+    return {int(row): str(why) or "unreadable" for row, why in missing.items()}
 
 
 @dataclass(frozen=True)

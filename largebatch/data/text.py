@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -27,12 +29,14 @@ class MappedFile:
     def __init__(self, file: Path) -> None:
         self.file = file
         with file.open("rb") as opened:
+            found = os.fstat(opened.fileno())
+            self.identity = (found.st_dev, found.st_ino, found.st_size)
             # Of pages that are written to there would be a copy, which is what torch asks of memory; nothing writes to them.
             self._mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         self.contents = torch.frombuffer(self._mapped, dtype=torch.uint8)
 
-    def __reduce__(self) -> tuple[type[MappedFile], tuple[Path]]:
-        return MappedFile, (self.file,)  # a worker that is not forked maps it for itself
+    def __reduce__(self) -> tuple[Callable[..., MappedFile], tuple[Any, ...]]:
+        return _map_again, (self.file, self.identity)  # a worker that is not forked maps it for itself
 
     def check(self) -> None:
         """See that the file is as long as it was: the kernel kills who reads a page that is gone.
@@ -45,6 +49,15 @@ class MappedFile:
                 f"data.path: '{self.file}' was shortened from {len(self._mapped):,} to {self._mapped.size():,} bytes while the "
                 "run was reading it; put it back, then continue with --resume auto"
             )
+
+
+def _map_again(file: Path, identity: tuple[int, int, int]) -> MappedFile:
+    again = MappedFile(file)
+    if again.identity != identity:
+        raise UserError(
+            f"data.path: '{file}' was replaced while the run was reading it; put it back, then continue with --resume auto"
+        )
+    return again
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,14 @@ SCALER = "engine.scaler."  # what fp16's loss scaling has come to, in a checkpoi
 MESSAGE_ELEMENTS = 2**22  # of weights that are copied from rank 0 at a time
 
 
+def _write_out(model: nn.Module) -> None:
+    """Give expanded buffers memory of their own: they cannot be written, from another rank or from a checkpoint."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+                setattr(module, name, buffer.contiguous())
+
+
 def _sums(values: Tensor) -> Tensor:
     """Return two sums in float64, the second weighted by place, that tell apart buffers of the same shape."""
     flat = values.detach().reshape(-1).double().nan_to_num(0.0, 0.0, 0.0)
@@ -96,10 +104,7 @@ class Engine(ABC):
     def place(self, model: nn.Module) -> None:
         """Move a model to the device, with rank 0's weights and buffers on every rank."""
         model.to(self.device, self.dtype)
-        for module in model.modules():  # an expanded buffer cannot be written: not from here, nor from a checkpoint
-            for name, buffer in module.named_buffers(recurse=False):
-                if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
-                    setattr(module, name, buffer.contiguous())
+        _write_out(model)
         self._aligned = []
         weights = (parameter for parameter in model.parameters() if not is_shadow(parameter))
         self._copy_from_first([tensor.detach() for tensor in (*weights, *model.buffers())])
@@ -123,6 +128,7 @@ class Engine(ABC):
             differ = self.sum((sums != first).any(dim=1).double()).tolist()
             names += [name for name, found in zip(named, differ, strict=False) if found and name not in names]
         if names:  # the same ones on every rank
+            _write_out(model)
             held = dict(model.named_buffers())  # a model may have put other tensors there
             self._copy_from_first([held[name].detach() for name in names])
 
