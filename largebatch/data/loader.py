@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -27,6 +29,7 @@ from largebatch.signals import handled_by
 
 # How long a process that was killed may take to go: in a system call on a dead network mount, for ever.
 KILLED_SECONDS = 3.0
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 # How often it is looked whether a worker that is waited for still lives.
 LOOK_SECONDS = 1.0
 
@@ -73,13 +76,19 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_rank(_: int) -> None:
+def _bind_to_the_rank(dies_with_it: bool, _: int) -> None:
     """Ignore, in a worker, what asks the run to stop: Slurm and Ctrl-C reach all processes, and the update needs its data.
 
-    A worker whose rank is gone notices that by itself.
+    On Linux a worker dies with its rank: it holds copies of the rank's connections, which the other ranks see closed when it
+    is gone. Elsewhere it looks for its rank every five seconds.
+
+    Args:
+        dies_with_it: whether it may, as the kernel ends it with the thread that has started it.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    if dies_with_it and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Batches:
@@ -113,7 +122,7 @@ class _Batches:
         if config.num_workers:
             workers = {
                 "prefetch_factor": config.prefetch,
-                "worker_init_fn": _leave_signals_to_the_rank,
+                "worker_init_fn": partial(_bind_to_the_rank, threading.current_thread() is threading.main_thread()),
                 "timeout": min(LOOK_SECONDS, timeout_seconds),
             }
         self.device, self.dtype, self.timeout_seconds, self._count = device, dtype, timeout_seconds, 0
