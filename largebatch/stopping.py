@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from largebatch.launched import is_under_torchrun
+
 Reason = Literal["interrupted", "signal", "time_limit"]
 # In the order in which they count where several ask at once.
 REASONS: tuple[Reason, ...] = ("interrupted", "signal", "time_limit")
@@ -39,7 +41,7 @@ class StopRequest:
         self.noted: Reason | None = None
         self.noted_at = 0.0
         # A rank whose torchrun is gone is no longer watched or restarted, and its job may already be running again elsewhere.
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.launcher = os.getppid() if is_under_torchrun() else None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from largebatch.distributed.watch import RankWatch
+from largebatch.launched import launched_place
 from largebatch.section import Positive, Section, UserError
 
 Precision = Literal["fp32", "fp64", "bf16", "fp16"]
@@ -86,18 +86,10 @@ def launched_ranks() -> Ranks:
     """Read this process's place from the environment that torchrun sets; one process without it.
 
     Raises:
-        UserError: if a variable is missing or not a number.
+        UserError: see `launched_place`.
     """
-    if "WORLD_SIZE" not in os.environ:
-        return Ranks()
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    try:
-        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"environment: WORLD_SIZE is set, so RANK and LOCAL_RANK must be numbers too ({error}); start with torchrun"
-        ) from error
-    return Ranks(rank, local_rank, world_size)
+    place = launched_place(needs_address=not torch.distributed.is_initialized())
+    return Ranks(place.rank, place.local_rank, place.world_size)
 
 
 class Backend(Protocol):

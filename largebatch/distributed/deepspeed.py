@@ -117,7 +117,7 @@ class DeepSpeed(Engine):
                 "use --backend.zero_stage 0, or --backend.name ddp or fsdp"
             )
         self.client = SteppedByGroup(optimizer) if self.stage > 0 else None
-        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed takes its device from there
+        os.environ["LOCAL_RANK"] = str(self.local_rank)  # DeepSpeed takes its device from there
         with _nothing_compiled():
             self.deepspeed.init_distributed(dist_init_required=False, verbose=False)
         self.wrapper, *_ = self.deepspeed.initialize(
