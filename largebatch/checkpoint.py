@@ -326,7 +326,8 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Remove what was being written when a process died, as far as that can be done."""
-        for part in self.path.glob("*" + PART):
+        names = (PREFIX + "*" + PART, LATEST + PART, BEST + PART)  # what else is there is somebody's
+        for part in (part for name in names for part in self.path.glob(name)):
             if part.is_dir():
                 shutil.rmtree(part, ignore_errors=True)
             else:

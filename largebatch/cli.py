@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from largebatch.section import LostRankError, LostWorkerError, UserError
+from largebatch.launched import Place, is_under_torchrun, launched_place
+from largebatch.section import LostRankError, LostWorkerError, UserError, user_path
 
 EXIT_CODES = {
     "finished": 0,
@@ -72,24 +73,36 @@ def create_parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _main(sys.argv[1:] if arguments is None else list(arguments))
+        return _main(arguments)
     except UserError as error:
-        rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-        if not error.everywhere and rank != "0":
-            print(f"largebatch: error: rank {rank}: {' '.join(str(error).split())}", file=sys.stderr)
-        elif local_rank in ("0", ""):  # under torchrun, one line a node
+        place = _place_of(arguments)
+        if not error.everywhere and place.rank > 0:
+            print(f"largebatch: error: rank {place.rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        elif place.rank == 0 or place.local_rank == 0:  # under torchrun, one line a node
             print(f"largebatch: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return EXIT_CODES["interrupted"]
     except LostWorkerError as error:
-        rank = f"rank {os.environ['RANK']} stops: " if "RANK" in os.environ else ""
+        place = _place_of(arguments)
+        rank = f"rank {place.rank} stops: " if place.world_size > 1 else ""
         print(f"largebatch: error: {rank}{error}", file=sys.stderr)
         return EXIT_CODES["lost worker"]
     except LostRankError as error:
-        print(f"largebatch: error: rank {os.environ.get('RANK', '0')} stops: {error}", file=sys.stderr, flush=True)
+        print(f"largebatch: error: rank {_place_of(arguments).rank} stops: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODES["lost"])  # threads that wait for the lost rank would keep the process
+
+
+def _place_of(arguments: Sequence[str]) -> Place:
+    """Return where a command runs among its ranks: for who is to print a line of which there are several."""
+    if not arguments or arguments[0] not in ("train", "noise", "bench"):  # the others run alone
+        return Place()
+    try:
+        return launched_place()
+    except UserError:
+        return Place()
 
 
 def _main(arguments: list[str]) -> int:
@@ -103,7 +116,7 @@ def _main(arguments: list[str]) -> int:
         from largebatch.inspection import inspect
         from largebatch.report import create_console
 
-        return 0 if inspect(known.path, create_console()) else EXIT_CODES["damaged"]
+        return 0 if inspect(user_path(known.path, "inspect"), create_console()) else EXIT_CODES["damaged"]
     if known.help and known.config is None:
         print(_usage(known.command))
         return 0
@@ -115,7 +128,7 @@ def _main(arguments: list[str]) -> int:
     if known.command == "study":
         from largebatch.study import run_study
 
-        return run_study(known.config, known.out, known.jobs, rest)
+        return run_study(known.config, known.out and user_path(known.out, "--out"), known.jobs, rest)
 
     from largebatch.config_file import load_config, parse_flags
     from largebatch.help import describe_settings
@@ -146,13 +159,16 @@ def _main(arguments: list[str]) -> int:
         return 0
 
     from largebatch.resume import run_folder_of
-    from largebatch.run import default_folder, train
+    from largebatch.run import train
+    from largebatch.run_folder import default_folder
 
     if known.out is None and known.resume == "auto":
         raise UserError("--resume: auto needs --out, the run folder to continue or to begin")
-    begun = run_folder_of(known.resume) if known.resume != "never" else default_folder(known.config.stem)
-    folder = known.out or begun
     is_default = known.out is None and known.resume == "never"
+    if known.out is not None:
+        folder = user_path(known.out, "--out")
+    else:
+        folder = default_folder(known.config.stem) if is_default else run_folder_of(known.resume)
     result = train(run, folder, console, warnings=tuple(warnings), resume=known.resume, may_rename=is_default)
     if known.command == "noise" and result.folder is not None:
         from largebatch.report import say_noise
@@ -160,7 +176,7 @@ def _main(arguments: list[str]) -> int:
         say_noise(console, result.folder)
     if result.summary.message and result.folder is not None:
         print(f"largebatch: {result.summary.status}: {result.summary.message}", file=sys.stderr)
-    if result.summary.stopped_by == "time_limit" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if result.summary.stopped_by == "time_limit" and is_under_torchrun():
         return 0  # torchrun would start it again; who reads summary.json knows that it is not finished
     return EXIT_CODES[result.summary.status]
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from largebatch.config import FACTORY, Run, section_names
-from largebatch.section import Section, UserError, nearest
+from largebatch.section import Section, UserError, nearest, user_path
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,6 +51,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if the file is missing, unreadable, not YAML, or not a mapping.
     """
+    path = user_path(path, "config")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -10,7 +10,8 @@ from typing import Any
 from largebatch.checkpoint import STATE, CheckpointFolder, find_problems, read_mapping, read_run_state, samples_of
 from largebatch.config import Run
 from largebatch.data import changed_parts
-from largebatch.section import UserError, leaves
+from largebatch.run_folder import CHECKPOINTS, CONFIG, config_of, is_run
+from largebatch.section import UserError, leaves, user_path
 
 # What may differ from the run that wrote a checkpoint: who computes a sample and where, what is shown and kept; never
 # which samples enter an update and what they do to the weights.
@@ -41,9 +42,47 @@ class Found:
 
 
 def run_folder_of(resume: str) -> Path:
-    """Return the run folder that ``--resume PATH`` speaks of: PATH, or that of the checkpoint PATH."""
-    path = Path(resume)
-    return path.resolve().parent.parent if samples_of(path) is not None else path
+    """Return the run folder that ``--resume PATH`` speaks of: PATH, or that of the checkpoint PATH.
+
+    Raises:
+        UserError: if the checkpoint does not lie in the folder of the run that wrote it.
+    """
+    path = user_path(resume, "--resume")
+    if samples_of(path) is None:
+        return path
+    if not path.is_dir():
+        raise UserError(f"--resume: {path} does not exist")
+    # As it was named first: checkpoints may be a link to another disk. Or it is itself a link to a run's.
+    for place in (path.absolute(), path.resolve()):
+        folder = place.parent.parent
+        if place.parent.name == CHECKPOINTS and is_run(folder) and _wrote(folder, path):
+            return folder
+    raise UserError(
+        f"--resume: {path} does not lie in the folder of its run (RUN/{CHECKPOINTS}/{path.name} beside RUN/{CONFIG}); say with "
+        "--out where the run is to go on"
+    )
+
+
+def _wrote(folder: Path, checkpoint: Path) -> bool:
+    """Return whether the run of a folder wrote a checkpoint, as far as their configs tell."""
+    config = config_of(folder)
+    if config is None:
+        return False
+    try:
+        state = read_run_state(checkpoint)
+    except UserError:  # damaged: who reads it says so
+        return True
+    return not _differing(config, state["config"])
+
+
+def _differing(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which two configs are of different runs.
+
+    A key that only one of them has is of another version, or of another kind of section, whose name differs too.
+    """
+    ours, theirs = dict(leaves(own)), dict(leaves(saved))
+    keys = [key for key in ours if key in theirs and theirs[key] != ours[key]]
+    return [key for key in keys if key in BOUND or not _is_under(key, FREE)]
 
 
 def find_checkpoint(resume: str, folder: Path) -> tuple[Found | None, tuple[str, ...]]:
@@ -57,7 +96,7 @@ def find_checkpoint(resume: str, folder: Path) -> tuple[Found | None, tuple[str,
     Raises:
         UserError: if the named one is missing or damaged, or a run has checkpoints and all are damaged.
     """
-    path = folder if resume == "auto" else Path(resume)
+    path = folder if resume == "auto" else user_path(resume, "--resume")
     if samples_of(path) is not None:
         if not path.is_dir():
             raise UserError(f"--resume: {path} does not exist")
@@ -65,7 +104,7 @@ def find_checkpoint(resume: str, folder: Path) -> tuple[Found | None, tuple[str,
         if problems:
             raise UserError(f"--resume: {path} is damaged: {'; '.join(problems)}")
         return Found(path, read_run_state(path)), ()
-    checkpoints = CheckpointFolder(path / "checkpoints")
+    checkpoints = CheckpointFolder(path / CHECKPOINTS)
     newest, damaged = checkpoints.newest_whole()
     if newest is not None:
         return Found(newest, read_run_state(newest)), tuple(f"{line}; the one before it is used" for line in damaged)
@@ -93,9 +132,7 @@ def check_config(run: Run, config: Mapping[str, Any], where: Path, is_branch: bo
         UserError: naming each key that differs, and what may.
     """
     saved, own = dict(leaves(config)), dict(leaves(run.model_dump(mode="json")))
-    # A key that only one of them has is of another version, or of another kind of section, whose name differs too.
-    differing = [key for key in own if key in saved and saved[key] != own[key]]
-    differing = [key for key in differing if key in BOUND or not _is_under(key, FREE)]
+    differing = _differing(own, saved)
     changed = [key for key in differing if is_branch and _is_under(key, BRANCH) and key not in SAME_IN_A_BRANCH]
     differing = [key for key in differing if key not in changed]
     if differing:
@@ -150,14 +187,16 @@ def choose_checkpoint(
         UserError: if it may not.
     """
     found, notes = find_checkpoint(resume, folder)
-    own = CheckpointFolder(folder / "checkpoints")
+    own = CheckpointFolder(folder / CHECKPOINTS)
     if found is None:
         # Begun, but dead before its first checkpoint: it begins again, if it is this run.
-        if (folder / "config.yaml").exists():
-            check_config(run, read_mapping(folder / "config.yaml", "config of a run"), folder)
+        if (folder / CONFIG).exists():
+            check_config(run, read_mapping(folder / CONFIG, "config of a run"), folder)
         return None, notes
     is_own = found.path.resolve().parent == own.path.resolve()
     changed = check_config(run, found.state["config"], found.path, is_branch=not is_own)
+    if is_own and (folder / CONFIG).exists():  # a checkpoint that was put there is not the run's
+        check_config(run, read_mapping(folder / CONFIG, "config of a run"), folder)
     if changed:
         notes = (*notes, f"branches off at {found.path} with {', '.join(changed)}")
     rules = {found.state["config"]["scaling"]["rule"], run.scaling.rule}
@@ -167,11 +206,11 @@ def choose_checkpoint(
             "on; branch off with adascale, or begin anew"
         )
     notes = (*notes, *_check_data(run, found, data))
-    if not is_own and ((folder / "config.yaml").exists() or own.saved()):
-        if not (folder / "config.yaml").exists():
+    if not is_own and ((folder / CONFIG).exists() or own.saved()):
+        if not (folder / CONFIG).exists():
             raise UserError(f"--out: {folder} already has checkpoints; name another folder")
         # It branched off before, and was restarted with the same command.
-        check_config(run, read_mapping(folder / "config.yaml", "config of a run"), folder)
+        check_config(run, read_mapping(folder / CONFIG, "config of a run"), folder)
         begun, more = find_checkpoint("auto", folder)
         if begun is not None:
             more = (*more, *_check_data(run, begun, data))

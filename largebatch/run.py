@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from largebatch.plot import plot_run
 from largebatch.progress import Summary
 from largebatch.report import create_progress, summary_table
 from largebatch.resume import Found, choose_checkpoint
+from largebatch.run_folder import check_folder
 from largebatch.section import LostRankError, LostWorkerError, SharedError, UserError
 from largebatch.task import Task
 from largebatch.tracking import Observers, check_trackers, create_trackers
@@ -71,30 +71,6 @@ class Result:
 
     summary: Summary
     folder: Path | None
-
-
-def default_folder(name: str) -> Path:
-    """Return runs/NAME-DATE-TIME."""
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def check_folder(folder: Path, resume: bool = False) -> None:
-    """Refuse a folder that cannot take a run.
-
-    Args:
-        folder: the run folder.
-        resume: whether a run in it is to be continued.
-
-    Raises:
-        UserError: if it holds a run already, or is a file, or cannot be written.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out: {folder} is a file; name a folder")
-    holds_run = any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml"))
-    if not resume and (holds_run or CheckpointFolder(folder / "checkpoints").saved()):
-        raise UserError(
-            f"--out: {folder} already holds a run; continue it with --resume auto, name another folder, or remove it"
-        )
 
 
 def train(

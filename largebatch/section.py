@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -65,6 +66,29 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def user_path(text: str | Path, where: str) -> Path:
+    """Return a path that a user named, with ``~`` expanded; whatever it is asked for afterwards, there is an answer.
+
+    Args:
+        text: the path.
+        where: the key or flag that named it, for the error.
+
+    Raises:
+        UserError: if it cannot be looked at: a user that is not known, a name that is too long, a folder that is closed.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:  # to whoever opens it, as good as not there
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError for ~nobody, ValueError for a null byte
+        shown = f"{text}" if len(f"{text}") <= 120 else f"{text}"[:117] + "..."
+        raise UserError(f"{where}: '{shown}': {getattr(error, 'strerror', None) or error}") from error
+    return path
 
 
 def first_few(items: Sequence[str], separator: str = "; ", most: int = 5) -> str:

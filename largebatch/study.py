@@ -142,6 +142,24 @@ def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[Cell, lis
     return study, runs
 
 
+def check_study_folder(out: Path) -> None:
+    """Refuse a folder with results that this study would replace and no study wrote.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    held = [name for name in ("table.md", "table.json", "curves.png") if os.path.lexists(out / name)]
+    try:
+        rows = json.loads((out / "table.json").read_text(encoding="utf-8"))
+        is_own = bool(rows) and all("variant" in row for row in rows)
+    except (OSError, ValueError, TypeError):
+        is_own = False
+    if held and not is_own:
+        raise UserError(
+            f"--out: {out} holds {held[0]}, which no study wrote and this one would replace; name another folder"
+        )
+
+
 def slug(name: str) -> str:
     """Return a variant's name as a folder name."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
@@ -198,6 +216,7 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
         raise UserError(f"--jobs: expected at least 1, got {jobs}")
     study, runs = load_study(path, parse_flags(flag_words or []))
     out = out or Path("runs") / path.stem
+    check_study_folder(out)
     console = create_console()
     todo = []
     for cell, by_seed in runs.items():
@@ -207,7 +226,8 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
                 todo.append((cell, seed, run, folder))
     total = sum(map(len, runs.values()))
     console.print(f"{path.stem}: {total} runs, {total - len(todo)} of them finished before; {jobs} at a time in {out}")
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
+    given = re.match(r"\s*([1-9][0-9]*)", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP takes "4,2" too, by nesting
+    threads = int(given[1]) if given else max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,)) as pool:
         futures = {pool.submit(_train_quietly, run, folder): (cell, seed) for cell, seed, run, folder in todo}
         try:

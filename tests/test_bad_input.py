@@ -177,15 +177,17 @@ def test_unknown_command(capsys):
 def test_out_that_holds_a_run(config, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    (out / "config.yaml").write_text(yaml.safe_dump(GOOD | {"seed": 0}))
+    (out / "metrics.jsonl").write_text('{"step": 1, "samples": 64}\n')
     assert "already holds a run; continue it with --resume auto" in refused(capsys, "train", config, "--out", out)
-    assert (out / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (out / "metrics.jsonl").read_text() == '{"step": 1, "samples": 64}\n'
 
 
 def test_out_that_holds_the_config_itself(config, tmp_path, capsys):
     own = tmp_path / "config.yaml"
     own.write_text(config.read_text())
-    assert "already holds a run" in refused(capsys, "train", own, "--out", tmp_path)
+    for words in ([], ["--resume", "auto"]):
+        assert "holds config.yaml, which no run wrote" in refused(capsys, "train", own, "--out", tmp_path, *words)
     assert own.read_text() == config.read_text()
 
 

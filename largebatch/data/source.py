@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from largebatch.data.sampler import SampleKeys
-from largebatch.section import UserError
+from largebatch.section import UserError, user_path
 from largebatch.task import Task
 
 Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[int, str]]
@@ -118,9 +118,9 @@ def data_path(path: str) -> Path:
     """Return the path of a config's ``data.path``, with ``~`` expanded.
 
     Raises:
-        UserError: if nothing lies there.
+        UserError: if nothing lies there, or it cannot be looked at.
     """
-    found = Path(path).expanduser()
+    found = user_path(path, "data.path")
     if not found.exists():
         raise UserError(f"data.path: nothing lies at '{found}'; give the place of the data on this machine")
     return found

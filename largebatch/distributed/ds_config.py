@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from largebatch.section import UserError
+from largebatch.section import UserError, user_path
 
 # What a run decides, by DeepSpeed's key and by ours.
 _DECIDED = {
@@ -54,8 +54,8 @@ def load_ds_config(given: Path | dict[str, Any] | None, zero_stage: int | None) 
     options: Any = given or {}
     if isinstance(given, Path):
         try:
-            options = json.loads(given.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            options = json.loads(user_path(given, "backend.ds_config").read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"backend.ds_config: cannot read '{given}' as JSON ({error})") from error
     return _merge(options, zero_stage, where)
 
