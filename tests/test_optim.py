@@ -88,7 +88,7 @@ def one(values):
         for g in values:
             p.grad = torch.full_like(p, g)
             optimizer.step()
-            yield p.item(), {k: v.item() for k, v in optimizer.state[p].items()}
+            yield p.item(), {k: float(v) for k, v in optimizer.state[p].items()}
 
     return run
 

@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.engine import Engine
-from largebatch.distributed.partitions import PARAMETER, Partitions
+from largebatch.distributed.partitions import PARAMETER, Partitions, Piece
 from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_into, read_tensors, tensor_metadata
 from largebatch.moments import check_statistics, is_shadow
 from largebatch.optim import LAMB, LARS, is_shadow_group, scale_gradients
@@ -33,12 +33,15 @@ from largebatch.section import UserError
 class SteppedByGroup(torch.optim.Optimizer):
     """Stands between DeepSpeed and an optimizer: DeepSpeed steps one partition of one group at a time.
 
-    An optimizer pairs a group with the group of shadows before it. Here a partition of shadows waits, with its squares,
-    for its weights' partition, which is laid out alike; then the optimizer steps on both. Several partitions of one
-    group (ZeRO-3's sub-groups) are one update: each starts from the group's counts as they were before the first.
+    The optimizer is shown the pieces of a partition, each a parameter or the part of it that lies here, so that it keeps
+    state and counts by parameter. It pairs a group with the group of shadows before it: a partition of shadows waits, with
+    its squares, for its weights' partition, which is laid out alike.
 
     Args:
         optimizer: the optimizer; its groups and state are shared.
+
+    Attributes:
+        partitions: where the pieces lie, once DeepSpeed has cut the parameters.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -46,38 +49,36 @@ class SteppedByGroup(torch.optim.Optimizer):
         self.inner = optimizer
         self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
         self.all_groups = optimizer.param_groups
+        self.partitions: Partitions | None = None
         self.begin()
 
     def begin(self) -> None:
         """Forget partitions of an update that was dropped, and start the next."""
-        self.waiting: deque[tuple[dict[str, Any], Tensor, Tensor | None]] = deque()
-        self.before: dict[int, dict[str, Any]] = {}
+        self.waiting: deque[tuple[dict[str, Any], list[Piece]]] = deque()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Do nothing: DeepSpeed clears gradients itself."""
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step the one partition that DeepSpeed has put into the groups."""
+        assert self.partitions is not None
         ((group, partition),) = [(g, p) for g in self.param_groups for p in g["params"]]
+        pieces = self.partitions.pieces_in(partition)
+        for piece in pieces:
+            piece.view.grad = piece.cut(partition.grad)
         if is_shadow_group(group):
-            self.waiting.append((group, partition, partition.grad))
+            self.waiting.append((group, pieces))
             return
-        before = self.before.setdefault(id(group), {k: v for k, v in group.items() if k != "params"})
-        stepped = before | {"params": [partition]}
-        groups = [stepped]
-        shadow = held = None
+        parts = [(group, pieces)]
         if self.waiting:
-            shadow_group, shadow, squares = self.waiting.popleft()
-            groups.insert(0, shadow_group | {"params": [shadow]})
-            held, shadow.grad = shadow.grad, squares
-        self.inner.param_groups = groups
+            parts.insert(0, self.waiting.popleft())
+        self.inner.param_groups = [group | {"params": [piece.view for piece in pieces]} for group, pieces in parts]
         try:
             self.inner.step()
         finally:
             self.inner.param_groups = self.all_groups
-            if shadow is not None:
-                shadow.grad = held  # a buffer for good where DeepSpeed offloads, nothing elsewhere
-        group.update({k: v for k, v in stepped.items() if k != "params"})
+            for piece in [piece for _, pieces in parts for piece in pieces]:
+                piece.view.grad = None
 
 
 class DeepSpeed(Engine):
@@ -124,6 +125,8 @@ class DeepSpeed(Engine):
             model=model, optimizer=self.client or optimizer, config=self.config, dist_init_required=False
         )
         self.partitions = Partitions(self.wrapper, optimizer, groups)
+        if self.client is not None:
+            self.client.partitions = self.partitions
         named = [(name, parameter) for name, parameter in model.named_parameters() if not is_shadow(parameter)]
         self.names = {parameter: name for name, parameter in named if parameter in self.partitions.shapes}
         self.frozen = {name: parameter for name, parameter in named if parameter not in self.partitions.shapes}
@@ -228,11 +231,12 @@ class DeepSpeed(Engine):
         """
         slots = self.partitions.slots()
         for parameter, name in self.names.items():
-            yield name, self.partitions.full(parameter, slots)
+            yield name, self.partitions.full(parameter, slots[parameter])
 
     def load_full_state(self, state: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
         """Write back what `full_state` yielded, on whatever stage and number of ranks."""
         parameters = {name: parameter for parameter, name in self.names.items()}
+        self.partitions.optimizer.state.clear()  # of parameters that had their first gradient later too
         for name, full in state:
             self.partitions.load(parameters[name], full)
         self.partitions.refresh()

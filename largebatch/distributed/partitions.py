@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from largebatch.distributed.state import slot_tensor, slot_value
 from largebatch.optim import is_shadow_group
 
 PARAMETER = "parameter"
@@ -32,6 +33,7 @@ class Piece:
         start: where it begins in the partition.
         offset: where it begins in the flattened parameter.
         numel: its length, >= 1.
+        view: the piece itself, in the memory of the partition; what the optimizer updates, and keeps its state by.
     """
 
     parameter: nn.Parameter
@@ -39,6 +41,7 @@ class Piece:
     start: int
     offset: int
     numel: int
+    view: Tensor
 
     def cut(self, partition: Tensor) -> Tensor:
         """Return the piece of a flat tensor that is laid out like its partition."""
@@ -50,7 +53,7 @@ class Partitions:
 
     Args:
         engine: a DeepSpeed engine.
-        optimizer: the client optimizer, whose state is keyed by partition.
+        optimizer: the client optimizer, whose state is keyed by piece.
         groups: its parameter groups as they were before DeepSpeed replaced their parameters.
     """
 
@@ -65,13 +68,15 @@ class Partitions:
         self.shapes = {p: torch.Size(getattr(p, "ds_shape", p.shape)) for group in groups for p in group["params"]}
         {0: self._whole, 1: self._group_wise, 2: self._group_wise, 3: self._parameter_wise}[self.stage](groups)
         self.pieces_of: dict[nn.Parameter, list[Piece]] = {parameter: [] for parameter in self.shapes}
+        self._pieces_in: dict[int, list[Piece]] = {id(flat): [] for flat in self.flat}
         for piece in self.pieces:
             self.pieces_of[piece.parameter].append(piece)
+            self._pieces_in[id(self.flat[piece.partition])].append(piece)
 
     def _whole(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
             for parameter in group["params"]:
-                self.pieces.append(Piece(parameter, len(self.flat), 0, 0, parameter.numel()))
+                self.pieces.append(Piece(parameter, len(self.flat), 0, 0, parameter.numel(), parameter))
                 self.flat.append(parameter)
                 self.of_shadows.append(is_shadow_group(group))
 
@@ -80,28 +85,38 @@ class Partitions:
         for index, group in enumerate(groups):
             size = int(zero.partition_size[index])
             begin = self.rank * size
+            flat = zero.single_partition_of_fp32_groups[index]
             for parameter, first in zip(
                 zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True
             ):
                 low, high = max(first, begin), min(first + parameter.numel(), begin + size)
                 if low < high:
-                    self.pieces.append(Piece(parameter, index, low - begin, low - first, high - low))
-            self.flat.append(zero.single_partition_of_fp32_groups[index])
+                    self._add(flat, parameter, index, low - begin, low - first, high - low)
+            self.flat.append(flat)
             self.of_shadows.append(is_shadow_group(group))
 
     def _parameter_wise(self, groups: list[dict[str, Any]]) -> None:
         zero = self.zero
         for index, parameters in enumerate(zero.fp16_groups):
             start = 0
+            flat = zero.fp32_partitioned_groups_flat[index]
             for parameter in parameters:
                 size = parameter.partition_numel()
                 offset = self.rank * size
                 numel = min(size, parameter.ds_numel - offset)
                 if numel > 0:
-                    self.pieces.append(Piece(parameter, index, start, offset, numel))
+                    self._add(flat, parameter, index, start, offset, numel)
                 start += size
-            self.flat.append(zero.fp32_partitioned_groups_flat[index])
+            self.flat.append(flat)
             self.of_shadows.append(is_shadow_group(groups[zero.sub_group_to_group_id[index]]))
+
+    def _add(self, flat: Tensor, parameter: nn.Parameter, partition: int, start: int, offset: int, numel: int) -> None:
+        view = flat.detach()[start : start + numel]
+        self.pieces.append(Piece(parameter, partition, start, offset, numel, view))
+
+    def pieces_in(self, partition: Tensor) -> list[Piece]:
+        """Return the pieces of a partition, which DeepSpeed hands to the optimizer as its one parameter."""
+        return self._pieces_in[id(partition)]
 
     def gradients(self) -> list[list[Tensor]]:
         """Return for each partition its reduced gradient, in consecutive tensors; between backward and step only."""
@@ -140,28 +155,42 @@ class Partitions:
             if gradient is not None:
                 yield piece, piece.cut(gradient)
 
-    def slots(self) -> list[str]:
-        """Return the names of the optimizer's state tensors, alike on all ranks."""
-        names = {name for state in self.optimizer.state.values() for name, v in state.items() if isinstance(v, Tensor)}
+    def slots(self) -> dict[nn.Parameter, dict[str, float | None]]:
+        """Return for each parameter the optimizer's state, alike on all ranks: counts, and None in place of a tensor."""
+        own: list[dict[str, float | None]] = []
+        for pieces in self.pieces_of.values():
+            state = self.optimizer.state.get(pieces[0].view, {}) if pieces else {}
+            own.append(
+                {
+                    name: None if isinstance(value, Tensor) else value
+                    for name, value in state.items()
+                    if isinstance(value, Tensor | float)
+                }
+            )
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, sorted(names))
-        return sorted({name for ranks in gathered for name in ranks})
+        dist.all_gather_object(gathered, own)
+        found: dict[nn.Parameter, dict[str, float | None]] = {}
+        for parameter, ranks in zip(self.pieces_of, zip(*gathered, strict=True), strict=True):
+            found[parameter] = {name: value for slots in ranks for name, value in sorted(slots.items())}
+        return found
 
-    def full(self, parameter: nn.Parameter, slots: list[str]) -> dict[str, Tensor]:
+    def full(self, parameter: nn.Parameter, slots: dict[str, float | None]) -> dict[str, Tensor]:
         """Return a parameter's whole tensors, on the processor; every rank takes part.
 
         Args:
             parameter: the model's parameter.
-            slots: names of the optimizer's state, as `slots` returned them.
+            slots: of the optimizer's state, as `slots` returned them for the parameter.
 
         Returns:
             The float32 master weight under `PARAMETER`, and the slots, such as "exp_avg_sq", under their names.
         """
-        pieces = self.pieces_of[parameter]
-        found = {PARAMETER: self._gather(parameter, [self.flat[piece.partition] for piece in pieces])}
-        for slot in slots:
-            state = [self.optimizer.state[self.flat[piece.partition]] for piece in pieces]
-            found[slot] = self._gather(parameter, [values[slot] for values in state])
+        views = [piece.view for piece in self.pieces_of[parameter]]
+        found = {PARAMETER: self._gather(parameter, views)}
+        for name, count in slots.items():
+            if count is None:
+                found[name] = self._gather(parameter, [self.optimizer.state[view][name] for view in views])
+            else:
+                found[name] = slot_tensor(count)
         return found
 
     def _gather(self, parameter: nn.Parameter, held: list[Tensor]) -> Tensor:
@@ -170,7 +199,7 @@ class Partitions:
         shape = self.shapes[parameter]
         full = torch.zeros(shape.numel(), device=self.engine.device)
         for piece, tensor in zip(self.pieces_of[parameter], held, strict=True):
-            full[piece.offset : piece.offset + piece.numel] = piece.cut(tensor.detach())
+            full[piece.offset : piece.offset + piece.numel] = tensor
         dist.all_reduce(full)  # each element lies on one rank, so the sum is exact
         return full.cpu().view(shape)
 
@@ -178,15 +207,15 @@ class Partitions:
     def load(self, parameter: nn.Parameter, full: dict[str, Tensor]) -> None:
         """Write back what `full` returned, on whatever stage and number of ranks; `refresh` when all are written."""
         for piece in self.pieces_of[parameter]:
-            flat = self.flat[piece.partition]
-            for slot, tensor in full.items():
-                if slot != PARAMETER and slot not in self.optimizer.state[flat]:
-                    self.optimizer.state[flat][slot] = torch.zeros_like(flat)
-                target = flat if slot == PARAMETER else self.optimizer.state[flat][slot]
-                if self.stage == 0:
-                    target.copy_(tensor)
-                else:
-                    piece.cut(target).copy_(tensor.reshape(-1)[piece.offset : piece.offset + piece.numel])
+            for name, tensor in full.items():
+                value = slot_value(self.optimizer, name, tensor)
+                if isinstance(value, Tensor):
+                    part = value.reshape(-1)[piece.offset : piece.offset + piece.numel] if self.stage > 0 else value
+                    value = part.to(piece.view, copy=True)
+                if name != PARAMETER:
+                    self.optimizer.state[piece.view][name] = value
+                elif isinstance(value, Tensor):
+                    piece.view.copy_(value)
         if self.stage in (1, 2):
             parameter.data.copy_(full[PARAMETER])
 

@@ -45,9 +45,19 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
         state[MODEL + name] = value.detach()
     for name, parameter in _trained(model).items():
         for slot, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                state[f"{OPTIMIZER}{name}.{slot}"] = value.detach()
+            if isinstance(value, Tensor | float):
+                state[f"{OPTIMIZER}{name}.{slot}"] = slot_tensor(value)
     return state
+
+
+def slot_tensor(value: Tensor | float) -> Tensor:
+    """Return a slot of an optimizer's state as a checkpoint holds it: a count as a tensor without dimensions."""
+    return value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def slot_value(optimizer: torch.optim.Optimizer, slot: str, saved: Tensor) -> Tensor | float:
+    """Return a slot as the optimizer keeps it, of what `slot_tensor` made."""
+    return float(saved) if slot in getattr(optimizer, "count_names", ()) else saved
 
 
 def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -201,8 +211,9 @@ def load_named_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimi
             state[key] = value.detach()
             slots.setdefault(parameter, {})[key[len(prefix) :]] = state[key]
     _fill(path, state)
+    optimizer.state.clear()  # of parameters that had their first gradient later too
     for parameter, values in slots.items():
-        optimizer.state[parameter].update(values)
+        optimizer.state[parameter].update({slot: slot_value(optimizer, slot, value) for slot, value in values.items()})
 
 
 def export_weights(checkpoint: Path, path: Path) -> None:

@@ -36,6 +36,9 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
     """Walks the groups, hands gradients and state to `update`, and leaves gradients untouched."""
 
     state_names: tuple[str, ...] = ("exp_avg_sq",)
+    count_names: tuple[str, ...] = ()
+    """Of numbers in a parameter's state that say how far its averages have come: its own, since not every parameter need
+    have a gradient in every update."""
     moment_source: Callable[[dict[str, Any], list[Tensor]], Moment] | None = None
     """Says, of a group and its parameters with a gradient, how the second moment is estimated where no shadows do."""
     squares_all = True
@@ -91,8 +94,9 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         grads: list[Tensor],
         state: dict[str, list[Tensor]],
         moment: Moment,
+        counts: dict[str, float],
     ) -> None:
-        """Update ``params`` and ``state`` in place."""
+        """Update ``params`` and ``state`` in place, and ``counts``, which are alike for all of them."""
         raise NotImplementedError
 
     def _moment(self, group: dict[str, Any], shadows: list[Tensor]) -> Moment:
@@ -115,6 +119,33 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         squares, scale = [s.grad for s in shadows if s.grad is not None], num_units / group["world_size"]
         return Moment(squares, share, scale, kappa, equal=self.squares_all and float(num_units).is_integer())
 
+    def _begin_state(self, group: dict[str, Any], params: list[Tensor], paired: list[Tensor]) -> None:
+        """Give parameters the state that they lack; ``paired`` are their shadows, where they have some."""
+        names = self.used_state(group)
+        for index, p in enumerate(params):
+            own = self.state[p]
+            for name in self.count_names if own else ():
+                if name not in own and name in group:  # of a state that an earlier release has saved
+                    own[name] = float(group[name])
+            for name in names:
+                if name not in own:
+                    own[name] = torch.zeros_like(p)
+            # A shadow's value means nothing, so it holds the average and no further memory is taken.
+            if paired and own["exp_avg_sq"] is not paired[index]:
+                paired[index].copy_(own["exp_avg_sq"])
+                own["exp_avg_sq"] = paired[index]
+
+    def _alike(self, params: list[Tensor]) -> list[tuple[dict[str, float], list[int]]]:
+        """Return the counts that occur, each with the places of the parameters that have them: one list, as a rule."""
+        found: dict[tuple[float | None, ...], list[int]] = {}
+        for index, p in enumerate(params):
+            own = self.state[p]
+            found.setdefault(tuple([own.get(name) for name in self.count_names]), []).append(index)
+        return [
+            ({name: count for name, count in zip(self.count_names, key, strict=True) if count is not None}, indices)
+            for key, indices in found.items()
+        ]
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Do one update; ``closure`` as in torch.optim."""
@@ -132,21 +163,20 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
             paired, shadows = [shadows[index] for index in present] if shadows else [], []
             if not params:
                 continue
-            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-            names = self.used_state(group)
-            for index, p in enumerate(params):
-                for name in names:
-                    if name not in self.state[p]:
-                        self.state[p][name] = torch.zeros_like(p)
-                # A shadow's value means nothing, so it holds the average and no further memory is taken.
-                if paired and self.state[p]["exp_avg_sq"] is not paired[index]:
-                    paired[index].copy_(self.state[p]["exp_avg_sq"])
-                    self.state[p]["exp_avg_sq"] = paired[index]
-            state = {name: [self.state[p][name] for p in params] for name in names}
-            moment = self._moment(group, paired) if paired else Moment()
-            if self.moment_source is not None:
-                moment = self.moment_source(group, params)
-            self.update(group, params, grads, state, moment)
+            self._begin_state(group, params, paired)
+            for counts, indices in self._alike(params):
+                chosen, squared = params, paired
+                if len(indices) < len(params):
+                    chosen, squared = [params[i] for i in indices], [paired[i] for i in indices] if paired else []
+                grads: list[Tensor] = [p.grad for p in chosen if p.grad is not None]
+                own = [self.state[p] for p in chosen]
+                state = {name: [values[name] for values in own] for name in self.used_state(group)}
+                moment = self._moment(group, squared) if squared else Moment()
+                if self.moment_source is not None:
+                    moment = self.moment_source(group, chosen)
+                self.update(group, chosen, grads, state, moment, counts)
+                for values in own:
+                    values.update(counts)
         return loss
 
 
@@ -168,6 +198,7 @@ class Adam(AdaptiveOptimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
+    count_names = ("first_moment_count", "second_moment_count")
     decoupled_weight_decay = False
 
     def __init__(
@@ -199,11 +230,12 @@ class Adam(AdaptiveOptimizer):
         grads: list[Tensor],
         state: dict[str, list[Tensor]],
         moment: Moment,
+        counts: dict[str, float],
     ) -> None:
         """Apply the rule above."""
         lr, weight_decay, correction = group["lr"], group["weight_decay"], group["bias_correction"]
-        weight1, divisor1 = advance_average(group, "first_moment_count", group["betas"][0], correction)
-        weight2, divisor2 = advance_average(group, "second_moment_count", group["betas"][1], correction)
+        weight1, divisor1 = advance_average(counts, "first_moment_count", group["betas"][0], correction)
+        weight2, divisor2 = advance_average(counts, "second_moment_count", group["betas"][1], correction)
         if weight_decay and self.decoupled_weight_decay:
             torch._foreach_mul_(params, 1.0 - lr * weight_decay)
         decayed = _with_decay(grads, params, 0.0 if self.decoupled_weight_decay else weight_decay)
@@ -257,6 +289,8 @@ class RMSProp(AdaptiveOptimizer):
         reference_batch_size: B_ref, where the parameters are those of a tracked model (see `Moment`).
     """
 
+    count_names = ("first_moment_count", "second_moment_count")
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -299,15 +333,16 @@ class RMSProp(AdaptiveOptimizer):
         grads: list[Tensor],
         state: dict[str, list[Tensor]],
         moment: Moment,
+        counts: dict[str, float],
     ) -> None:
         """Apply the rule above."""
-        weight, _ = advance_average(group, "second_moment_count", group["alpha"], self.bias_correction)
+        weight, _ = advance_average(counts, "second_moment_count", group["alpha"], self.bias_correction)
         decayed = _with_decay(grads, params, group["weight_decay"])
         torch._foreach_mul_(state["exp_avg_sq"], 1.0 - weight)
         moment.add_to(state["exp_avg_sq"], grads, decayed, weight)
         second_moments = state["exp_avg_sq"]
         if group["centered"]:
-            mean_weight, _ = advance_average(group, "first_moment_count", group["alpha"], self.bias_correction)
+            mean_weight, _ = advance_average(counts, "first_moment_count", group["alpha"], self.bias_correction)
             torch._foreach_lerp_(state["exp_avg"], decayed, mean_weight)
             second_moments = list(
                 torch._foreach_addcmul(second_moments, state["exp_avg"], state["exp_avg"], value=-1.0)
@@ -355,6 +390,7 @@ class Adagrad(AdaptiveOptimizer):
         grads: list[Tensor],
         state: dict[str, list[Tensor]],
         moment: Moment,
+        counts: dict[str, float],
     ) -> None:
         """Apply the rule above."""
         decayed = _with_decay(grads, params, group["weight_decay"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 
 def advance_average(
-    group: dict[str, Any],
+    counts: dict[str, float],
     key: str,
     beta: float,
     correction: Literal["published", "running_mean", "none"],
@@ -22,17 +22,17 @@ def advance_average(
     (McAllester, TTIC 31230). Both count on through a change of beta, as a growing batch brings. ``none``: weight 1 - beta.
 
     Args:
-        group: the optimizer's group; the count is one float in it, so that it is saved and loaded with it.
-        key: the count's name.
+        counts: of the parameters whose averages these are, changed in place.
+        key: the count's name among them.
         beta: coefficient of one update, in [0, 1).
         correction: which of the three.
     """
     if correction == "running_mean":
-        group[key] = min(group.get(key, 0.0) + 1.0, 1.0 / (1.0 - beta))
-        return 1.0 / group[key], 1.0
+        counts[key] = min(counts.get(key, 0.0) + 1.0, 1.0 / (1.0 - beta))
+        return 1.0 / counts[key], 1.0
     if correction == "published":
-        group[key] = group.get(key, 1.0) * beta
-        return 1.0 - beta, 1.0 - group[key]
+        counts[key] = counts.get(key, 1.0) * beta
+        return 1.0 - beta, 1.0 - counts[key]
     return 1.0 - beta, 1.0
 
 

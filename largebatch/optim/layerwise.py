@@ -162,12 +162,13 @@ class LAMB(AdamW):
         grads: list[Tensor],
         state: dict[str, list[Tensor]],
         moment: Moment,
+        counts: dict[str, float],
     ) -> None:
         """Apply the rule above."""
         lr = group["lr"]
         # AdamW from the origin, where decoupled weight decay has nothing to shrink: -lr * (m/c1) / (sqrt(s/c2) + eps).
         steps = [torch.zeros_like(p) for p in params]
-        super().update(group, steps, grads, state, moment)
+        super().update(group, steps, grads, state, moment, counts)
         torch._foreach_add_(steps, params, alpha=-lr * group["weight_decay"])
         if layers := _adapted(group, params):
             lengths = _norms([params[index] for index in layers])

@@ -80,9 +80,9 @@ class Quench(AdaptiveOptimizer):
         eta    = 0 for t <= K, else min(lambda_eta * B * g^2 / sigma2, lambda_eta * lambda_B)
         p     -= eta * ghat
 
-    t counts samples, as Bstar does. The slides leave B out of sigma2 and eta, which is B = 1; with it Bstar is one number of
-    samples and eta/B one rate per sample whatever the batch size, so no scaling rule applies. `set_batch` is needed in
-    either form. The state is ``exp_avg`` (g) and ``exp_avg_sq`` (sigma2).
+    t counts samples, as Bstar does: of the updates in which the parameter had a gradient. The slides leave B out of sigma2
+    and eta, which is B = 1; with it Bstar is one number of samples and eta/B one rate per sample whatever the batch size, so
+    no scaling rule applies. `set_batch` is needed in either form. The state is ``exp_avg`` (g) and ``exp_avg_sq`` (sigma2).
 
     No average is shorter than two updates: the variance of one batch mean about itself is 0, so with w = 1 Bstar would be 0
     and w stay 1 for good.
@@ -102,6 +102,7 @@ class Quench(AdaptiveOptimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
+    count_names = ("samples",)
 
     def __init__(
         self,
@@ -129,6 +130,7 @@ class Quench(AdaptiveOptimizer):
         grads: list[Tensor],
         state: dict[str, list[Tensor]],
         moment: Moment,
+        counts: dict[str, float],
     ) -> None:
         """Apply the rule above."""
         if "batch_size" not in group:
@@ -136,10 +138,11 @@ class Quench(AdaptiveOptimizer):
         batch_size = group["batch_size"]
         means, variances = state["exp_avg"], state["exp_avg_sq"]
         decayed = _with_decay(grads, params, group["weight_decay"])
-        weights = self._weights(group, means, variances)
+        seen = counts.get("samples", 0.0)
+        weights = self._weights(group, means, variances, seen)
         deviations = list(torch._foreach_sub(decayed, means))
         if group["sigma2"] == "sample":
-            self._average_squares(group, grads, variances, weights, moment)
+            self._average_squares(group, grads, variances, weights, moment, seen)
         else:
             # (1-w) * (V + w*B*(ghat-g)^2) is B*(s - g^2), without the difference of two large numbers.
             spreads = torch._foreach_mul(deviations, deviations)
@@ -147,15 +150,17 @@ class Quench(AdaptiveOptimizer):
             torch._foreach_add_(variances, spreads, alpha=batch_size)
             torch._foreach_addcmul_(variances, variances, weights, value=-1.0)
         torch._foreach_addcmul_(means, weights, deviations)
-        group["samples"] = group.get("samples", 0) + batch_size
-        if group["samples"] > group["K"]:
+        counts["samples"] = seen + batch_size
+        if counts["samples"] > group["K"]:
             rates = learning_rates(means, variances, batch_size, group["lambda_B"], group["lr"])
             torch._foreach_addcmul_(params, rates, decayed, value=-1.0)
 
-    def _weights(self, group: dict[str, Any], means: list[Tensor], variances: list[Tensor]) -> list[Tensor]:
+    def _weights(
+        self, group: dict[str, Any], means: list[Tensor], variances: list[Tensor], seen: float
+    ) -> list[Tensor]:
         """Return min(B/Bstar, 1/2) of every element."""
         batch_size = group["batch_size"]
-        if group.get("samples", 0) <= group["K"]:
+        if seen <= group["K"]:
             return [torch.full_like(mean, min(batch_size / group["K"], LARGEST_WEIGHT)) for mean in means]
         sizes = critical_batch_sizes(means, variances, group["lambda_B"], group["eps"])
         # DTensors have no foreach reciprocal and maximum of two before torch 2.13.
@@ -171,13 +176,14 @@ class Quench(AdaptiveOptimizer):
         variances: list[Tensor],
         weights: list[Tensor],
         moment: Moment,
+        seen: float,
     ) -> None:
         """Take the tracked squares into the average of sigma2."""
         if moment.squares is None:
             raise UserError(
                 "sigma2: 'sample' needs the parameter groups of a tracked model: call largebatch.track first"
             )
-        if not group["num_units"] > 1 and group.get("samples", 0) > 0:
+        if not group["num_units"] > 1 and seen > 0:
             return  # a last batch of one sample, which has no variance
         if not group["num_units"] > 1:
             raise UserError("sigma2: 'sample' needs at least 2 samples in an update, got 1; take sigma2='average'")
@@ -191,15 +197,15 @@ class Quench(AdaptiveOptimizer):
         """Return {parameter: (Bstar, eta)}, elementwise, as the next update finds them; of those that have had one."""
         found: dict[Tensor, tuple[Tensor, Tensor]] = {}
         for group in self.param_groups:
-            params = [] if is_shadow_group(group) else [p for p in group["params"] if p in self.state]
-            if not params:
-                continue
-            means, variances = ([self.state[p][name] for p in params] for name in self.state_names)
-            if group["samples"] <= group["K"]:
-                sizes = [torch.full_like(mean, group["K"]) for mean in means]
-                rates = [torch.zeros_like(mean) for mean in means]
-            else:
-                sizes = critical_batch_sizes(means, variances, group["lambda_B"], group["eps"])
-                rates = learning_rates(means, variances, group["batch_size"], group["lambda_B"], group["lr"])
-            found.update(zip(params, zip(sizes, rates, strict=True), strict=True))
+            for p in () if is_shadow_group(group) else group["params"]:
+                if p not in self.state:
+                    continue
+                (mean,), (variance,) = ([self.state[p][name]] for name in self.state_names)
+                seen = self.state[p].get("samples", group.get("samples", 0.0))
+                if seen <= group["K"]:
+                    found[p] = torch.full_like(mean, group["K"]), torch.zeros_like(mean)
+                else:
+                    (size,) = critical_batch_sizes([mean], [variance], group["lambda_B"], group["eps"])
+                    (rate,) = learning_rates([mean], [variance], group["batch_size"], group["lambda_B"], group["lr"])
+                    found[p] = size, rate
         return found
