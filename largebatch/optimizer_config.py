@@ -30,9 +30,10 @@ class OptimizerBase(Section):
     lr: Positive
     """Learning rate tuned at the reference batch size."""
     weight_decay: NonNegative = 0.0
-    """Weight decay."""
+    """Weight decay, of weights: not of norms, biases, scales, class tokens, position embeddings, and what a model's own
+    no_weight_decay() names. The plan says how many of each."""
     decay_norm_and_bias: bool = False
-    """Decay norms and biases too."""
+    """Decay all parameters alike, norms, biases and the others too."""
     max_grad_norm: Positive | None = None
     """Clip the gradient's global norm to this."""
     max_grad_norm_of: Literal["reference", "batch"] = "reference"

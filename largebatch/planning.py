@@ -16,6 +16,8 @@ from largebatch.data.sampler import effective_micro_batches, largest_micro_batch
 from largebatch.metering import largest_batch
 from largebatch.models import norm_group_size
 from largebatch.moments import is_shadow
+from largebatch.optim import undecayed
+from largebatch.optim.decay import LISTED
 from largebatch.plan import Plan
 from largebatch.report import reference_table, stage_table
 from largebatch.scaling import micro_batches_needed
@@ -253,6 +255,8 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
     group_size = norm_group_size(model)
     stages = stage_table(plan, world_size, run.batch.micro_size, group_size)
     console.print(reference_table(plan, run.second_moment(), run.optimizer.takes_rule), stages)
+    if run.optimizer.weight_decay > 0.0:
+        console.print(_say_decay(run, model), highlight=False)
     if run.tracked() == "micro_batch":
         console.print(_say_units(run, plan, world_size, group_size), highlight=False)
     elif run.tracked() == "sample":
@@ -276,6 +280,31 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
             f"the run takes {fewest:,} updates where noise dominates, up to {most:,} where it does not",
             highlight=False,
         )
+
+
+def _say_decay(run: Run, model: nn.Module) -> str:
+    """Return a line that says which parameters the weight decay is of."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and not is_shadow(p)}
+    roles = {} if run.optimizer.decay_norm_and_bias else undecayed(model)
+    decayed = [p for name, p in trained.items() if name not in roles]
+    line = f"weight decay {run.optimizer.weight_decay:g}: of {_counted(decayed)}"
+    if not roles:
+        return line
+    left = [
+        _counted([trained[n] for n, r in roles.items() if r == role], role) for role in dict.fromkeys(roles.values())
+    ]
+    return f"{line}; none of {', '.join(left)}"
+
+
+def _counted(parameters: list[nn.Parameter], role: str = "") -> str:
+    one, several = {
+        "": ("parameter", "parameters"),
+        "norm": ("parameter of norms", "parameters of norms"),
+        "bias": ("bias", "biases"),
+        LISTED: (f"parameter {LISTED}", f"parameters {LISTED}"),
+    }.get(role, (role, f"{role}s"))
+    elements = sum(p.numel() for p in parameters)
+    return f"{len(parameters):,} {one if len(parameters) == 1 else several} ({elements:,} elements)"
 
 
 def _say_units(run: Run, plan: Plan, world_size: int, group_size: int) -> str:

@@ -17,7 +17,10 @@ def test_snippet(number):
 
 def test_set_up_is_one_command_each():
     commands = re.findall(r"^python3 -m venv .*$", README, re.M)
-    assert [command.rpartition("&& ")[2] for command in commands] == ["largebatch train configs/digits.yaml", "pytest -n 2"]
+    assert [command.rpartition("&& ")[2] for command in commands] == [
+        "largebatch train configs/digits.yaml",
+        "pytest -n 2",
+    ]
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))

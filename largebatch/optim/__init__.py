@@ -1,6 +1,7 @@
 """Optimizers: what torch.optim lacks, on its interface. None of them knows of torch.distributed."""
 
 from largebatch.optim.adaptive import Adagrad, Adam, AdamW, RMSProp
+from largebatch.optim.decay import undecayed
 from largebatch.optim.groups import (
     clip_grad_norm_,
     gradients_and_squares,
@@ -33,4 +34,5 @@ __all__ = [
     "param_groups",
     "scale_gradients",
     "set_hyperparameters",
+    "undecayed",
 ]

@@ -9,23 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.moments import is_shadow, shadows
+from largebatch.optim.decay import undecayed
 from largebatch.section import UserError
 
 
 def param_groups(
     model: nn.Module, weight_decay: float = 0.0, decay_norm_and_bias: bool = False, squares: bool = True
 ) -> list[dict[str, Any]]:
-    """Return the trained parameters in groups: decayed ones, and norms and biases without weight decay.
+    """Return the trained parameters in groups: decayed ones, and norms, biases and their like without weight decay.
 
-    Norm scales, norm offsets and biases are the parameters with at most one dimension (Goyal et al. 2017, section 5.3).
-    Of a tracked model, each group is preceded by the group of its parameters' shadows, in the same order, with
-    ``role: shadow``; the adaptive optimizers of this package read them, SGD and LARS pass them over, and no optimizer from
-    elsewhere may be given them. With ``squares=False`` the groups are marked ``used: False``: the squares are there to be
-    measured (a noise scale), and the second moments are plain, whatever the optimizer's reference_batch_size.
+    Which they are, `undecayed` tells by module and part played. Of a tracked model, each group is preceded by the group of its
+    parameters' shadows, in the same order, with ``role: shadow``; the adaptive optimizers of this package read them, SGD and
+    LARS pass them over, and no optimizer from elsewhere may be given them. With ``squares=False`` the groups are marked
+    ``used: False``: the squares are there to be measured (a noise scale), and the second moments are plain, whatever the
+    optimizer's reference_batch_size.
 
     Args:
         model: the model, tracked or not.
-        weight_decay: of the first group, >= 0.
+        weight_decay: of the first group, >= 0; at 0 there is one group.
         decay_norm_and_bias: True decays all parameters alike.
         squares: whether adaptive optimizers take their second moments from the tracked squares.
     """
@@ -33,8 +34,9 @@ def param_groups(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_shadow(p)]
     groups: list[dict[str, Any]] = []
     all_alike = decay_norm_and_bias or weight_decay == 0.0  # one group is one pass of the optimizer
+    left_alone = {} if all_alike else undecayed(model)
     for decayed, decay in ((True, weight_decay), (False, 0.0)):
-        chosen = [(name, p) for name, p in named if (all_alike or p.dim() > 1) == decayed]
+        chosen = [(name, p) for name, p in named if (name not in left_alone) == decayed]
         if not chosen:
             continue
         if shadow_of:
