@@ -50,11 +50,13 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in operations.WITHOUT_TENSORS:
             return func(*args, **kwargs)
-        if func in BODIES:
+        body = BODIES.get(func)
+        if body is not None:
             with self:
-                return BODIES[func](*args, **kwargs)
+                return body(*args, **kwargs)
         tensors = marks.tensors_in(args, kwargs)
-        self._check_seen(func, kwargs, tensors)
+        if operations.is_unseen(func) or kwargs.get("out") is not None or inside_function_transform():
+            self._check_seen(func, kwargs, tensors)
         operands = [operand for t in tensors if (operand := scope.operand(t)) is not None]
         if not operands or not torch.is_grad_enabled():
             return self._plain(func, args, kwargs, tensors)
@@ -92,11 +94,9 @@ class Interception(TorchFunctionMode):
             UserError: with the function's name.
         """
         name = getattr(func, "__name__", "")
-        is_write = (
-            kwargs.get("out") is not None or name.startswith("_foreach") or (name == "__set__" and len(tensors) > 1)
-        )
         wrapped = [t for t in tensors if is_transformed(t)]
-        if not (is_write or wrapped or func in operations.LEAVING):
+        is_get = name == "__set__" and len(tensors) < 2
+        if not (wrapped or kwargs.get("out") is not None or (operations.is_unseen(func) and not is_get)):
             return
         batch = self.scope.batch
         if any(marks.passed_on(unwrapped(t))[0] is batch for t in tensors):
@@ -154,18 +154,17 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             )
         return original(*args, **kwargs)
     tracked = notes(self)
-    run = forward_squared if tracked.per == "micro_batch" else _forward_tapped
-    return run(self, tracked, original, args, kwargs)
+    if tracked.per == "micro_batch":
+        return forward_squared(self, tracked, original, args, kwargs)
+    if state.scope is not None and not torch.compiler.is_compiling():
+        return _forward_inner(state.scope, self, tracked, original, args, kwargs)
+    return _forward_tapped(self, tracked, original, args, kwargs)
 
 
 @torch.compiler.disable
 def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
-    scope = state.scope
-    if scope is not None:
-        if scope.is_paused:
-            return original(*args, **kwargs)
-        scope.enter(module)
-        return _run(scope, module, tracked, original, args, kwargs)
+    if state.scope is not None:
+        return _forward_inner(state.scope, module, tracked, original, args, kwargs)
     scope = state.scope = _outermost(module, tracked, args, kwargs)
     try:
         with Interception(scope):
@@ -177,6 +176,13 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
         for operand in scope.operands.values():
             operand.bases[0].token = None  # which would keep its own graph alive
     return output
+
+
+def _forward_inner(scope: Scope, module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
+    if scope.is_paused:
+        return original(*args, **kwargs)
+    scope.enter(module)
+    return _run(scope, module, tracked, original, args, kwargs)
 
 
 def _tensors_of(output: Any, depth: int = 3) -> list[Tensor]:

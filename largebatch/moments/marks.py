@@ -9,6 +9,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.moments.private import identity_edge, metadata_of
@@ -29,18 +30,26 @@ class Batch:
         self.weight = weight
         self.parameters: set[int] = set()  # ids of the tracked ones, which hold no samples
         self.written: list[torch.UntypedStorage] = []  # of constants into which the batch was written
+        self.under_engine = (
+            dist.is_available() and dist.is_initialized()
+        )  # which may pass tensors on by identities of its own
         self._indices: dict[tuple[int, int, torch.device], Tensor | slice] = {}
+        self._chosen: dict[tuple[int, int], list[int]] = {}
 
     def samples_of(self, rows: Rows) -> list[int]:
         """Return the chosen samples among those of a tensor."""
-        run = range(rows.first, rows.first + rows.length)
-        return list(run) if self.chosen is None else [sample for sample in self.chosen if sample in run]
+        key = (rows.first, rows.length)
+        if key not in self._chosen:
+            run = range(rows.first, rows.first + rows.length)
+            self._chosen[key] = (
+                list(run) if self.chosen is None else [sample for sample in self.chosen if sample in run]
+            )
+        return self._chosen[key]
 
     def take(self, tensor: Tensor, rows: Rows) -> Tensor:
         """Return the rows of the chosen samples, [samples, rows of each, *other dimensions]."""
-        front = by_sample(tensor, rows)
         if self.chosen is None or rows.dim == WHOLE:
-            return front
+            return by_sample(tensor, rows)
         key = (rows.first, rows.length, tensor.device)
         if key not in self._indices:
             places = [sample - rows.first for sample in self.samples_of(rows)]
@@ -49,7 +58,9 @@ class Batch:
                 self._indices[key] = slice(places[0], places[-1] + 1, steps.pop())
             else:
                 self._indices[key] = torch.tensor(places, dtype=torch.long, device=tensor.device)
-        return front[self._indices[key]]
+        if rows.dim == 0 and rows.outer == 1 and rows.length == tensor.shape[0]:
+            return tensor[self._indices[key]].unsqueeze(1)
+        return by_sample(tensor, rows)[self._indices[key]]
 
 
 class Rows(NamedTuple):
@@ -77,7 +88,7 @@ WHOLE = -1
 def mark(batch: Batch, tensor: Tensor, found: Rows | Lost) -> None:
     """Note where the samples of a tensor lie."""
     tensor._largebatch_mark = (batch, found, tensor.requires_grad)  # type: ignore[attr-defined]
-    if tensor.grad_fn is not None:  # an engine may pass it through an identity of its own
+    if batch.under_engine and tensor.grad_fn is not None:
         metadata_of(tensor.grad_fn)["largebatch", tensor.output_nr] = (batch, found)
 
 

@@ -373,3 +373,10 @@ def is_in_place(func: Any) -> bool:
     """Whether a function changes its first argument."""
     name = getattr(func, "__name__", "")
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+
+
+@functools.cache
+def is_unseen(func: Any) -> bool:
+    """Whether a function takes values to where they are not followed: off the graph, or into tensors it was given."""
+    name = getattr(func, "__name__", "")
+    return func in LEAVING or name == "__set__" or name.startswith("_foreach")

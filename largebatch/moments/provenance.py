@@ -26,17 +26,9 @@ def follow(batch: Batch, func: Any, args: Any, kwargs: Any, tensors: list[Tensor
     if func in CREATING:
         return
     if len(tensors) == 1 and args and tensors[0] is args[0] and len(pieces) == 1:
-        rest = repr(args[1:]), repr(kwargs) if kwargs else ""
-        key = (
-            func,
-            tensors[0].shape,
-            tensors[0].dtype,
-            marks[0][1],
-            rest,
-            pieces[0].shape,
-            pieces[0].dtype,
-            batch.num_samples,
-        )
+        rest = repr((args[1:], kwargs)) if kwargs or len(args) > 1 else ""
+        (source, found), (piece,) = marks[0], pieces
+        key = (func, source.shape, source.dtype, found, rest, piece.shape, piece.dtype, batch.num_samples)
         if (known := _known.get(key)) is None:
             if len(_known) > 10_000:
                 _known.clear()

@@ -19,7 +19,7 @@ from largebatch.moments import operations, provenance
 from largebatch.moments.marks import WHOLE, Batch, Rows, mark, mark_of
 from largebatch.moments.private import batch_statistics
 from largebatch.moments.scope import Refusal, Scope
-from largebatch.moments.uses import Given, Left, Looped, Operand, Product, Tap, Use, statistic_dtype
+from largebatch.moments.uses import Given, Left, Looped, Operand, Product, Tap, Use, collectors, statistic_dtype
 
 Rule = Callable[..., Any]
 
@@ -65,21 +65,24 @@ def tap(
     """
     if not output.requires_grad:
         return output
-    tokens = [base.collector() for base in dict.fromkeys(base for operand in operands for base in operand.bases)]
+    bases = tuple(dict.fromkeys(base for operand in operands for base in operand.bases))
     samples = scope.batch.samples_of(rows)
-    output = Tap.apply(left, samples, output, len(saved), *(s.detach() for s in saved), *tokens)
+    output = Tap.apply(left, samples, bases, output, len(saved), *[s.detach() for s in saved], *collectors(bases))
     mark(scope.batch, output, rows)
     return output
 
 
 def wide(tensor: Tensor, grad: Tensor) -> Tensor:
     """Return a tensor in the type of squares, rounded as the operation took it under autocast."""
-    return tensor.to(grad.dtype).to(statistic_dtype(grad.dtype))
+    dtype = grad.dtype
+    if tensor.dtype == dtype and dtype in (torch.float32, torch.float64):
+        return tensor
+    return tensor.to(dtype).to(statistic_dtype(dtype))
 
 
 def _flat(rows: Tensor) -> Tensor:
     """[samples, rows of each, .., features] -> [samples, positions, features]."""
-    return rows.reshape(len(rows), -1, rows.shape[-1])
+    return rows if rows.ndim == 3 else rows.reshape(rows.shape[0], -1, rows.shape[-1])
 
 
 def _arguments(names: str, args: Any, kwargs: Any) -> list[Any]:
@@ -106,7 +109,7 @@ def _linear(scope: Scope, output: Tensor, x: Tensor, weight: Any, bias: Any, is_
             a, b = d, wide(_flat(saved[0]), grad)
             uses.append((of_weight, Product(b, a) if is_transposed else Product(a, b)))
         if of_bias is not None:
-            uses.append((of_bias, Given(d.sum(1))))
+            uses.append((of_bias, Given(d.squeeze(1) if d.shape[1] == 1 else d.sum(1))))
         return uses
 
     return tap(scope, output, rows, operands, left, [scope.batch.take(x, found)] if of_weight is not None else [])

@@ -76,7 +76,7 @@ class Product(Use):
         """With one position (a b^T)^2 = a^2 (b^2)^T, one product for all samples; else as many at a time as the cache holds."""
         a, b = self.a, self.b
         if a.shape[1] == 1:
-            return (a.squeeze(1).square() * weight).t() @ b.squeeze(1).square()
+            return torch.addmm(a.new_empty(()), a[:, 0].square().t(), b[:, 0].square(), beta=0, alpha=weight)
         step = max(1, CHUNK_ELEMENTS // 4 // (a.shape[2] * b.shape[2]))
         total: Tensor | None = None
         buffer = torch.empty(0)
@@ -130,29 +130,54 @@ class Base:
     ):
         self.name, self.parameter, self.shadow, self.home, self.batch = name, parameter, shadow, home, batch
         self.token: Tensor | None = None
+        self.reached = -1
         self.pending: list[tuple[int, Operand, Use, list[int]]] = []
         self.is_done = False
 
-    def collector(self) -> Tensor:
-        """Return an empty tensor from the node of the graph that runs behind every tap of the parameter."""
-        if self.token is None:
-            if (
-                self.shadow.shape != self.parameter.shape
-            ):  # under ZeRO-3 the weight of a child, which its parent has read
-                owner, name, _ = self.home
-                self.shadow = owner._parameters[name]  # type: ignore[assignment]
-            if self.shadow.shape != self.parameter.shape and self.shadow.numel() and self.parameter.numel():
-                raise UserError(
-                    f"track: parameter '{self.name}' has another shape than when track() was called; call it again"
-                )
-            if self.parameter._backward_hooks:
-                raise UserError(
-                    f"track: parameter '{self.name}' has a hook (register_hook), which may change its gradient, unseen by "
-                    "squares of samples; remove it, or use per='micro_batch'"
-                )
-            self.token = Collect.apply(self, self.shadow)
-        assert self.token is not None
-        return self.token
+    def check(self) -> None:
+        """Raise where squares of the parameter would have no place, or not fit its gradient."""
+        if self.shadow.shape != self.parameter.shape:  # under ZeRO-3 the weight of a child, which its parent has read
+            owner, name, _ = self.home
+            self.shadow = owner._parameters[name]  # type: ignore[assignment]
+        if self.shadow.shape != self.parameter.shape and self.shadow.numel() and self.parameter.numel():
+            raise UserError(
+                f"track: parameter '{self.name}' has another shape than when track() was called; call it again"
+            )
+        if self.parameter._backward_hooks:
+            raise UserError(
+                f"track: parameter '{self.name}' has a hook (register_hook), which may change its gradient, unseen by "
+                "squares of samples; remove it, or use per='micro_batch'"
+            )
+
+    def collect(self, now: int) -> Tensor | None:
+        """Return the sum of squares of a backward pass, None if it reached no tap of the parameter."""
+        if self.reached != now:
+            return None
+        pending = [(operand, use, samples) for number, operand, use, samples in self.pending if number == now]
+        self.pending = []
+        name, passes = self.home[1:]
+        if self.is_done or now in (passes.get(name), getattr(self.parameter, "_largebatch_pass", None)):
+            raise UserError(
+                f"track: parameter '{self.name}' takes part in two forward passes of one backward pass, or in two backward "
+                "passes of one forward pass, so that what they owe to a sample cannot be added before it is squared: call the "
+                "tracked model once, and backward once, for each batch; or use per='micro_batch'"
+            )
+        self.is_done, passes[name] = True, now
+        self.parameter._largebatch_pass = now  # type: ignore[attr-defined]  # of another tracked model with the same weight
+        with _full_precision(self.parameter.device):
+            return _sum_of_squares(self, pending)
+
+
+def collectors(bases: Sequence[Base]) -> list[Tensor]:
+    """Return empty tensors from the nodes of the graph that run behind every tap of these parameters."""
+    new = [base for base in bases if base.token is None]
+    for base in new:
+        base.check()
+    if new:
+        token = Collect.apply(new, *[base.shadow for base in new])
+        for base in new:
+            base.token = token
+    return list({id(base.token): base.token for base in bases if base.token is not None}.values())
 
 
 class Operand:
@@ -243,9 +268,17 @@ class Tap(torch.autograd.Function):
     """The identity on an operation's output that is described at the head of this module."""
 
     @staticmethod
-    def forward(ctx: Any, leave: Left, samples: list[int], output: Tensor, num_saved: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        leave: Left,
+        samples: list[int],
+        bases: Sequence[Base],
+        output: Tensor,
+        num_saved: int,
+        *tensors: Tensor,
+    ) -> Tensor:
         """Return `output`; `tensors` are those that `leave` takes with the gradient, then the collectors'."""
-        ctx.leave, ctx.samples = leave, samples
+        ctx.leave, ctx.samples, ctx.bases = leave, samples, bases
         ctx.num_tensors = len(tensors)
         ctx.save_for_backward(*tensors[:num_saved])
         return output.detach()  # which shares memory and is no view to autograd, so that a ReLU in place may follow
@@ -258,41 +291,32 @@ class Tap(torch.autograd.Function):
                 "track: backward with create_graph=True through a model tracked per sample would square gradients of "
                 "gradients too; use per='micro_batch', or an untracked copy for a gradient penalty"
             )
+        now = backward_pass()
+        for base in ctx.bases:
+            base.reached = now
         if ctx.samples:
             with _full_precision(grad.device):
                 for operand, use in ctx.leave(grad, ctx.saved_tensors):
                     for base in operand.bases:
-                        base.pending.append((backward_pass(), operand, use, ctx.samples))
-        return (None, None, grad, None, *[None] * ctx.num_tensors)
+                        base.pending.append((now, operand, use, ctx.samples))
+        return (None, None, None, grad, None, *[None] * ctx.num_tensors)
 
 
 class Collect(torch.autograd.Function):
-    """The node behind all taps of a parameter."""
+    """The node behind all taps of some parameters, those that one operation was the first to use."""
 
     @staticmethod
-    def forward(ctx: Any, base: Base, shadow: Tensor) -> Tensor:
-        """Return the token that every tap of the parameter takes."""
-        ctx.base = base
+    def forward(ctx: Any, bases: Sequence[Base], *shadows: Tensor) -> Tensor:
+        """Return the token that every tap of the parameters takes."""
+        ctx.bases = bases
         ctx.set_materialize_grads(False)
-        return shadow.new_empty(0)
+        return shadows[0].new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor | None) -> tuple[None, Tensor]:
-        """Return the sum of squares."""
-        base, now = ctx.base, backward_pass()
-        pending = [(operand, use, samples) for number, operand, use, samples in base.pending if number == now]
-        base.pending = []
-        name, passes = base.home[1:]
-        if base.is_done or now in (passes.get(name), getattr(base.parameter, "_largebatch_pass", None)):
-            raise UserError(
-                f"track: parameter '{base.name}' takes part in two forward passes of one backward pass, or in two backward "
-                "passes of one forward pass, so that what they owe to a sample cannot be added before it is squared: call the "
-                "tracked model once, and backward once, for each batch; or use per='micro_batch'"
-            )
-        base.is_done, passes[name] = True, now
-        base.parameter._largebatch_pass = now  # of another tracked model with the same weight
-        with _full_precision(base.parameter.device):
-            return None, _sum_of_squares(base, pending)
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the sums of squares."""
+        now = backward_pass()
+        return (None, *[base.collect(now) for base in ctx.bases])
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
