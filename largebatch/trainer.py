@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from largebatch.evaluation import evaluate
 from largebatch.keeping import Keeper
 from largebatch.metering import NoiseMeter
 from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
-from largebatch.moments import chosen_samples
+from largebatch.moments import FirstUpdates, chosen_samples
 from largebatch.noise import reference_norm_ratio
 from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.optim.adaptive import AdaptiveOptimizer
@@ -84,7 +85,7 @@ class Trainer:
         )
         self.data = data
         self.tracked = run.tracked()
-        self._unchecked = self.tracked is not None
+        self._check = FirstUpdates()
         self._unaligned = True
         if self.tracked is not None:
             backend.track(model, self.tracked, getattr(run.model, "fallback", ()))
@@ -245,9 +246,8 @@ class Trainer:
             self.optimizer.set_batch(num_samples, num_units, backend.world_size)
         if isinstance(self.optimizer, AdaptiveOptimizer):
             self.optimizer.squares_all = squared == batch_size
-        if self._unchecked and squared == batch_size:  # or some squares may be zero beside a gradient that is not
-            backend.check_statistics(self.bare_model)
-            self._unchecked = False
+        if self.tracked is not None and squared == batch_size:  # or squares may be zero beside a gradient that is not
+            self._check(partial(backend.check_statistics, self.bare_model, num_units))
         limit = run.optimizer.max_grad_norm
         of_reference = limit is not None and run.clips_reference()
         if self.meter is not None or of_reference:

@@ -207,8 +207,16 @@ class Backend(Protocol):
         """Return rank 0's value on every rank; it must be picklable."""
         ...
 
-    def check_statistics(self, model: nn.Module) -> None:
-        """Refuse a parameter of a tracked model that has a gradient and no statistic; after a backward pass.
+    def check_statistics(self, model: nn.Module, num_units: float = 1.0, names: list[str] | None = None) -> list[str]:
+        """Refuse a parameter of a tracked model that has a gradient and no statistic; between backward and step.
+
+        Args:
+            model: as it was handed to `prepare`.
+            num_units: n, the units whose gradients were added up.
+            names: of the parameters to look at; None for all.
+
+        Returns:
+            The names of those whose gradient was too small to say, the same on every rank.
 
         Raises:
             UserError: naming the parameters.

@@ -165,10 +165,9 @@ class DataParallel(Engine):
             return super().noise_sums(model)
         return self.over_ranks(self.hooked.sums(self.factor))
 
-    def check_statistics(self, model: nn.Module) -> None:
-        """Refuse a parameter of a tracked model that has a gradient and no statistic; after a backward pass."""
-        if self.hooked is None:
-            super().check_statistics(model)
+    def check_statistics(self, model: nn.Module, num_units: float = 1.0, names: list[str] | None = None) -> list[str]:
+        """Refuse a parameter of a tracked model that has a gradient and no statistic; return those too small to say."""
+        return [] if self.hooked is not None else super().check_statistics(model, num_units, names)
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return model and optimizer by name for a checkpoint, as `distributed.state` spells it; every rank takes part."""

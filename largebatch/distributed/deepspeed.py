@@ -216,13 +216,13 @@ class DeepSpeed(Engine):
             scale, self.good_updates = scale * self.scaler.get_growth_factor(), 0
         self.scaler.update(scale)
 
-    def check_statistics(self, model: nn.Module) -> None:
-        """Refuse a parameter of a tracked model that has a gradient and no statistic; between backward and step.
+    def check_statistics(self, model: nn.Module, num_units: float = 1.0, names: list[str] | None = None) -> list[str]:
+        """Refuse a parameter of a tracked model that has a gradient and no statistic; return those too small to say.
 
         Where one process says nothing, an option of DeepSpeed has replaced the operation.
         """
-        found = self.partitions.has_gradient()
-        check_statistics(model, lambda parameter: found.get(parameter, False))
+        found = self.partitions.largest_gradients()
+        return check_statistics(model, num_units, names, lambda parameter: found.get(parameter, 0.0))
 
     def full_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield each trained parameter's name and its whole tensors, on the processor; every rank takes part.

@@ -17,6 +17,7 @@ from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
 from largebatch.distributed.watch import RankWatch, open_group, open_store
 from largebatch.moments import check_statistics, is_shadow, shadows, track, tracked_parameters
+from largebatch.moments.presence import largest_gradient
 from largebatch.noise import partial_sums
 from largebatch.optim import gradients_and_squares, scale_gradients
 
@@ -301,13 +302,13 @@ class Engine(ABC):
             dist.all_gather_object(values, value)
         return values
 
-    def check_statistics(self, model: nn.Module) -> None:
-        """Refuse a parameter of a tracked model that has a gradient and no statistic; after a backward pass."""
-        check_statistics(model, self.has_gradient)
+    def check_statistics(self, model: nn.Module, num_units: float = 1.0, names: list[str] | None = None) -> list[str]:
+        """Refuse a parameter of a tracked model that has a gradient and no statistic; return those too small to say."""
+        return check_statistics(model, num_units, names, self.largest_gradient)
 
-    def has_gradient(self, parameter: nn.Parameter) -> bool:
-        """Return whether a gradient, or a sum of squares, has an element other than zero, on whatever rank."""
-        return parameter.grad is not None and bool(self.local(parameter.grad).any())
+    def largest_gradient(self, parameter: nn.Parameter) -> float | None:
+        """Return the largest absolute element of a gradient, or of a sum of squares, over all ranks; None without one."""
+        return largest_gradient(parameter)
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return model and optimizer by name for a checkpoint, as `distributed.state` spells it; every rank takes part."""

@@ -96,9 +96,15 @@ class FullyShard(Engine):
         self.wrapper.set_requires_gradient_sync(sync)
         yield
 
-    def has_gradient(self, parameter: nn.Parameter) -> bool:
-        """Return whether a gradient, or a sum of squares, has an element other than zero, on whatever rank."""
-        return parameter.grad is not None and bool(self.sum(self.local(parameter.grad).count_nonzero()))
+    def largest_gradient(self, parameter: nn.Parameter) -> float | None:
+        """Return the largest absolute element of a gradient, or of a sum of squares, over all ranks; None without one."""
+        if parameter.grad is None:
+            return None
+        own = self.local(parameter.grad)
+        found = torch.zeros(self.world_size, device=own.device)
+        if own.numel():
+            found[self.rank] = own.abs().max()
+        return float(self.sum(found).max())
 
     def local(self, gradient: Tensor) -> Tensor:
         """Return this rank's part of a gradient, sharing its memory."""

@@ -126,15 +126,16 @@ class Partitions:
         held = self.zero.averaged_gradients
         return [list(held.get(index) or []) for index in range(len(self.flat))]
 
-    def has_gradient(self) -> dict[nn.Parameter, bool]:
-        """Return for each parameter whether its gradient has an element other than zero, on whatever rank."""
+    def largest_gradients(self) -> dict[nn.Parameter, float]:
+        """Return for each parameter the largest absolute element of its gradient, over all ranks."""
         number = {parameter: index for index, parameter in enumerate(self.shapes)}
         found = torch.zeros(len(number), device=self.engine.device)
         for piece, gradient in self._gradient_pieces():
-            if bool(gradient.any()):
-                found[number[piece.parameter]] = 1.0
-        dist.all_reduce(found)
-        return {parameter: bool(flag > 0) for parameter, flag in zip(self.shapes, found.tolist(), strict=True)}
+            if gradient.numel():
+                index = number[piece.parameter]
+                found[index] = torch.maximum(found[index], gradient.abs().max())
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return dict(zip(self.shapes, found.tolist(), strict=True))
 
     def power_sums(self, parameters: list[nn.Parameter], shadows: list[nn.Parameter]) -> Tensor:
         """Return this rank's part of `largebatch.noise.partial_sums`, (2, P); between backward and step only."""

@@ -1,7 +1,7 @@
 """Per-sample squares of gradients: the statistic behind batch-invariant second moments."""
 
+from largebatch.moments.presence import FirstUpdates, check_statistics
 from largebatch.moments.tracking import (
-    check_statistics,
     chosen_samples,
     grad_sample_sq,
     is_shadow,
@@ -14,6 +14,7 @@ from largebatch.moments.tracking import (
 from largebatch.moments.verify import verify
 
 __all__ = [
+    "FirstUpdates",
     "check_statistics",
     "chosen_samples",
     "grad_sample_sq",

@@ -8,7 +8,7 @@ and `load_state_dict` do not know of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.moments.interception import Intercepted, forward
-from largebatch.moments.scope import FALLBACK, Tracked, notes, state
+from largebatch.moments.scope import Tracked, notes, state
 from largebatch.moments.uses import statistic_dtype
 from largebatch.section import UserError, nearest
 
@@ -253,35 +253,3 @@ def grad_sample_sq(model: nn.Module, batch_size: int, world_size: int = 1) -> di
     """
     scale = statistic_scale(batch_size, world_size)
     return {name: shadow.grad * scale for name, shadow in shadows(model).items() if shadow.grad is not None}
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
-
-
-def check_statistics(model: nn.Module, has_gradient: Callable[[nn.Parameter], bool] = _has_gradient) -> None:
-    """Raise if a parameter has a gradient and no statistic.
-
-    Args:
-        model: tracked, after a backward pass.
-        has_gradient: whether an element of a parameter's gradient differs from 0, over all ranks where each holds a part.
-
-    Raises:
-        UserError: naming every such parameter and the way out.
-    """
-    tracked = {name: shadow for name, _, shadow in _pairs(model)}
-    missing = []
-    for name, parameter in model.named_parameters():
-        if is_shadow(parameter) or not has_gradient(parameter):
-            continue
-        shadow = tracked.get(name)
-        if shadow is None or not has_gradient(shadow):
-            missing.append(name)
-    if missing:
-        listed = "', '".join(missing[:8]) + ("', ..." if len(missing) > 8 else "'")
-        raise UserError(
-            f"no second-moment statistic for '{listed}, which got a gradient. Either the parameter was added or unfrozen "
-            "after track() (call it again), or it is used outside the tracked module's forward or by an operation that "
-            "PyTorch does not show (a custom autograd function, a fused kernel of an engine): name its module in "
-            f"{FALLBACK}, or use track(model, per='micro_batch')"
-        )

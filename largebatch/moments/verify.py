@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from largebatch.moments.presence import check_statistics
 from largebatch.moments.scope import FALLBACK, notes, state
-from largebatch.moments.tracking import check_statistics, shadows
+from largebatch.moments.tracking import shadows
 from largebatch.section import UserError
 
 # Rounding moves squares in float32 by 1e-5 of a parameter's largest; rows given to the wrong sample, by a tenth and more.

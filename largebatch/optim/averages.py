@@ -101,6 +101,9 @@ class Moment:
         if self.squares is None or not added:
             return
         torch._foreach_add_(average, self.squares, alpha=weight * self.share * self.scale)
+        if subtracted > 1.0 and self.equal:
+            # q >= ghat^2 but where a unit's square is too small for its type, and their sum's is not.
+            torch._foreach_clamp_min_(average, 0.0)
         if self.share < 0.0 or (self.share > 1.0 and not self.equal):
             direction, bound = direction or decayed, weight if bound is None else bound
             lowest = torch._foreach_mul(direction, direction)

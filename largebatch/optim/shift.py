@@ -177,9 +177,9 @@ def move_second_moments(rows: Iterable[Row], units: Units, spread: float) -> Non
             taken = [row.taken() for row in group]
             torch._foreach_addcmul_(moments, taken, taken, value=shift.of_square)
         _add_variances(moments, [row.slot for row in group], units, spread, shift)
-        if shift.least:
-            for row in group:
-                _bound(row)
+        for row in group if shift.least else ():
+            _bound(row)
+        _drop_rounding(moments, shift)
 
 
 def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, spread: float, shift: Shift) -> None:
@@ -208,6 +208,20 @@ def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, sprea
     if units.equal:
         torch._foreach_clamp_min_(regions, 0.0)
     torch._foreach_add_(moments, regions, alpha=weight)
+
+
+def _drop_rounding(moments: list[Tensor], shift: Shift) -> None:
+    """Raise to zero what is below it for want of digits.
+
+    Where the square of a unit's gradient is too small for its type, and ghat^2 is not, V comes out negative; a root of such
+    a moment would be NaN. Zero is what plain Adam has there.
+    """
+    if not shift.least and shift.of_square >= 0.0:  # no other moment is below zero
+        torch._foreach_clamp_min_(moments, 0.0)
+        return
+    smallest = torch.finfo(moments[0].dtype).tiny / torch.finfo(moments[0].dtype).eps
+    for moment in moments:
+        moment.masked_fill_((moment < 0.0) & (moment > -smallest), 0.0)
 
 
 @torch.no_grad()
