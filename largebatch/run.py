@@ -201,7 +201,7 @@ def _verify_squares(run: Run, model: nn.Module, source: Source, backend: Backend
         reason = verify(model, lambda batch: source.task.losses(model(batch[0]), batch[1]).sum(), batch)
     except UserError as error:
         raise SharedError(str(error)) from None
-    return () if reason is None else (f"the squares of {run.model.name} could not be verified: {reason}",)
+    return () if reason is None else (f"the squares of {run.model.name} could not all be verified: {reason}",)
 
 
 def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> None:

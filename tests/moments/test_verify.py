@@ -103,14 +103,121 @@ def test_a_parameter_in_a_function_transform_is_refused():
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (lambda h: h * torch.rand_like(h), "'first.weight' over a batch is not the sum of its samples' own"),
-        (lambda h: h / (len(h) > 1 or bool(torch.linalg.inv(torch.zeros(1, 1)))), "LinAlgError"),
+        (
+            lambda h: h * torch.rand_like(h),
+            "'first.weight', 'first.bias', 'second.weight', 'second.bias' over a batch is not",
+        ),
+        (lambda h: h / (len(h) > 2 or bool(torch.linalg.inv(torch.zeros(1, 1)))), "LinAlgError"),
     ],
-    ids=["random numbers", "no batch of one"],
+    ids=["random numbers", "no batch of one or two"],
 )
 def test_what_cannot_be_told_is_said(between, reason):
     model = track(Mixing(between))
     assert reason in verify(model, squared_error(model), batch())
+
+
+def used_outside(model):
+    """A loss that uses the first layer's weight behind the model's back, so that its squares are wrong."""
+    return lambda parts: squared_error(model)(parts) + (parts[0] @ model.first.weight).square().sum()
+
+
+def test_a_model_that_takes_no_batch_of_one_is_checked_with_each_sample_twice():
+    def between(h):
+        assert len(h) > 1
+        return h
+
+    model = track(Mixing(between))
+    assert verify(model, squared_error(model), batch()) is None
+    with pytest.raises(UserError, match=r"the squares of 'first\.weight'"):
+        verify(model, used_outside(model), batch())
+
+
+class Keeping(Mixing):
+    """Keeps a matrix that it has computed from a parameter until it is trained again, as LeViT its biases of attention."""
+
+    def __init__(self):
+        super().__init__(lambda h: h)
+        self.table, self.cache, self.calls = nn.Parameter(torch.randn(TIME, WIDTH)), {}, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.table[torch.tensor([2, 0, 1])]
+        return super().forward(x + self.cache["bias"])
+
+
+def test_what_a_model_keeps_between_calls_is_put_back():
+    model = track(Keeping())
+    cache = model.cache
+    assert verify(model, squared_error(model), batch()) is None
+    assert model.cache is cache and not cache and model.calls == 0
+    with pytest.raises(UserError, match=r"the squares of 'first\.weight'"):
+        verify(model, used_outside(model), batch())
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-30, 1e-25, 1e-20, 1e-15, 1.0, 1e10])
+def test_a_loss_of_any_size_is_judged(size):
+    model = track(Mixing(lambda h: h))
+    assert verify(model, lambda parts: squared_error(model)(parts) * size, batch()) is None
+    with pytest.raises(UserError, match=r"the squares of 'first\.weight'"):
+        verify(model, lambda parts: used_outside(model)(parts) * size, batch())
+
+
+def test_layers_behind_one_that_begins_at_zero_are_judged_and_weights_are_put_back():
+    model = track(Mixing(lambda h: h))
+    nn.init.zeros_(model.second.weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    inputs, targets = batch()
+    assert verify(model, squared_error(model), (inputs, targets)) is None
+
+    def loss(parts):  # wrong in the first layer, where the second lets gradients through
+        between = parts[0] @ model.first.weight @ model.second.weight.t()
+        return squared_error(model)(parts) + between.square().sum()
+
+    with pytest.raises(UserError, match=r"the squares of 'first\.weight'"):
+        verify(model, loss, (inputs, targets))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_parameter_without_a_gradient_is_named_and_the_others_are_judged():
+    model = Mixing(lambda h: h)
+    model.spare, model.dead = nn.Linear(2, 2), nn.Parameter(torch.randn(5))
+    model.between = lambda h: h + torch.relu(model.dead.abs() * -1.0)
+    track(model)
+    said = verify(model, squared_error(model), batch())
+    assert said == "the gradient of 'dead', 'spare.weight', 'spare.bias' is zero in these samples (3 of 7)"
+    with pytest.raises(UserError, match=r"the squares of 'first\.weight'"):
+        verify(model, used_outside(model), batch())
+
+
+def test_what_is_random_is_named_and_the_rest_is_judged():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(WIDTH, 2), nn.Linear(WIDTH, 2)
+
+        def forward(self, x):
+            return torch.cat([self.left(x), self.right(x * (torch.rand_like(x) + 1.0))], -1)
+
+    model = track(Branches())
+    said = verify(model, lambda x: model(x).square().sum(), batch()[0])
+    assert "'right.weight'" in said and "left" not in said and "(2 of 4)" in said
+
+
+@pytest.mark.parametrize("valid", [(3, 3, 3, 3), (3, 1, 2, 3)])
+def test_a_loss_that_is_a_mean_over_tokens_is_told_which_to_give(valid):
+    """Of a model whose own loss it is, as language models' are."""
+    model = track(nn.Sequential(nn.Embedding(7, WIDTH), nn.Linear(WIDTH, 7)))
+    tokens = torch.randint(7, (N, TIME))
+    targets = torch.where(torch.arange(TIME) < torch.tensor(valid)[:, None], torch.randint(7, (N, TIME)), -100)
+
+    def loss(parts, reduction="mean"):
+        return nn.functional.cross_entropy(model(parts[0]).flatten(0, 1), parts[1].flatten(), reduction=reduction)
+
+    said = verify(model, loss, (tokens, targets))
+    shares = ", ".join(f"{count / sum(valid):.3g}" for count in valid)
+    assert f"weighs its samples' own by {shares}, as a mean" in said and "reduction='sum'" in said
+    assert verify(model, lambda parts: loss(parts, "sum"), (tokens, targets)) is None
 
 
 def test_a_model_is_left_as_it_was():
@@ -192,7 +299,7 @@ def test_a_run_with_the_fallback_does(hidden_models, tmp_path, capsys):
 def test_a_run_says_what_it_could_not_verify(hidden_models, tmp_path, capsys):
     assert run(tmp_path, "--model.name", "hidden_models:random") == 0
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "the squares of hidden_models:random could not be verified: the gradient of" in said
+    assert "the squares of hidden_models:random could not all be verified: the gradient of" in said
 
 
 def test_a_fallback_that_is_not_used_is_a_warning(hidden_models, tmp_path, capsys):
