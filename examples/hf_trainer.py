@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with an optimizer and a callback of this library; needs ``pip install transformers[torch]``.
+"""Hugging Face's Trainer with an optimizer and a callback of this library; needs ``pip install 'transformers[torch]>=5'``.
 
     python examples/hf_trainer.py
     torchrun --nproc-per-node 2 examples/hf_trainer.py
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, __version__
 
 import largebatch
 
@@ -56,6 +56,10 @@ class Digits(Dataset[dict[str, Tensor]]):
 
 def main(dtype: torch.dtype, out: str | None) -> None:
     """Train on the digits, and save the weights."""
+    if int(__version__.split(".")[0]) < 5:
+        raise SystemExit(
+            f"this script needs transformers 5 or later, not {__version__}: pip install 'transformers[torch]>=5'"
+        )
     torch.set_default_dtype(dtype)
     torch.manual_seed(0)
     folder = tempfile.mkdtemp()

@@ -62,13 +62,24 @@ def _unused(run: Run, plan: Plan, largest: int, world_size: int) -> Iterator[str
         yield "optimizer.max_grad_norm_of is not used: max_grad_norm is not set"
     if run.tracked() is None and (run.backend.squares_every > 1 or run.backend.squares_dtype != "float32"):
         yield "backend.squares_every and squares_dtype are not used: no squares are collected"
+    elif run.backend.squares_every > 1 and run.backend.squares_every >= (updates := plan.num_updates()):
+        every = run.backend.squares_every
+        yield f"backend.squares_every {every:,}: the run's {updates:,} updates measure the variance once, in the first"
 
 
 def _on_the_batch(run: Run, plan: Plan, largest: int) -> Iterator[str]:
     """Yield where the batch size, or the learning rate that follows it, is known to carry less far."""
     kappa, num_train, optimizer = largest / run.batch.reference_size, plan.samples_per_epoch, run.optimizer
     if run.warmup.name != "none" and run.warmup.epochs >= run.schedule.epochs:
-        yield f"the warm-up ({run.warmup.epochs:g} epochs) fills the whole run ({run.schedule.epochs:g} epochs)"
+        line = f"the warm-up ({run.warmup.epochs:g} epochs) fills the whole run ({run.schedule.epochs:g} epochs)"
+        reached = plan.warmup.of_lr(plan.total_samples)
+        yield line if reached == 1.0 else f"{line}: the learning rate ends at {100 * reached:.3g} % of its value"
+    timescale = getattr(run.schedule, "timescale_epochs", 0.0)
+    if timescale >= run.schedule.epochs:
+        yield (
+            f"schedule.timescale_epochs {timescale:g} is not within the run ({run.schedule.epochs:g} epochs): the learning "
+            f"rate ends at {100 * plan.schedule(plan.total_samples):.3g} % of its value"
+        )
     if largest > num_train / 10:
         yield (
             f"batch size {largest:,} is more than a tenth of the {num_train:,} training samples: "

@@ -8,6 +8,7 @@ with 130, and one that was pre-empted or met its time limit with 75 ("try again"
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import os
 import sys
@@ -83,6 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif place.rank == 0 or place.local_rank == 0:  # under torchrun, one line a node
             print(f"largebatch: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # which a name alone can cause, wherever it was given
+            raise
+        name = str(error.filename)
+        print(
+            f"largebatch: error: {name[:80]}... of {len(name):,} characters is no name of a file: too long",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return EXIT_CODES["interrupted"]
     except LostWorkerError as error:
@@ -110,6 +120,17 @@ def _main(arguments: list[str]) -> int:
         raise UserError("command line: --out is empty; name a folder, or '.' for this one")
     parser = create_parser()
     known, rest = parser.parse_known_args(arguments)
+    try:
+        return _command(known, rest)
+    except SystemExit as error:
+        mistake = UserError(
+            f"the code that the config names (model or data) exits (code {error.code}) where it should return or raise"
+        )
+        mistake.everywhere = False  # perhaps of one rank alone
+        raise mistake from error
+
+
+def _command(known: argparse.Namespace, rest: list[str]) -> int:
     if known.command == "inspect":
         if rest:
             raise UserError(f"command line: inspect takes one path, got '{rest[0]}' too")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
 
 import yaml
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from largebatch.checkpoint import CheckpointConfig
 from largebatch.data import SOURCES
@@ -17,7 +17,7 @@ from largebatch.noise import NoiseConfig
 from largebatch.optimizer_config import OPTIMIZERS, AdaptiveBase, OptimizerBase, QuenchConfig
 from largebatch.scaling import AveragingRule, LrRule, Reference
 from largebatch.schedule_config import SCHEDULES, ScheduleBase, WarmupConfig
-from largebatch.section import Coefficient, Count, Positive, Section, UserError
+from largebatch.section import NO_BOOL, Coefficient, Count, Positive, Section, UserError
 
 # Squares of so small a share of an update's samples, and of so many at the least, follow the reference as well as those of all
 # (docs/results.md).
@@ -68,6 +68,12 @@ class EvaluateConfig(Section):
     """Samples of one forward pass on one rank."""
 
 
+def _is_project(name: str) -> str:
+    if not 1 <= len(name) <= 128 or set(name) & set("/\\#?%:"):
+        raise ValueError("1 to 128 characters, none of / \\ # ? % :")
+    return name
+
+
 class LogConfig(Section):
     """Metrics and trackers. metrics.jsonl is always written."""
 
@@ -75,8 +81,8 @@ class LogConfig(Section):
     """Updates between two rows of metrics.jsonl."""
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
     """Further trackers: wandb, tensorboard."""
-    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")] = "largebatch"
-    """Project of Weights & Biases: 1 to 128 characters, none of / \\ # ? % :."""
+    project: Annotated[str, AfterValidator(_is_project)] = "largebatch"
+    """Project of Weights & Biases, which takes 1 to 128 characters, none of / \\ # ? % :."""
     wandb_mode: Literal["online", "offline"] = "offline"
     """offline keeps the run in its folder, for `wandb sync` later."""
 
@@ -134,7 +140,7 @@ class Run(Section):
     backend: BackendConfig = BackendConfig()
     precision: Precision = "fp32"
     """Arithmetic: fp32, fp64, or autocast to bf16 or fp16."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), NO_BOOL] = 0
     """Seed of the initial weights and of the order of samples."""
 
     @model_validator(mode="before")

@@ -58,7 +58,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
         raise UserError(f"{path}: no such config file{near}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text file ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{short(str(path))}: cannot be read as a text file ({reason})") from error
     try:
         values = yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError as error:

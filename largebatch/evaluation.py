@@ -45,7 +45,15 @@ def evaluate(
     )  # loss, correct, samples with a target, missing ones
     missing: list[str] = []
     batches = evaluation_batches(
-        source.val, batch_size, backend.rank, backend.world_size, loader, backend.device, dtype, backend.timeout_seconds
+        source.val,
+        batch_size,
+        backend.rank,
+        backend.world_size,
+        loader,
+        backend.device,
+        dtype,
+        backend.timeout_seconds,
+        task.check,
     )
     model.eval()
     with torch.no_grad(), closing(batches):

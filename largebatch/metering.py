@@ -154,6 +154,6 @@ def largest_batch(run: Run, plan: Plan) -> int:
     An adaptive batch doubles up to batch.max_size, and never past a tenth of the training set (Smith et al. 2018).
     """
     if run.batch.growth != "adaptive":
-        return max(stage.batch_size for stage in plan.stages())
+        return plan.largest_batch()
     limit = max(run.batch.size, min(run.batch.max_size or math.inf, plan.samples_per_epoch // 10))
     return run.batch.size * 2 ** int(math.log2(limit / run.batch.size))

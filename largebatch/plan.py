@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from largebatch.scaling import Reference, temperature
@@ -136,32 +137,46 @@ class Plan:
 
     def num_updates(self) -> int:
         """Return the optimizer steps of the whole run."""
-        return sum(updates for _, _, updates, *_ in self._rows())
+        return sum(updates for _, _, updates, *_ in self._rows)
 
-    def _rows(self) -> Iterator[tuple[int, int, int, int, int]]:
+    def largest_batch(self) -> int:
+        """Return the most samples of an update."""
+        return max(full for *_, full, _ in self._rows)
+
+    def num_stages(self) -> int:
+        """Return how many stages there are."""
+        return len(self._rows)
+
+    @cached_property
+    def _rows(self) -> tuple[tuple[int, int, int, int, int], ...]:
+        return tuple(self._walk())
+
+    def _walk(self) -> Iterator[tuple[int, int, int, int, int]]:
         """Yield (first sample, samples, updates, batch size, start of the last full update) of each stage.
 
         Between two breakpoints a batch size only grows or only falls, so that the end of each is found by bisection: the
         time goes with the stages, not with the updates.
         """
-        breaks = {math.ceil(at) for at in (*self.schedule.breakpoints(), *self.warmup.breakpoints())}
-        changes = sorted(breaks | {at for at, _ in self.growth} | {self.total_samples})
+        breaks = sorted({math.ceil(at) for at in (*self.schedule.breakpoints(), *self.warmup.breakpoints())})
+        changes = sorted({*breaks, *(at for at, _ in self.growth), self.total_samples})
         row: tuple[int, int, int, int, int] | None = None
         samples_seen = segment = 0
-        step = 1  # how far the batch size stayed what it was, where it changes all the time
+        step = 1  # updates (samples, where an epoch's end cuts them) that the batch size stayed what it was
         while samples_seen < self.total_samples:
             full = self.full_batch_size(samples_seen)
             limit = min(changes[bisect_right(changes, samples_seen)], self.total_samples)
             if self.full_batch_size(limit - 1) != full:
-                low, high = samples_seen + 1, samples_seen + step
-                while high < limit and self.full_batch_size(high) == full:
+                starts = range(samples_seen, limit, full if self.at_epoch_end == "carry" else 1)
+                low, high = 1, step
+                while high < len(starts) and self.full_batch_size(starts[high]) == full:
                     low, high = high, high + step
                     step *= 2
-                run = range(low, min(high, limit) + 1)
-                limit = run[bisect_left(run, True, key=lambda at: self.full_batch_size(at) != full)]
-                step = max(1, (limit - samples_seen) // 2)
+                near = starts[low : high + 1]
+                changed = low + bisect_left(near, True, key=lambda at: self.full_batch_size(at) != full)
+                limit = starts[changed] if changed < len(starts) else limit
+                step = max(1, changed // 2)
             end, updates, last = self._run(samples_seen, limit, full)
-            here = bisect_right(sorted(breaks), samples_seen)
+            here = bisect_right(breaks, samples_seen)
             if row is not None and (row[3], segment) == (full, here):
                 row = (row[0], end - row[0], row[2] + updates, full, row[4] if last is None else last)
             else:
@@ -190,10 +205,23 @@ class Plan:
             start = start + whole * epoch if whole > 1 else min(start + count * size, stop)
         return start, updates, last
 
-    def stages(self) -> list[Stage]:
-        """Return the run as stages of one batch size and one formula each."""
+    def batch_sizes(self) -> set[int]:
+        """Return the samples that an update may have, a smaller last one of an epoch or of the run among them."""
+        sizes = set()
+        for first, samples, updates, full, _ in self._rows:
+            epoch = self.samples_per_epoch if self.at_epoch_end == "cut" else self.total_samples
+            lasts = {
+                min(epoch, self.total_samples) % full,
+                (first + samples) % epoch % full,
+                samples - (updates - 1) * full,
+            }
+            sizes |= {full} | {size for size in lasts if 0 < size < full}
+        return sizes
+
+    def stages(self, which: slice = slice(None)) -> list[Stage]:
+        """Return the run, or those of its stages, as stages of one batch size and one formula each."""
         stages = []
-        for first, samples, updates, full, last in self._rows():
+        for first, samples, updates, full, last in self._rows[which]:
             averaging = {k: v for k, v in self.at(last).items() if k in ("momentum", "betas", "alpha")}
             lr_first, lr_last = self.at(first)["lr"], self.at(last)["lr"]
             stages.append(Stage(first, samples, updates, full, lr_first, lr_last, averaging))

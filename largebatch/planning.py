@@ -12,9 +12,10 @@ from torch import nn
 
 from largebatch.advice import advice
 from largebatch.config import Run
-from largebatch.data.sampler import effective_micro_batches, largest_micro_batch
+from largebatch.data.sampler import effective_micro_batches, largest_micro_batch, smallest_micro_batch
+from largebatch.distributed import check_engine, resolve
 from largebatch.metering import largest_batch
-from largebatch.models import norm_group_size
+from largebatch.models import FactoryModel, norm_group_size
 from largebatch.moments import is_shadow
 from largebatch.optim import undecayed
 from largebatch.optim.decay import LISTED
@@ -22,7 +23,7 @@ from largebatch.plan import Plan
 from largebatch.report import reference_table, stage_table
 from largebatch.scaling import micro_batches_needed
 from largebatch.schedules import Warmup
-from largebatch.section import UserError
+from largebatch.section import UserError, within_memory
 from largebatch.task import Task
 
 # Multiple of the reference batch from the first update on, above which two micro-batches an update are too few at first, when
@@ -46,6 +47,7 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
     Raises:
         UserError: if the batch sizes cannot be had on these ranks, with the nearest that can.
     """
+    check_engine(run.backend, run.precision)
     reference = run.reference()
     if run.schedule.total_samples(num_train) < 1:
         raise UserError(
@@ -135,6 +137,36 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
     plan = replace(plan, least_units=_least_units(run, plan))
     _check_batch_warmup(run, plan, world_size * group_size)
     return plan, list(advice(run, plan, world_size, group_size))
+
+
+def check_single_samples(run: Run, task: Task, plan: Plan, world_size: int, group_size: int) -> None:
+    """Refuse batch norms of a model from elsewhere, left as they are, that would meet a forward pass of one sample.
+
+    Raises:
+        UserError: naming the size of the update's batch.
+    """
+    if not isinstance(run.model, FactoryModel) or run.model.norm_group_size is not None:
+        return
+    options = world_size, run.batch.micro_size, group_size, plan.least_units
+    size = next((size for size in plan.batch_sizes() if smallest_micro_batch(size, *options) == 1), None)
+    if size is None:
+        return
+    dtype = torch.int64 if task.kind == "language_modeling" else None
+    try:
+        with torch.device("meta"), torch.no_grad():
+            run.model.build(task).train()(torch.zeros(1, *task.sample_shape, dtype=dtype))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            return
+    except Exception:  # it does more than a model without values can: the run will show
+        return
+    else:
+        return
+    raise UserError(
+        f"model.norm_group_size: null leaves batch norms that need two samples a forward pass, and an update of {size:,} "
+        f"samples has one of a single sample on {world_size} rank{'s' if world_size > 1 else ''}; set a norm_group_size, or "
+        "another batch.size, batch.micro_size or schedule.epochs"
+    )
 
 
 def _check_squares_every(run: Run) -> None:
@@ -339,7 +371,8 @@ def _data_sizes(run: Run) -> tuple[int, Task, str]:
         UserError: if the data is not there, and nothing is known of it.
     """
     try:
-        source = run.data.load(run.seed)
+        with within_memory("data"):
+            source = run.data.load(run.seed)
     except UserError:
         declared = run.data.declared() if hasattr(run.data, "declared") else None
         if declared is None:
@@ -354,10 +387,13 @@ def describe_plan(run: Run, world_size: int, console: Console) -> None:
     Raises:
         UserError: for what the user can mend.
     """
+    if run.backend.name != "accelerate":  # whose launcher is not here
+        resolve(run.backend, run.precision)
     num_train, task, where = _data_sizes(run)
-    with torch.device("meta"):
+    with torch.device("meta"), within_memory("model"):
         model = run.model.build(task)
     plan, warnings = build_plan(run, num_train, world_size, norm_group_size(model))
+    check_single_samples(run, task, plan, world_size, norm_group_size(model))
     say_plan(console, run, model, plan, f"{num_train:,} training samples{where}", world_size)
     verdict = "satisfies" if plan.schedule.robbins_monro else "does not satisfy"
     console.print(

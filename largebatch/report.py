@@ -89,8 +89,7 @@ def reference_table(plan: Plan, tracked: str | None = None, has_temperature: boo
 
 def stage_table(plan: Plan, world_size: int, micro_size: int | None, group_size: int = 1, most: int = 14) -> Table:
     """Return the table of the run's stages; a plan that changes at every update is shown by its first and last ones."""
-    stages = plan.stages()
-    updates = sum(stage.updates for stage in stages)
+    updates, count = plan.num_updates(), plan.num_stages()
     table = Table(
         title=f"Plan: {plan.total_samples / plan.samples_per_epoch:g} epochs, {plan.total_samples:,} samples, "
         f"{updates:,} updates on {world_size} rank{'s' * (world_size > 1)}",
@@ -106,9 +105,9 @@ def stage_table(plan: Plan, world_size: int, micro_size: int | None, group_size:
         "averaging",
     ):
         table.add_column(heading, justify="right")
-    shown = stages if len(stages) <= most else stages[: most // 2] + stages[-most // 2 :]
+    shown = plan.stages() if count <= most else plan.stages(slice(most // 2)) + plan.stages(slice(-most // 2, None))
     for index, stage in enumerate(shown):
-        if len(stages) > most and index == most // 2:
+        if count > most and index == most // 2:
             table.add_row(*["..."] * 7)
         first, last = (s / plan.samples_per_epoch for s in (stage.first_sample, stage.first_sample + stage.samples))
         share = min(stage.batch_size, largest_micro_batch(stage.batch_size, world_size, None, group_size))

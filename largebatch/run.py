@@ -26,13 +26,13 @@ from largebatch.distributed.watch import cause_of
 from largebatch.models import FactoryModel, norm_group_size
 from largebatch.moments import track, verify
 from largebatch.plan import Plan
-from largebatch.planning import build_plan, say_plan, say_warnings
+from largebatch.planning import build_plan, check_single_samples, say_plan, say_warnings
 from largebatch.plot import plot_run
 from largebatch.progress import Summary
 from largebatch.report import create_progress, summary_table
 from largebatch.resume import Found, choose_checkpoint
 from largebatch.run_folder import check_folder
-from largebatch.section import LostRankError, LostWorkerError, SharedError, UserError
+from largebatch.section import LostRankError, LostWorkerError, SharedError, UserError, within_memory
 from largebatch.task import Task
 from largebatch.tracking import Observers, check_trackers, create_trackers
 from largebatch.trainer import Trainer
@@ -46,7 +46,8 @@ def build_model(run: Run, task: Task) -> nn.Module:
             sparse, or without values.
     """
     seed_generators(run.seed)
-    model = run.model.build(task)
+    with within_memory("model"):
+        model = run.model.build(task)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kind = "lazy" if is_lazy(tensor) else "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
         if kind != "strided":
@@ -112,11 +113,14 @@ def train(
             check_folder(folder_here, resume != "never")
         check_trackers(run.log)
     with meeting.agree("data and the model", difference) as shown:
-        source = run.data.load(run.seed) if source is None else source
+        if source is None:
+            with within_memory("data"):
+                source = run.data.load(run.seed)
         shown["data"] = known = digest(source, run.loader)
         model = build_model(run, source.task)
         shown.update(show_model(model))
         plan, plan_warnings = build_plan(run, len(source.train), ranks.world_size, norm_group_size(model))
+        check_single_samples(run, source.task, plan, ranks.world_size, norm_group_size(model))
         open_backend = choose_backend(run.backend, run.precision, replace(ranks, store=meeting.store))
     backend = open_backend()
     # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
@@ -164,6 +168,9 @@ def train(
         except LostWorkerError as error:
             backend.watch.report(str(error), is_own=True)
             raise LostWorkerError(f"{error}; {_what_is_kept(folder)}") from error
+        except SystemExit as error:  # of the model's or the data's own code
+            backend.watch.report(f"its code exits (code {error.code})", is_own=True)
+            raise
         except Exception as error:
             if ranks.world_size == 1 or not is_communication(error):
                 backend.watch.report(f"{type(error).__name__}: {cause_of(error)}", is_own=True)
@@ -216,7 +223,7 @@ def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> None
             export_weights(last, folder / "model.safetensors")
         # After the weights: who reads "finished" finds them.
         replace_text(folder / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
-        largest = max(stage.batch_size for stage in plan.stages())
+        largest = plan.largest_batch()
         title = f"{folder.name}:  batch {run.batch.reference_size:,} → {largest:,}, {run.optimizer.name}"
         plot_run(folder, title, plan.samples_per_epoch)
     except OSError as error:
@@ -310,7 +317,7 @@ def _claim(folder: Path, may_rename: bool, held: ExitStack) -> Path:
     place, number = folder, 1
     while True:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            _make_parents(place)
             place.mkdir()  # of two runs that begin together, one alone makes it
             break
         except FileExistsError as error:
@@ -325,6 +332,13 @@ def _claim(folder: Path, may_rename: bool, held: ExitStack) -> Path:
     if (place / "config.yaml").exists():  # begun and ended by a run that came between
         raise UserError(f"--out: {place} was begun by another run just now; name another folder")
     return place
+
+
+def _make_parents(place: Path) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"--out: cannot write to {place} (a folder above it is a file)") from error
 
 
 def _remove_unused(folder: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +22,17 @@ def _is_number(value: Any) -> Any:
 
 # Beyond what any run has, and what dates, sizes and float32 can hold.
 LARGEST = 10**12
-Coefficient = Annotated[float, BeforeValidator(_is_number), Field(ge=0, lt=1)]
-Positive = Annotated[float, BeforeValidator(_is_number), Field(gt=0, le=LARGEST, allow_inf_nan=False)]
-NonNegative = Annotated[float, BeforeValidator(_is_number), Field(ge=0, le=LARGEST, allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_is_number), Field(ge=1, le=LARGEST)]
+NO_BOOL = BeforeValidator(_is_number)
+Coefficient = Annotated[float, Field(ge=0, lt=1), NO_BOOL]
+Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False), NO_BOOL]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False), NO_BOOL]
+Count = Annotated[int, Field(ge=1, le=LARGEST), NO_BOOL]
+# Samples of a data set, each of which has its number among the floats, too.
+NumSamples = Annotated[int, Field(ge=1, le=2**53), NO_BOOL]
+# What no machine has more of: widths of layers and classes; pixels of an image's side; layers one after the other.
+Width = Annotated[int, Field(ge=1, le=2**20), NO_BOOL]
+Side = Annotated[int, Field(ge=1, le=2**14), NO_BOOL]
+Depth = Annotated[int, Field(ge=1, le=2**12), NO_BOOL]
 
 
 class UserError(ValueError):
@@ -111,15 +121,80 @@ def import_factory(path: str, where: str) -> Callable[..., Any]:
         where: the config key that named it, for the error.
 
     Raises:
-        UserError: if the module or the attribute does not exist or is not callable.
+        UserError: if the module or the attribute does not exist or is not callable, or the module fails or exits.
     """
     module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"{where}: '{module_name[:80]}' is no name of a module; expected package.module:factory")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(f"{where}: cannot import '{module_name}' ({error}); is it on PYTHONPATH?") from error
+    except (Exception, SystemExit) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = (
+            "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
+        )  # which says its own
+        raise UserError(f"{where}: cannot import '{module_name}': {type(error).__name__}: {error}{place}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        known = [name for name in vars(module) if not name.startswith("_")]
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UserError(f"{where}: module '{module_name}' has no callable '{attribute}'{nearest(attribute, known)}")
     return factory
+
+
+def call_factory(path: str, section: str, options: Mapping[str, Any], offered: Mapping[str, Any]) -> Any:
+    """Call the factory that a section names with its options, and with those of our own arguments that it takes.
+
+    Args:
+        path: ``package.module:attribute``.
+        section: of the config, which has ``name`` and ``options``.
+        options: keyword arguments.
+        offered: our own, by name.
+
+    Raises:
+        UserError: if it cannot be imported, the options do not fit its signature, or it exits.
+    """
+    factory = import_factory(path, f"{section}.name")
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{section}.name: '{path}' does not say what arguments it takes; name a function written in Python"
+        ) from error
+    arguments = {**{name: value for name, value in offered.items() if name in signature.parameters}, **options}
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise UserError(f"{section}.options: {error}; the factory takes {signature}") from error
+    try:
+        return factory(**arguments)
+    except SystemExit as error:
+        raise UserError(f"{section}.name: '{path}' exits (code {error.code}) where it should return") from error
+
+
+@contextmanager
+def within_memory(section: str) -> Iterator[None]:
+    """Say in a line what this machine has no memory for.
+
+    Args:
+        section: of the config, whose sizes ask for it.
+
+    Raises:
+        UserError: where something is not allocated, or no address reaches so far.
+    """
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        text = (str(error).splitlines() or [""])[0]
+        signs = (
+            "allocate memory",
+            "out of memory",
+            "Storage size calculation overflowed",
+            "numel: integer multiplication",
+        )
+        if isinstance(error, RuntimeError) and not any(sign in text for sign in signs):
+            raise
+        raise UserError(
+            f"{section}: this machine has no memory for what it describes ({text or type(error).__name__}); lower its sizes"
+        ) from error

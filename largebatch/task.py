@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,15 +42,51 @@ class Task:
     correct: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a kind that there is not."""
+        """Refuse a kind that there is not, and what leaves nothing to learn."""
         if self.kind not in get_args(TaskKind):
             known = get_args(TaskKind)
             raise UserError(f"Task: kind is '{self.kind}'{nearest(self.kind, known)}; expected {', '.join(known)}")
+        least = 2 if self.can_ignore else 1
+        if self.loss is None and self.num_outputs < least:
+            what = {"classification": "classes", "language_modeling": "tokens", "regression": "outputs"}[self.kind]
+            raise UserError(
+                f"data: a task of {self.kind} has {least} {what} or more, got {self.num_outputs}: there is nothing to learn"
+            )
 
     @property
     def has_accuracy(self) -> bool:
         """Whether samples are right or wrong."""
         return self.correct is not None if self.loss is not None else self.kind != "regression"
+
+    def check(self, targets: Tensor, numbers: Sequence[int] | np.ndarray) -> None:
+        """Refuse targets of another kind, before there are outputs.
+
+        Args:
+            targets: of n samples, on the CPU: a GPU would end the process at a class that is none.
+            numbers: of those samples in their data set, (n,).
+
+        Raises:
+            UserError: for label maps, soft labels, and a class that is none.
+        """
+        if not self.can_ignore:
+            return
+        places = 1 if self.kind == "classification" else 2
+        if targets.ndim != places or targets.is_floating_point() or targets.is_complex():
+            what = "(n,), the number of each sample's class" if places == 1 else "(n, t), the number of each next token"
+            raise UserError(
+                f"data: a task of {self.kind} takes targets {what}; those of {len(targets)} are {list(targets.shape)} of "
+                f"{str(targets.dtype).removeprefix('torch.')}; anything else is a loss of your own, Task(loss=)"
+            )
+        targets = targets.long()
+        wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= self.num_outputs)
+        if bool(wrong.any()):
+            row = int(wrong.reshape(len(targets), -1).any(dim=1).nonzero()[0])
+            what = "classes" if places == 1 else "tokens"
+            raise UserError(
+                f"data: the target of sample {int(numbers[row])} is {int(targets[row][wrong[row]].flatten()[0])}, where the "
+                f"task has {self.num_outputs} {what}: expected 0 to {self.num_outputs - 1}, or {IGNORED} for one that is "
+                "ignored"
+            )
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return each sample's own loss, shape (n,).
@@ -120,7 +157,7 @@ class Task:
         """Return whether each sample has a target that is not ignored, bool (n,): losses and scores are means over those."""
         if not self.can_ignore:
             return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
-        return (targets != IGNORED).reshape(len(targets), -1).any(dim=1)
+        return _known(targets).reshape(len(targets), -1).any(dim=1)
 
     def _check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         places = 1 if self.kind == "classification" else 2
@@ -146,9 +183,13 @@ def _of_each_sample(values: Tensor, count: int, what: str) -> Tensor:
     return values
 
 
+def _known(targets: Tensor) -> Tensor:
+    return targets.long() != IGNORED  # in 8 bits without a sign it is 156, a class
+
+
 def _mean_of_known(values: Tensor, targets: Tensor) -> Tensor:
     """Return each sample's mean of values (n,) or (n, t) over the targets that are not ignored; 0 where all are."""
+    known = _known(targets)
     if values.ndim == 1:
-        return values * (targets != IGNORED)
-    known = targets != IGNORED
+        return values * known
     return (values * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)

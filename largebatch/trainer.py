@@ -105,7 +105,7 @@ class Trainer:
         # The library's own sets give every sample a target.
         known = source.task.known if isinstance(run.data, FactoryData) and source.task.can_ignore else None
         self._counts_samples = known is not None or may_miss(source.train)
-        self.loader = TrainLoader(source.train, run.loader, device, dtype, timeout, known)
+        self.loader = TrainLoader(source.train, run.loader, device, dtype, timeout, source.task.check, known)
         if found is None:
             self._start_loader()
         else:

@@ -40,6 +40,32 @@ def config(tmp_path):
         ("schedule.epochs", "9223372036854775808", "schedule.epochs: expected less than"),
         ("schedule.epochs", "1000000000000", "no run has more than"),
         ("model.name", "x" * 300, "model.name: unknown 'xxx"),
+        ("seed", "true", "seed: expected a number"),
+        ("loader.num_workers", "9223372036854775808", "loader.num_workers: expected less than or equal to 1024"),
+        ("loader.prefetch", "9223372036854775808", "loader.prefetch: expected less than"),
+        ("model.hidden", "[2147483648, 2147483648]", "model.hidden.0: expected less than"),
+        ("model", "{name: gpt, n_layer: 2147483648}", "model.n_layer: expected less than"),
+        ("model", "{name: gpt, d_model: 2147483648}", "model.d_model: expected less than"),
+        (
+            "model",
+            "{name: cnn, norm: batch, norm_group_size: 9223372036854775808}",
+            "model.norm_group_size: expected less",
+        ),
+        ("data", "{name: image_folder, path: x, image_size: 1000000}", "data.image_size: expected less than"),
+        ("data", "{name: synthetic_images, shape: [3, 1000000, 1000000]}", "data.shape.1: expected less than"),
+        ("data", "{name: synthetic_images, num_samples: 9223372036854775808}", "data.num_samples: expected less than"),
+        ("data", "{name: synthetic_images, num_classes: 1}", "a task of classification has 2 classes or more, got 1"),
+        ("data", "{name: synthetic_images, noise: .inf}", "data.noise: expected a finite number"),
+        ("log.project", "a/b", "log.project: expected 1 to 128 characters"),
+        ("backend.ds_config", "{a: 1}", "backend.ds_config: got {'a': 1}, which engine 'ddp' does not take"),
+        ("backend.offload", "true", "backend.offload: got True, which engine 'ddp' does not take"),
+        (
+            "backend",
+            "{name: fsdp, squares_every: 2}",
+            "backend.squares_every: got 2, which engine 'fsdp' does not take",
+        ),
+        ("backend", "{name: deepspeed, compile: true}", "backend.compile: got True, which engine 'deepspeed'"),
+        ("backend", "{name: deepspeed}", "precision: DeepSpeed has no float64"),
         ("batch.size", "[" * 3000, "cannot be read as a YAML value"),
         ("optimizer.betas", "[" + ", ".join(["0.9"] * 400) + "]", "optimizer"),
     ],
@@ -47,6 +73,75 @@ def config(tmp_path):
 )
 def test_a_value_that_no_run_has(key, value, said, config, capsys):
     assert said in refused(capsys, config, f"--{key}", value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--warmup.epochs", "1000000"],
+            "fills the whole run (1.5 epochs): the learning rate ends at 16 % of its value",
+        ),
+        (["--schedule.name", "inverse_sqrt", "--schedule.timescale_epochs", "1000"], "ends at 100 % of its value"),
+        (["--schedule.name", "robbins_monro", "--schedule.timescale_epochs", "1.5"], "ends at 50 % of its value"),
+        (
+            ["--optimizer.name", "adamw", "--optimizer.lr", "1e-3", "--backend.squares_every", "1000000"],
+            "the run's 11 updates measure the variance once",
+        ),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_what_comes_after_the_end_of_the_run_is_told(words, said, config, capsys):
+    assert main(["plan", str(config), *words]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_names_that_are_too_long_for_a_file(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "x" * 300
+    for words in (
+        ["train", config, "--out", name],
+        ["train", config, "--out", "a/" * 3000 + "b"],
+        ["train", config, "--out", "new", "--resume", name],
+        ["inspect", name],
+        ["plan", config, "--data", f"{{name: text, path: {name}}}", "--model", "{name: gpt}"],
+        ["plan", name],
+    ):
+        assert main([*map(str, words)]) == 2
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("largebatch: error: ") and "too long" in said and "\n" not in said and len(said) < 500
+    assert main(["train", str(config), "--out", "/dev/null/x"]) == 2
+    assert "a folder above it is a file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize("at", ["data", "model"])
+def test_what_this_machine_cannot_hold(at, config, capsys):
+    flags = {
+        "data": "{name: synthetic_images, shape: [16384, 16384, 16384]}",
+        "model": "{name: mlp, hidden: [1048576, 1048576, 1048576]}",
+    }
+    # The plan needs no memory for a model's weights.
+    command = ["plan" if at == "data" else "train", str(config), f"--{at}", flags[at]]
+    assert main(command + ([] if at == "data" else ["--out", str(config.parent / "out")])) == 2
+    said = capsys.readouterr().err.strip()
+    assert (
+        said.startswith(f"largebatch: error: {at}: this machine has no memory for what it describes")
+        and "\n" not in said
+    )
+    assert [path.name for path in config.parent.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize("samples", [2**31, 10**13])
+@pytest.mark.parametrize("realize", ["lr", "batch_then_lr"])
+def test_a_plan_takes_no_longer_for_more_samples(samples, realize, config, capsys):
+    data = f"{{name: synthetic_images, num_samples: {samples}}}"
+    words = ["--data", data, "--batch.max_size", "8000", "--schedule.realize", realize, "--batch.size", "4000"]
+    assert main(["plan", str(config)]) == 0  # what is imported on first use
+    started = time.process_time()
+    assert main(["plan", str(config), *words]) == 0
+    assert time.process_time() - started < 1.0
+    assert f"{samples:,} training samples" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_key_that_is_there_twice(config, capsys):

@@ -370,8 +370,8 @@ def factories(monkeypatch):
     module = types.ModuleType("my_data")
     task = Task("classification", (4,), 2)
     module.pair = lambda num=10, seed=0: (Squares(num), Squares(3), task)
-    module.fast = lambda: (TensorDataset(torch.randn(5, 4), torch.arange(5)), Squares(3), task)
-    samples = TensorSamples(torch.randn(5, 4), torch.zeros(5))
+    module.fast = lambda: (TensorDataset(torch.randn(5, 4), torch.arange(5) % 2), Squares(3), task)
+    samples = TensorSamples(torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
     module.source = lambda: Source(samples, samples, task)
     module.nothing = lambda: None
     module.empty = lambda: (Squares(0), Squares(3), task)

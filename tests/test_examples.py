@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,18 @@ def test_the_ddp_script_on_one_process_is_the_plain_loop(tmp_path, monkeypatch):
     assert distance(found["model"], expected) < TOLERANCE
     assert len(found["optimizer"]["state"]) == len(expected)
     assert found["optimizer"]["param_groups"][0]["batch_size_invariant"]["samples_seen"] == 1536 * EPOCHS
+
+
+def test_the_hugging_face_script_says_which_transformers_it_needs(monkeypatch):
+    stub = types.ModuleType("transformers")
+    stub.Trainer = stub.TrainingArguments = None
+    stub.__version__ = "4.57.3"
+    monkeypatch.setitem(sys.modules, "transformers", stub)
+    spec = importlib.util.spec_from_file_location("hf_example", FOLDER / "hf_trainer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit, match=r"needs transformers 5 or later, not 4\.57\.3"):
+        module.main(torch.float64, None)
 
 
 @pytest.mark.slow

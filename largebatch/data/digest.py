@@ -29,6 +29,7 @@ from largebatch.data.source import Samples, Source, TensorSamples
 from largebatch.data.synthetic import SyntheticSamples
 from largebatch.data.text import TextSamples
 from largebatch.section import leaves
+from largebatch.task import Task
 
 # Sets whose fields say all there is to say of them; other sets may keep anything in theirs, and are read.
 _BY_FIELDS = (TensorSamples, ImageSamples, TextSamples, SyntheticSamples, FolderSamples)
@@ -54,8 +55,8 @@ def digest(source: Source, loader: LoaderConfig) -> dict[str, Any]:
     task = source.task
     return {
         "task": {"kind": task.kind, "sample_shape": list(task.sample_shape), "num_outputs": task.num_outputs},
-        "train": _digest_of(source.train, loader),
-        "val": _digest_of(source.val, loader),
+        "train": _digest_of(source.train, loader, task),
+        "val": _digest_of(source.val, loader, task),
     }
 
 
@@ -92,10 +93,10 @@ def _is_close(ours: list[float], theirs: list[float], tolerance: float) -> bool:
     return all(a == b or abs(a - b) <= scale for a, b in zip(ours, theirs, strict=True))
 
 
-def _digest_of(samples: Samples, loader: LoaderConfig) -> dict[str, Any]:
+def _digest_of(samples: Samples, loader: LoaderConfig, task: Task) -> dict[str, Any]:
     found: dict[str, Any] = {"samples": len(samples)}
     if not isinstance(samples, _BY_FIELDS):
-        return found | _shape_and_read(samples, loader)
+        return found | _shape_and_read(samples, loader, task)
     for field in fields(samples):
         value = getattr(samples, field.name)
         if isinstance(value, Tensor):
@@ -178,7 +179,7 @@ def _spread(num: int, most: int) -> list[int]:
     return [index * (num - 1) // (most - 1) for index in range(most)]
 
 
-def _shape_and_read(samples: Samples, loader: LoaderConfig) -> dict[str, Any]:
+def _shape_and_read(samples: Samples, loader: LoaderConfig, task: Task) -> dict[str, Any]:
     """Return what the samples at some places are; only their shapes where the same sample is another at each reading."""
     places = _spread(len(samples), _NUM_READ)
     places = places[::4] + places[2::4] + places[1::4] + places[3::4]  # spread out, wherever the time ends
@@ -186,7 +187,7 @@ def _shape_and_read(samples: Samples, loader: LoaderConfig) -> dict[str, Any]:
     shapes, is_repeatable = "", True
     read: list[list[Any]] = []
     with random_states_kept():
-        for place, pair in samples_twice(samples, places, loader):
+        for place, pair in samples_twice(samples, places, loader, task.check):
             shapes = shapes or ", ".join(_shape(both[0]) for both in pair)
             is_repeatable &= all(torch.equal(both[0].nan_to_num(), both[1].nan_to_num()) for both in pair)
             read.append([place, *(_digest_of_sample(both[0]) for both in pair)])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,7 +16,7 @@ from largebatch.data.hashing import sample_hashes
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.seeding import random_states_kept, seed_generators
 from largebatch.data.source import Samples, Source, TensorSamples
-from largebatch.section import Section, UserError, import_factory
+from largebatch.section import Section, UserError, call_factory
 from largebatch.task import Task
 
 
@@ -44,7 +42,7 @@ class MapSamples:
         """Return the samples stacked by torch's default_collate.
 
         Raises:
-            UserError: if a sample is not a pair.
+            UserError: if a sample is not a pair, or they cannot be stacked.
         """
         samples = []
         with random_states_kept():
@@ -61,7 +59,13 @@ class MapSamples:
                         f"it is of type {type(sample).__name__}"
                     )
                 samples.append(sample)
-        inputs, targets = default_collate(samples)
+        try:
+            inputs, targets = default_collate(samples)
+        except (RuntimeError, TypeError) as error:
+            why = str(error).splitlines()[0]
+            raise UserError(
+                f"data.name: samples of {type(self.dataset).__name__} cannot be stacked to a batch: {why}"
+            ) from error
         return inputs, targets
 
 
@@ -77,21 +81,6 @@ def as_samples(dataset: Any, seed: int) -> Samples:
         if not hasattr(dataset, method):
             raise UserError(f"data.name: the factory's data set, a {type(dataset).__name__}, has no {method}")
     return MapSamples(dataset, seed)
-
-
-def call_factory(factory: Callable[..., Any], where: str, options: dict[str, Any], extra: dict[str, Any]) -> Any:
-    """Call a user's factory with his options, and with those of our own arguments that it names.
-
-    Raises:
-        UserError: if the options do not fit its signature.
-    """
-    signature = inspect.signature(factory)
-    arguments = {**{name: value for name, value in extra.items() if name in signature.parameters}, **options}
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}; the factory takes {signature}") from error
-    return factory(**arguments)
 
 
 class FactoryData(Section):
@@ -114,9 +103,8 @@ class FactoryData(Section):
         Raises:
             UserError: if it cannot be imported, the options do not fit it, or it returns something else.
         """
-        factory = import_factory(self.name, "data.name")
         seed_generators(seed)
-        result = call_factory(factory, "data.options", self.options, {"seed": seed})
+        result = call_factory(self.name, "data", self.options, {"seed": seed})
         if isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], Task):
             train, val, task = result
             result = Source(as_samples(train, seed), as_samples(val, seed), task)
@@ -133,4 +121,6 @@ class FactoryData(Section):
                 )
             if len(samples) == 0:
                 raise UserError(f"data.name: the {half} set of '{self.name}' is empty")
+            if isinstance(samples, TensorSamples):  # others are checked as they are read
+                result.task.check(samples.targets, range(len(samples)))
         return result

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from largebatch.data.hashing import uniforms
@@ -20,7 +19,7 @@ from largebatch.data.images import normalize
 from largebatch.data.photograph import pillow, read_image
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import Batch, Source, data_path
-from largebatch.section import Section, UserError
+from largebatch.section import NumSamples, Section, Side, UserError, Width
 from largebatch.task import Task
 
 if TYPE_CHECKING:
@@ -243,7 +242,7 @@ class ImageFolder(Section):
     path: str
     """Folder that holds train and val."""
 
-    image_size: int = Field(default=224, ge=1)
+    image_size: Side = 224
     """Side of the images that the model sees, pixels."""
 
     augment: bool = True
@@ -253,10 +252,10 @@ class ImageFolder(Section):
     """A photograph that cannot be read: stop saves the run and ends it with its name; skip leaves it out of its update or
     evaluation, names it once, and goes on."""
 
-    train_samples: int | None = Field(default=None, ge=1)
+    train_samples: NumSamples | None = None
     """Photographs that train is expected to hold; with num_classes, enough to plan where the folder is not."""
 
-    num_classes: int | None = Field(default=None, ge=1)
+    num_classes: Width | None = None
     """Classes that train is expected to hold."""
 
     def declared(self) -> tuple[int, Task] | None:

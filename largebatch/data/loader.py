@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from largebatch.data.sampler import PlanSampler, SampleKeys
 from largebatch.data.source import Batch, Samples, may_miss, readable
-from largebatch.section import LostWorkerError, Section, UserError
+from largebatch.section import NO_BOOL, Depth, LostWorkerError, Section, UserError
 from largebatch.signals import handled_by
 
+MOST_WORKERS = 1024  # of a rank: beyond what a machine has
 # How long a process that was killed may take to go: in a system call on a dead network mount, for ever.
 KILLED_SECONDS = 3.0
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -34,12 +35,15 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 LOOK_SECONDS = 1.0
 
 
+Check = Callable[[Tensor, np.ndarray], None]
+
+
 class LoaderConfig(Section):
     """The data loader."""
 
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    num_workers: Annotated[int, Field(ge=0, le=MOST_WORKERS), NO_BOOL] = 0
     """Worker processes per rank; 0 loads in the training process."""
-    prefetch: Annotated[int, Field(ge=1)] = 2
+    prefetch: Depth = 2
     """Micro-batches each worker holds ready."""
 
 
@@ -104,6 +108,7 @@ class _Batches:
         device: where batches go.
         dtype: of floating-point inputs and targets.
         timeout_seconds: how long to wait for a batch of the workers.
+        check: as `Task.check`.
         known: tells from targets (n, ...) on the CPU which samples have any, bool (n,); the others are left out. None: all do.
     """
 
@@ -115,6 +120,7 @@ class _Batches:
         device: torch.device,
         dtype: torch.dtype,
         timeout_seconds: float,
+        check: Check,
         known: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.known, self._may_miss = known, may_miss(samples)
@@ -127,7 +133,7 @@ class _Batches:
             }
         self.device, self.dtype, self.timeout_seconds, self._count = device, dtype, timeout_seconds, 0
         loader: DataLoader[Any] = DataLoader(
-            _Guarded(samples),  # type: ignore[arg-type]  # a Samples is fetched by __getitems__, with the keys of its batch sampler
+            _Guarded(samples, check),  # type: ignore[arg-type]  # a Samples is fetched by __getitems__, with the keys of its batch sampler
             batch_sampler=batch_sampler,
             num_workers=config.num_workers,
             collate_fn=_as_is,
@@ -265,20 +271,37 @@ def _with_targets(
 
 @dataclass(frozen=True)
 class _Guarded:
-    """Samples whose code cannot end the process, nor raise what could not leave it.
+    """Samples whose code cannot end the process, nor raise what could not leave it, nor return what no model takes.
 
     An exit would pass for the end of the run, and in a worker, like an exception that cannot be pickled, for a hang.
 
     Args:
         samples: the data set.
+        check: as `Task.check`.
     """
 
     samples: Samples
+    check: Check
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitems__(self, keys: SampleKeys) -> Batch:
+        batch = self._read(keys)
+        for what, part in zip(("inputs", "targets"), batch, strict=False):
+            if not isinstance(part, Tensor) or len(part) != len(keys):
+                came = f"a tensor of {len(part)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+                raise UserError(
+                    f"data: the {what} of {len(keys)} samples should be a tensor ({len(keys)}, ...), they are {came}"
+                )
+        if len(batch) == 3 and batch[2]:
+            rows = [row for row in range(len(keys)) if row not in batch[2]]
+            self.check(batch[1][rows], keys.indices[rows])
+        else:
+            self.check(batch[1], keys.indices)
+        return batch
+
+    def _read(self, keys: SampleKeys) -> Batch:
         try:
             return self.samples.__getitems__(keys)
         except SystemExit as error:
@@ -315,6 +338,7 @@ class TrainLoader:
         device: where batches go.
         dtype: of floating-point inputs.
         timeout_seconds: how long to wait for a batch of the workers.
+        check: as `Task.check`.
         known: as `Task.known`, where samples may have no target to learn.
     """
 
@@ -325,10 +349,18 @@ class TrainLoader:
         device: torch.device,
         dtype: torch.dtype,
         timeout_seconds: float,
+        check: Check,
         known: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._create = partial(
-            _Batches, samples, config=config, device=device, dtype=dtype, timeout_seconds=timeout_seconds, known=known
+            _Batches,
+            samples,
+            config=config,
+            device=device,
+            dtype=dtype,
+            timeout_seconds=timeout_seconds,
+            check=check,
+            known=known,
         )
         self._batches: _Batches | None = None
 
@@ -363,6 +395,7 @@ def evaluation_batches(
     device: torch.device,
     dtype: torch.dtype,
     timeout_seconds: float,
+    check: Check,
 ) -> Generator[MicroBatch]:
     """Yield this rank's part of a data set, each sample on exactly one rank.
 
@@ -373,7 +406,7 @@ def evaluation_batches(
     parts = [mine[start : start + batch_size] for start in range(0, most, batch_size)]
     loaded = [part if len(part) else np.zeros(1, dtype=np.int64) for part in parts]
     keys = [SampleKeys(np.zeros(len(part), dtype=np.int64), part) for part in loaded]
-    batches = _Batches(samples, keys, config, device, dtype, timeout_seconds)
+    batches = _Batches(samples, keys, config, device, dtype, timeout_seconds, check)
     try:
         for part in parts:
             yield batches.next(len(part))
@@ -382,7 +415,7 @@ def evaluation_batches(
 
 
 def samples_twice(
-    samples: Samples, places: Iterable[int], config: LoaderConfig
+    samples: Samples, places: Iterable[int], config: LoaderConfig, check: Check
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """Yield samples one at a time, each read twice in a batch of two: (place, (inputs (2, ...), targets (2, ...))).
 
@@ -392,7 +425,7 @@ def samples_twice(
     chosen = list(places)
     keys = [SampleKeys(np.zeros(2, dtype=np.int64), np.full(2, place)) for place in chosen]
     one = config.model_copy(update={"num_workers": min(1, config.num_workers), "prefetch": 1})
-    batches = _Batches(samples, keys, one, torch.device("cpu"), torch.float32, timeout_seconds=600.0)
+    batches = _Batches(samples, keys, one, torch.device("cpu"), torch.float32, 600.0, check)
     try:
         for place in chosen:
             inputs, targets, missing = readable(batches.read())

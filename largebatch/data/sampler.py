@@ -111,6 +111,16 @@ def largest_micro_batch(
     return min(size, micro_batch_size or size)
 
 
+def smallest_micro_batch(
+    batch_size: int, world_size: int, micro_batch_size: int | None = None, group_size: int = 1, least_units: int = 1
+) -> int:
+    """Return the fewest samples, but none, of one forward pass; see `largest_micro_batch`."""
+    size = largest_micro_batch(batch_size, world_size, micro_batch_size, group_size, least_units)
+    shares = (rank_share(batch_size, rank, world_size, group_size) for rank in range(world_size))
+    lengths = {share.stop - share.start for share in shares} - {0}
+    return min(length % size or size for length in lengths)
+
+
 def evenly_spaced(batch_size: int, count: int, piece: slice) -> list[int]:
     """Return which samples of a piece of a batch, by number within it, are among `count` of the batch at even distances.
 

@@ -8,13 +8,12 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from largebatch.data.hashing import sample_hashes
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import Source
-from largebatch.section import Section
+from largebatch.section import NonNegative, NumSamples, Section, Side, Width
 from largebatch.task import Task
 
 _NUM_OFFSETS = 1 << 22
@@ -65,19 +64,19 @@ class SyntheticImages(Section):
     name: Literal["synthetic_images"] = "synthetic_images"
     """The data set."""
 
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 32, 32)
+    shape: tuple[Side, Side, Side] = (3, 32, 32)
     """Channels, height and width of an image."""
 
-    num_classes: int = Field(default=10, ge=1)
+    num_classes: Width = 10
     """Number of classes."""
 
-    num_samples: int = Field(default=50_000, ge=1)
+    num_samples: NumSamples = 50_000
     """Training images; 1281167 is ImageNet's number."""
 
-    num_val: int = Field(default=1_000, ge=1)
+    num_val: NumSamples = 1_000
     """Validation images."""
 
-    noise: float = Field(default=1.0, ge=0)
+    noise: NonNegative = 1.0
     """Standard deviation of the noise on a pixel; that of the classes' patterns is 1."""
 
     def load(self, seed: int) -> Source:

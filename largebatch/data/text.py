@@ -15,7 +15,7 @@ from torch import Tensor
 
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import Source, data_path, validation_size
-from largebatch.section import Section, UserError
+from largebatch.section import Count, Section, UserError
 from largebatch.task import Task
 
 
@@ -105,7 +105,7 @@ class Text(Section):
     path: str
     """The text file."""
 
-    context: int = Field(default=128, ge=1)
+    context: Count = 128
     """Bytes that the model sees at once; a sample is one window of context + 1 bytes."""
 
     val_fraction: float = Field(default=0.1, gt=0, lt=1)

@@ -6,7 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from largebatch.data.images import Augment, ImageSamples
 from largebatch.data.source import Source, TensorSamples, data_path, fixed_order, limited, validation_size
-from largebatch.section import Section, UserError
+from largebatch.section import NO_BOOL, Count, Section, UserError
 from largebatch.task import Task
 
 
@@ -58,10 +58,10 @@ class _ImageBytes(Section):
     path: str
     """Folder with the files of the data set."""
 
-    crop_padding: int = Field(default=4, ge=0)
+    crop_padding: Annotated[int, Field(ge=0, le=2**14), NO_BOOL] = 4
     """Zeros on every side before a random crop, pixels."""
 
-    num_train: int | None = Field(default=None, ge=1)
+    num_train: Count | None = None
     """Use only the first so many training images, for a quick study; null for all."""
 
     def _declared(self, num_train: int, image_shape: tuple[int, ...]) -> tuple[int, Task]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from largebatch.distributed.watch import RankWatch
 from largebatch.launched import launched_place
-from largebatch.section import Positive, Section, UserError
+from largebatch.section import Count, Positive, Section, UserError
 
 Precision = Literal["fp32", "fp64", "bf16", "fp16"]
 
@@ -37,7 +37,7 @@ class BackendConfig(Section):
     than reading a checkpoint through when the run is resumed."""
     squares_dtype: Literal["float32", "bfloat16"] = "float32"
     """ddp: precision in which the squares travel between ranks."""
-    squares_every: Annotated[int, Field(ge=1)] = 1
+    squares_every: Count = 1
     """ddp with micro-batches: updates between two measurements of the variance between them; each update has its own squared
     gradient."""
     shard: Annotated[list[str], Field(min_length=1)] | None = None
@@ -284,6 +284,7 @@ def choose_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
         UserError: if the device is not there, or a key does not go with the engine.
     """
     config = resolve(config, precision)
+    check_engine(config, precision)
     name, use_cuda = config.name, config.device == "cuda"
     ranks = replace(ranks, timeout_seconds=config.timeout_seconds)
     if use_cuda and not torch.cuda.is_available():
@@ -296,18 +297,10 @@ def choose_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
     if use_cuda and (ranks.world_size > 1 or name != "ddp") and not torch.distributed.is_nccl_available():
         raise UserError("backend.device: GPUs speak through NCCL, which this torch was built without; use cpu")
     device = torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
-    if name != "fsdp":
-        _refuse_keys(config, name, "only fsdp has it; remove it", "shard", "offload")
-    if name != "ddp":
-        _refuse_keys(config, name, "its squares travel with the gradients; use ddp", "squares_dtype", "squares_every")
-        _refuse_keys(config, name, "it lays parameters out by itself; use ddp", "channels_last")
-    if name != "deepspeed":
-        _refuse_keys(config, name, "only deepspeed has it; remove it", "zero_stage", "ds_config")
     if name == "deepspeed":
         from largebatch.distributed.deepspeed import DeepSpeed, require_deepspeed
 
-        _refuse_keys(config, name, "its hooks are not compiled; use ddp or fsdp", "compile")
-        require_deepspeed(device, precision)
+        require_deepspeed(device)
         assert isinstance(config.ds_config, dict)
         return partial(DeepSpeed, ranks, device, precision, config.ds_config)
     if name == "fsdp":
@@ -315,10 +308,6 @@ def choose_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
 
         if config.offload and device.type == "cpu":
             raise UserError("backend.offload: it spares a GPU's memory, but the run is on the cpu; remove it")
-        if config.offload and precision == "fp16":
-            raise UserError(
-                "backend.offload: the loss scaling of fp16 does not reach the CPU's memory; use bf16 or fp32"
-            )
         return partial(FullyShard, ranks, device, precision, config.compile, config.shard, config.offload)
     from largebatch.distributed.ddp import DataParallel
 
@@ -327,6 +316,30 @@ def choose_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
     if channels_last is None:
         channels_last = use_cuda and precision in ("bf16", "fp16")
     return partial(DataParallel, ranks, device, precision, config.compile, dtype, config.squares_every, channels_last)
+
+
+def check_engine(config: BackendConfig, precision: Precision) -> None:
+    """Refuse keys that do not go with the engine, wherever it is to run.
+
+    Raises:
+        UserError: naming the key.
+    """
+    name = "ddp" if config.name == "auto" else config.name
+    if name == "accelerate":  # whose launcher has chosen the engine
+        return
+    if name != "fsdp":
+        _refuse_keys(config, name, "only fsdp has it; remove it", "shard", "offload")
+    if name != "ddp":
+        _refuse_keys(config, name, "its squares travel with the gradients; use ddp", "squares_dtype", "squares_every")
+        _refuse_keys(config, name, "it lays parameters out by itself; use ddp", "channels_last")
+    if name != "deepspeed":
+        _refuse_keys(config, name, "only deepspeed has it; remove it", "zero_stage", "ds_config")
+    else:
+        _refuse_keys(config, name, "its hooks are not compiled; use ddp or fsdp", "compile")
+        if precision == "fp64":
+            raise UserError("precision: DeepSpeed has no float64; use fp32, or --backend.name ddp")
+    if config.offload and precision == "fp16":
+        raise UserError("backend.offload: the loss scaling of fp16 does not reach the CPU's memory; use bf16 or fp32")
 
 
 def _refuse_keys(config: BackendConfig, engine: str, why: str, *keys: str) -> None:

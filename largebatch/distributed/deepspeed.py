@@ -91,13 +91,13 @@ class DeepSpeed(Engine):
         config: DeepSpeed's configuration (`load_ds_config`).
 
     Raises:
-        UserError: if DeepSpeed is not there; for float64.
+        UserError: if DeepSpeed is not there.
     """
 
     needs_group_alone: ClassVar[bool] = True
 
     def __init__(self, ranks: Ranks, device: torch.device, precision: Precision, config: dict[str, Any]) -> None:
-        self.deepspeed = require_deepspeed(device, precision)
+        self.deepspeed = require_deepspeed(device)
         super().__init__(ranks, device, precision)
         self.config = config
         self.stage = int(config["zero_optimization"]["stage"])
@@ -357,14 +357,12 @@ def _nothing_compiled() -> Iterator[None]:
         transport.build_shm_op = build
 
 
-def require_deepspeed(device: torch.device, precision: Precision) -> Any:
+def require_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed, once what it needs is there.
 
     Raises:
-        UserError: naming what is missing and the command that brings it; for float64.
+        UserError: naming what is missing and the command that brings it.
     """
-    if precision == "fp64":
-        raise UserError("precision: DeepSpeed has no float64; use fp32, or --backend.name ddp")
     if find_spec("deepspeed") is None:
         raise UserError("backend.name: DeepSpeed is not installed; pip install 'largebatch[deepspeed]'")
     os.environ.setdefault("DS_ACCELERATOR", device.type)

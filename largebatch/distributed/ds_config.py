@@ -55,7 +55,7 @@ def load_ds_config(given: Path | dict[str, Any] | None, zero_stage: int | None) 
     if isinstance(given, Path):
         try:
             options = json.loads(user_path(given, "backend.ds_config").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"backend.ds_config: cannot read '{given}' as JSON ({error})") from error
     return _merge(options, zero_stage, where)
 

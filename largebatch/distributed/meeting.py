@@ -69,10 +69,10 @@ class Meeting:
             LostRankError: where the block raised something else on another rank, or one was not heard of.
         """
         shown: Shown = {}
-        raised: Exception | None = None
+        raised: BaseException | None = None
         try:
             yield shown
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raised = error
         if self.world_size == 1:
             if raised is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from largebatch.models.norm import convert_batch_norm
-from largebatch.section import Section, UserError, import_factory, nearest
+from largebatch.section import Count, Section, UserError, call_factory, nearest
 from largebatch.task import Task
 
 
@@ -58,17 +56,6 @@ def _timm_model(name: str, task: Task, options: dict[str, Any]) -> nn.Module:
     return timm.create_model(name, **{**defaults, **options})
 
 
-def _own_model(path: str, task: Task, options: dict[str, Any]) -> Any:
-    factory: Callable[..., Any] = import_factory(path, "model.name")
-    signature = inspect.signature(factory)
-    arguments = {"task": task, **options} if "task" in signature.parameters else options
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise UserError(f"model.options: {error}; the factory takes {signature}") from error
-    return factory(**arguments)
-
-
 class FactoryModel(Section):
     """A model from torchvision, from timm, or from a function of your own.
 
@@ -82,7 +69,7 @@ class FactoryModel(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the model or function."""
 
-    norm_group_size: Annotated[int, Field(ge=1)] | None = 32
+    norm_group_size: Count | None = 32
     """Samples whose statistics the model's batch norms use, whatever the batch size; null leaves them as they are, with
     statistics over whatever a micro-batch holds."""
 
@@ -103,7 +90,7 @@ class FactoryModel(Section):
             except TypeError as error:
                 raise UserError(f"model.options: {error}") from error
         else:
-            model = _own_model(self.name, task, self.options)
+            model = call_factory(self.name, "model", self.options, {"task": task})
         if not isinstance(model, nn.Module):
             raise UserError(
                 f"model.name: '{self.name}' should return a torch.nn.Module, it returned a {type(model).__name__}"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from largebatch.section import Section, UserError
+from largebatch.section import Depth, Section, UserError, Width
 from largebatch.task import Task
 
 
@@ -171,13 +171,13 @@ class GPTConfig(Section):
     name: Literal["gpt"] = "gpt"
     """The model."""
 
-    n_layer: int = Field(default=4, ge=1)
+    n_layer: Depth = 4
     """Blocks."""
 
-    n_head: int = Field(default=4, ge=1)
+    n_head: Width = 4
     """Attention heads of each block."""
 
-    d_model: int = Field(default=128, ge=1)
+    d_model: Width = 128
     """Width; a multiple of n_head."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)

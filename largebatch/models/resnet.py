@@ -13,12 +13,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from largebatch.models.norm import make_norm
 from largebatch.models.simple import image_shape
-from largebatch.section import Section
+from largebatch.section import Count, Section
 from largebatch.task import Task
 
 ResNetNorm = Literal["batch", "group"]
@@ -198,7 +197,7 @@ class _ResNetConfig(Section):
     norm: ResNetNorm = "batch"
     """Normalisation: batch over norm_group_size samples, or group over 16 channels of each sample."""
 
-    norm_group_size: int = Field(default=32, ge=1)
+    norm_group_size: Count = 32
     """Samples whose statistics batch normalisation uses, whatever the batch size."""
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from largebatch.models.norm import NormKind, make_norm
-from largebatch.section import Section, UserError
+from largebatch.section import Count, Section, UserError, Width
 from largebatch.task import Task
 
 Activation = Literal["relu", "gelu", "tanh"]
-Width = Annotated[int, Field(ge=1)]
 
 _ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
@@ -125,7 +124,7 @@ class CNNConfig(Section):
     norm: NormKind = "none"
     """Normalisation after each convolution."""
 
-    norm_group_size: int = Field(default=32, ge=1)
+    norm_group_size: Count = 32
     """Samples whose statistics batch normalisation uses, whatever the batch size."""
 
     def build(self, task: Task) -> CNN:
