@@ -738,8 +738,6 @@ def test_a_skipped_update_is_left_out(rank_pool, tmp_path):
 @pytest.mark.parametrize("flags", [{}, ADAMW], ids=["sgd", "adamw"])
 def test_fp16_goes_on_after_a_loss_that_is_not_finite(engine, world_size, choice, flags, rank_pool, tmp_path):
     """Its loss scaling has seen gradients that are gone."""
-    if engine == "fsdp" and world_size == 1:
-        pytest.skip("fsdp cuts over two ranks or more")
     flags = flags | {"precision": "fp16", "optimizer.non_finite": choice, "batch.size": 90, "backend.name": engine}
     passes = 2 if flags.get("optimizer.name") == "adamw" and world_size == 1 else 1
     bad = [12 * passes]
@@ -751,6 +749,58 @@ def test_fp16_goes_on_after_a_loss_that_is_not_finite(engine, world_size, choice
     assert all((s.skipped, s.rollbacks) == ((1, 0) if choice == "skip" else (0, 1)) for s in summaries)
     losses = [row["loss"] for row in rows(tmp_path / "run") if row.get("loss") is not None]
     assert losses[-1] < losses[0]
+
+
+class _Overflow(torch.autograd.Function):
+    """The identity, whose gradients are beyond what float16 holds."""
+
+    @staticmethod
+    def forward(ctx, outputs):
+        return outputs.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 1e30
+
+
+class Overflowing(Poisoned):
+    """Its losses are finite and its gradients overflow in the passes that are bad."""
+
+    def forward(self, inputs):
+        Poisoned.passes += self.training
+        outputs = self.linear(inputs.flatten(1))
+        return _Overflow.apply(outputs) if self.training and Poisoned.passes in Poisoned.bad else outputs
+
+
+def overflowing(task):
+    return Overflowing(task.num_outputs)
+
+
+OVERFLOWS = {  # (passes, choice, updates, skipped)
+    "one, stop": ([12], "stop", 48, 0),
+    "all, stop": (range(4, 999), "stop", 34, 0),
+    "all, skip": (range(4, 999), "skip", 54, 20),
+}
+
+
+@pytest.mark.parametrize("engine, world_size", [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)])
+@pytest.mark.parametrize("case", OVERFLOWS)
+def test_an_overflow_that_no_loss_scale_mends_is_none_of_the_scale(case, engine, world_size, rank_pool, tmp_path):
+    """Its scale begins at 2^16 and is halved at each overflow; below 2^-14 the gradient is what is not finite."""
+    bad, choice, updates, skipped = OVERFLOWS[case]
+    flags = {"model.name": "test_checkpoint:overflowing", "precision": "fp16", "optimizer.non_finite": choice,
+             "batch.size": 90, "backend.name": engine, "schedule.epochs": 3 if "one" in case else 6}  # fmt: skip
+    if world_size == 1:
+        summaries = [train_poisoned(0, 1, tmp_path / "run", bad, flags)]
+    else:
+        summaries = rank_pool(world_size, train_poisoned, tmp_path / "run", bad, flags)
+    for summary in summaries:
+        assert (summary.status, summary.updates, summary.skipped) == (
+            "finished" if "one" in case else "diverged", updates, skipped
+        )  # fmt: skip
+        assert "one" in case or "the gradient is NaN or infinite, every loss was finite" in summary.message
+    norms = [row["grad_norm"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert norms.count(None) == (1 if "one" in case else updates - 3)
 
 
 def test_a_skip_is_told_once_however_often_the_run_is_resumed(tmp_path):

@@ -21,6 +21,9 @@ from largebatch.moments.presence import largest_gradient
 from largebatch.noise import partial_sums
 from largebatch.optim import gradients_and_squares, scale_gradients
 
+# fp16's loss scale, below which an overflow is none of the scale's: what is scaled by less than fp16's smallest normal number
+# loses its digits, and the scale was halved thirty times.
+LEAST_SCALE = 2.0**-14
 SCALER = "engine.scaler."  # what fp16's loss scaling has come to, in a checkpoint
 
 
@@ -253,10 +256,10 @@ class Engine(ABC):
         """Refuse a gradient that is not finite, unless it is an overflow that fp16's loss scaling takes care of.
 
         Raises:
-            NonFiniteError: naming the ranks whose losses were not finite; the gradients are gone.
+            NonFiniteError: naming the ranks whose losses were not finite, none where no scale helps; the gradients are gone.
         """
         good = self._all_losses_finite()
-        if self.precision == "fp16" and all(good):
+        if self.precision == "fp16" and all(good) and self.scaler.get_scale() >= LEAST_SCALE:
             return
         optimizer.zero_grad()
         self.losses_finite.fill_(True)
