@@ -132,10 +132,12 @@ def import_factory(path: str, where: str) -> Callable[..., Any]:
         raise UserError(f"{where}: cannot import '{module_name}' ({error}); is it on PYTHONPATH?") from error
     except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        place = (
-            "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
-        )  # which says its own
-        raise UserError(f"{where}: cannot import '{module_name}': {type(error).__name__}: {error}{place}") from error
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, SystemExit):
+            reason = f"it exits (code {error.code})"
+        elif not isinstance(error, SyntaxError):  # which says its own place
+            reason += f" ({last.filename}, line {last.lineno})"
+        raise UserError(f"{where}: cannot import '{module_name}': {reason}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]

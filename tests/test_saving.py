@@ -85,7 +85,8 @@ def check(results, folder, cause):
     """One save was lost, and its line is the same on every rank."""
     lines = {line.removesuffix("; training goes on") for _, _, told in results for line in told}
     assert [status for status, *_ in results] == ["finished"] * len(results)
-    assert all(told for *_, told in results) and len(results[0][2]) == 1 and len(lines) == 1
+    # The others learn of it, too, but have nobody to tell, and may end before they would.
+    assert len(results[0][2]) == 1 and len(lines) == 1
     (line,) = lines
     assert line.startswith("checkpoint samples-") and "not written: " in line
     assert cause in line and "\n" not in line
