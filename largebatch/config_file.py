@@ -91,9 +91,13 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"command line: --{key} needs a value, like --{key} VALUE")
             text = following
         try:
-            values[key] = yaml.safe_load(text)
+            values[key] = yaml.load(text, _Loader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
-            raise UserError(f"command line: --{key}: '{short(text)}' cannot be read as a YAML value") from error
+            problem = getattr(error, "problem", None)
+            why = f" ({problem})" if problem else ""
+            raise UserError(
+                f"command line: --{short(key)}: '{short(text)}' cannot be read as a YAML value{why}"
+            ) from error
     return values
 
 
@@ -154,7 +158,9 @@ def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
     loc = list(error["loc"])
     if len(loc) > 1 and loc[0] in ("data", "model", "optimizer", "schedule"):
         del loc[1]  # the tag that chose the kind of section
-    where = ".".join(str(part) for part in loc if not str(part).startswith(("constrained-", "literal[", "function-")))
+    where = short(
+        ".".join(str(part) for part in loc if not str(part).startswith(("constrained-", "literal[", "function-")))
+    )
     kind, came = error["type"], error["input"]
     if kind == "extra_forbidden":
         known = _fields_of(Run, loc[:-1], values)

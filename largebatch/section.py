@@ -124,7 +124,7 @@ def import_factory(path: str, where: str) -> Callable[..., Any]:
         UserError: if the module or the attribute does not exist or is not callable, or the module fails or exits.
     """
     module_name, _, attribute = path.partition(":")
-    if not all(part.isidentifier() for part in module_name.split(".")):
+    if len(path) > 255 or not all(part.isidentifier() for part in module_name.split(".")):
         raise UserError(f"{where}: '{module_name[:80]}' is no name of a module; expected package.module:factory")
     try:
         module = importlib.import_module(module_name)
