@@ -294,11 +294,9 @@ class _Guarded:
                 raise UserError(
                     f"data: the {what} of {len(keys)} samples should be a tensor ({len(keys)}, ...), they are {came}"
                 )
-        if len(batch) == 3 and batch[2]:
-            rows = [row for row in range(len(keys)) if row not in batch[2]]
-            self.check(batch[1][rows], keys.indices[rows])
-        else:
-            self.check(batch[1], keys.indices)
+        missing = batch[2] if len(batch) == 3 and isinstance(batch[2], Mapping) else {}
+        rows = [row for row in range(len(keys)) if row not in missing]
+        self.check(batch[1][rows] if missing else batch[1], keys.indices[rows] if missing else keys.indices)
         return batch
 
     def _read(self, keys: SampleKeys) -> Batch:
