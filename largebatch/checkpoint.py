@@ -204,7 +204,7 @@ def locked(folder: Path, wait_seconds: float = 30.0) -> Iterator[None]:
         UserError: if another process holds it, or it cannot be written; where the file system has no locks, nothing is held.
     """
     try:
-        opened = (folder / LOCK).open("a+", encoding="utf-8")
+        opened = (folder / LOCK).open("a+b", buffering=0)
     except OSError as error:
         raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
     with opened as file:
@@ -216,15 +216,14 @@ def locked(folder: Path, wait_seconds: float = 30.0) -> Iterator[None]:
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
                     file.seek(0)
-                    raise UserError(
-                        f"--out: {folder} is being written by {file.read().strip()}; stop it first"
-                    ) from error
+                    holder = file.read().decode(errors="replace").strip() or "another process"
+                    raise UserError(f"--out: {folder} is being written by {holder}; stop it first") from error
                 time.sleep(0.2)
             except OSError:
                 break
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        with suppress(OSError):  # a full disk: the lock holds without a name in it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
 
 

@@ -11,13 +11,14 @@ import argparse
 import errno
 import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from largebatch.launched import Place, is_under_torchrun, launched_place
-from largebatch.section import LostRankError, LostWorkerError, UserError, user_path
+from largebatch.section import LostRankError, LostWorkerError, UserError, displayable, user_path
 
 EXIT_CODES = {
     "finished": 0,
@@ -80,9 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         place = _place_of(arguments)
         if not error.everywhere and place.rank > 0:
-            print(f"largebatch: error: rank {place.rank}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"largebatch: error: rank {place.rank}: {_one_line(error)}", file=sys.stderr)
         elif place.rank == 0 or place.local_rank == 0:  # under torchrun, one line a node
-            print(f"largebatch: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"largebatch: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:  # which a name alone can cause, wherever it was given
@@ -98,11 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LostWorkerError as error:
         place = _place_of(arguments)
         rank = f"rank {place.rank} stops: " if place.world_size > 1 else ""
-        print(f"largebatch: error: {rank}{error}", file=sys.stderr)
+        print(f"largebatch: error: {rank}{_one_line(error)}", file=sys.stderr)
         return EXIT_CODES["lost worker"]
     except LostRankError as error:
-        print(f"largebatch: error: rank {_place_of(arguments).rank} stops: {error}", file=sys.stderr, flush=True)
+        print(
+            f"largebatch: error: rank {_place_of(arguments).rank} stops: {_one_line(error)}",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(EXIT_CODES["lost"])  # threads that wait for the lost rank would keep the process
+
+
+def _one_line(message: object) -> str:
+    """Return a message in one line, in which a path stands as it is."""
+    return displayable(re.sub(r"\s*\n\s+", " ", str(message).strip()))  # a cause may have several lines
 
 
 def _place_of(arguments: Sequence[str]) -> Place:

@@ -55,5 +55,5 @@ def describe_settings(run: Run) -> Table:
         if section not in (None, key.partition(".")[0]) and "." in key:
             table.add_row()
         section = key.partition(".")[0]
-        table.add_row(f"--{key}", "null" if value is None else str(value), takes.replace("[", r"\["), meaning)
+        table.add_row(f"--{key}", "null" if value is None else str(value), takes, meaning)
     return table

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from largebatch.checkpoint import CheckpointFolder, find_problems, read_mapping, read_run_state, samples_of
 from largebatch.report import duration, number
@@ -58,7 +59,7 @@ def _what(config: dict[str, Any]) -> str:
 def _inspect_run(folder: Path, console: Console) -> bool:
     config = read_mapping(folder / "config.yaml", "config of a run")
     epochs = config["schedule"]["epochs"]
-    console.print(f"[bold]{folder}[/bold]: {_what(config)}, {epochs:g} epochs", highlight=False)
+    console.print(Text.assemble((str(folder), "bold"), f": {_what(config)}, {epochs:g} epochs"))
     if (folder / "summary.json").exists():
         summary = read_mapping(folder / "summary.json", "summary of a run")
         line = f"{summary['status']} after {summary['updates']:,} updates, {duration(summary['seconds'])}"
@@ -91,7 +92,7 @@ def _inspect_run(folder: Path, console: Console) -> bool:
             cells = ["?"] * 4
         usable = usable if problems else path
         best = "  best" if checkpoints.best() == path else ""
-        verdict = f"[red]damaged: {problems[0]}[/red]" if problems else f"whole{best}"
+        verdict = Text(f"damaged: {problems[0]}", "red") if problems else Text(f"whole{best}")
         table.add_row(path.name, *cells, size_text(_bytes(path)), verdict)
     if not checkpoints.saved():
         console.print("no checkpoint", highlight=False)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 
 from largebatch.advice import advice
@@ -281,8 +282,9 @@ def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str
     """
     parameters = sum(p.numel() for p in model.parameters() if not is_shadow(p))
     console.print(
-        f"[bold]{run.model.name}[/bold], {parameters:,} parameters, on [bold]{run.data.name}[/bold], {data}",
-        highlight=False,
+        Text.assemble(
+            (run.model.name, "bold"), f", {parameters:,} parameters, on ", (run.data.name, "bold"), f", {data}"
+        )
     )
     group_size = norm_group_size(model)
     stages = stage_table(plan, world_size, run.batch.micro_size, group_size)
@@ -361,7 +363,7 @@ def _squared_for(run: Run) -> str:
 def say_warnings(console: Console, warnings: Iterable[str]) -> None:
     """Print what a user should know."""
     for warning in warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
 
 
 def _data_sizes(run: Run) -> tuple[int, Task, str]:

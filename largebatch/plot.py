@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from largebatch.section import displayable
 from largebatch.tracking import read_metrics
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9702b", "#3a8a5f", "#8a8f98"
@@ -29,6 +32,8 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.dpi": 130,
     "savefig.bbox": "tight",
+    "text.parse_math": False,  # names hold dollar signs
+    "text.usetex": False,  # whatever the user's own style
 }
 
 
@@ -82,7 +87,7 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
             _set_log(loss_axis)
         loss_axis.set_ylabel("loss")
         loss_axis.legend(loc="upper right")
-        loss_axis.set_title(title, loc="left", fontsize=11, color="#30343a")
+        loss_axis.set_title(displayable(title), loc="left", fontsize=11, color="#30343a")
 
         lrs = column(updates, "lr")
         lr_axis.plot(epochs, lrs, color=GREEN, linewidth=1.6)
@@ -103,9 +108,21 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
             _draw_noise(batch_axis, epochs, *(column(updates, f"noise_scale{end}") for end in ("", "_low", "_high")))
         batch_axis.set_xlabel(f"epochs of {samples_per_epoch:,} samples")
         batch_axis.set_xlim(left=0)
-        path = folder / "curve.png"
-        figure.savefig(path)
+        path = _save(figure, folder / "curve.png")
         plt.close(figure)
+    return path
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Write a figure beside its place and rename it."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of letters that the font does not have
+            figure.savefig(beside, format="png")
+        beside.replace(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
     return path
 
 
@@ -157,14 +174,14 @@ def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
                 # The reference's colour is its own.
                 color = colors[0] if number == 0 else colors[1 + (number - 1) % (len(colors) - 1)]
                 width = 2.4 if number == 0 else 1.5
-                axis.plot(variant.epochs, mean, color=color, linewidth=width, label=label)
+                axis.plot(variant.epochs, mean, color=color, linewidth=width, label=_label(label))
                 axis.fill_between(
                     variant.epochs, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0
                 )
             finite = np.concatenate([v.val_loss[np.isfinite(v.val_loss)] for _, v in lines])
             if len(finite) and finite.max() > 5 * finite.min() > 0:
                 _set_log(axis)
-            axis.set_title(name, loc="left", fontsize=9 if by_method else 11, color="#30343a")
+            axis.set_title(displayable(name), loc="left", fontsize=9 if by_method else 11, color="#30343a")
             if not by_method:
                 axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
         figure.supxlabel("epochs", fontsize=10)
@@ -172,10 +189,14 @@ def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
         if by_method:
             handles, labels = axes.flat[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
-        path = folder / "curves.png"
-        figure.savefig(path)
+        path = _save(figure, folder / "curves.png")
         plt.close(figure)
     return path
+
+
+def _label(name: str) -> str:
+    """Return a name for a legend, which leaves out those that begin with an underscore."""
+    return f" {displayable(name)}" if name.startswith("_") else displayable(name)
 
 
 def _panels(variants: Sequence[Curves], title: str) -> dict[str, list[tuple[str, Curves]]]:

@@ -296,8 +296,8 @@ def _scores(row: Row) -> str:
 
 
 def create_console() -> Console:
-    """Return the console: as wide as the terminal, 110 columns where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 110)
+    """Return the console: as wide as the terminal, 110 columns where there is none. Text is text: paths hold brackets."""
+    return Console(width=None if sys.stdout.isatty() else 110, markup=False, emoji=False)
 
 
 def create_progress(console: Console, total_samples: int, done: float = 0) -> ProgressBar | ProgressLines:

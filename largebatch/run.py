@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,6 @@ from largebatch.models import FactoryModel, norm_group_size
 from largebatch.moments import track, verify
 from largebatch.plan import Plan
 from largebatch.planning import build_plan, check_single_samples, say_plan, say_warnings
-from largebatch.plot import plot_run
 from largebatch.progress import Summary
 from largebatch.report import create_progress, summary_table
 from largebatch.resume import Found, choose_checkpoint
@@ -150,7 +150,7 @@ def train(
             done = trainer.progress.samples_seen
             if folder_here is not None:
                 _write_config(folder_here, run)
-                observers.observers += create_trackers(run, folder_here)
+                observers.observers += create_trackers(run, folder_here, _teller(console))
                 observers.rewind(done)
             if console is not None:
                 for line in _resumption(found, trainer, run):
@@ -183,10 +183,17 @@ def train(
             if not is_lost:  # a group that has lost a rank cannot be left in good order
                 backend.close()
         if folder_here is not None:
-            _write_results(folder_here, run, summary, plan)
+            pictures = _write_results(folder_here, run, summary, plan)
+            if console is not None:
+                say_warnings(console, pictures)
     if console is not None:
         console.print(summary_table(summary.as_dict(), str(folder_here) if folder_here else None))
     return Result(summary, folder_here)
+
+
+def _teller(console: Console | None) -> Callable[[str], None]:
+    """Return what prints a warning."""
+    return lambda line: None if console is None else say_warnings(console, (line,))
 
 
 def _verify_squares(run: Run, model: nn.Module, source: Source, backend: Backend) -> tuple[str, ...]:
@@ -211,11 +218,11 @@ def _verify_squares(run: Run, model: nn.Module, source: Source, backend: Backend
     return () if reason is None else (f"the squares of {run.model.name} could not all be verified: {reason}",)
 
 
-def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> None:
-    """Write summary.json, the weights of a finished run, and curve.png.
+def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> tuple[str, ...]:
+    """Write summary.json, the weights of a finished run, and curve.png; return what to tell of the picture.
 
     Raises:
-        UserError: if they cannot be written.
+        UserError: if the weights or the summary cannot be written.
     """
     try:
         if summary.status == "finished":
@@ -223,13 +230,20 @@ def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> None
             export_weights(last, folder / "model.safetensors")
         # After the weights: who reads "finished" finds them.
         replace_text(folder / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
-        largest = plan.largest_batch()
-        title = f"{folder.name}:  batch {run.batch.reference_size:,} → {largest:,}, {run.optimizer.name}"
-        plot_run(folder, title, plan.samples_per_epoch)
     except OSError as error:
         raise UserError(
-            f"{folder}: the run is {summary.status}, but its results cannot be written ({error.strerror})"
+            f"{folder}: the run is {summary.status}, but its results cannot be written ({error.strerror}); once they can, "
+            f"--resume auto --out {folder} writes them"
         ) from error
+    largest = plan.largest_batch()
+    title = f"{folder.resolve().name}:  batch {run.batch.reference_size:,} → {largest:,}, {run.optimizer.name}"
+    try:
+        from largebatch.plot import plot_run
+
+        plot_run(folder, title, plan.samples_per_epoch)
+    except Exception as error:  # a picture fails no run
+        return (f"{folder / 'curve.png'} was not drawn: {cause_of(error)}",)
+    return ()
 
 
 def _what_is_kept(folder: Path | None) -> str:

@@ -105,7 +105,7 @@ def _locked_by(folder: Path) -> str | None:
             text = file.read(8)
     except OSError:
         return None
-    return text.decode() if text in (b"", b"process ") else None
+    return text.decode() if b"process ".startswith(text) else None
 
 
 def _has_rows(path: Path) -> bool:

@@ -101,6 +101,17 @@ def user_path(text: str | Path, where: str) -> Path:
     return path
 
 
+def displayable(text: str) -> str:
+    """Return a text of which every letter can be shown: what no terminal and no font takes is escaped."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # a byte that is not UTF-8
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape", "surrogatepass").decode()
+
+
 def first_few(items: Sequence[str], separator: str = "; ", most: int = 5) -> str:
     """Return the first few of several in one line, with the number of the others."""
     more = f" and {len(items) - most:,} more" if len(items) > most else ""

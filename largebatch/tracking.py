@@ -6,8 +6,9 @@ import json
 import math
 import os
 import struct
+import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from largebatch.checkpoint import replace_text
 from largebatch.config import LogConfig, Run
-from largebatch.section import UserError
+from largebatch.section import UserError, displayable
 
 Row = dict[str, Any]
 
@@ -33,7 +34,14 @@ class JsonLines:
 
     def _open(self) -> None:
         # Unbuffered: a line is in the file or not, and a full disk says so at once.
-        self.file = self.path.open("ab", buffering=0)
+        try:
+            self.file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._cannot("written", error) from error
+
+    def _cannot(self, what: str, error: OSError) -> UserError:
+        advice = "make room, then continue with --resume auto"
+        return UserError(f"{self.path}: cannot be {what} ({error.strerror}); {advice}")
 
     def log(self, row: Row) -> None:
         """Write a row.
@@ -61,9 +69,7 @@ class JsonLines:
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(self.file.fileno(), size)  # no half row
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make room, then continue with --resume auto"
-            ) from error
+            raise self._cannot("written", error) from error
 
     def sync(self) -> None:
         """See that the rows so far outlast a power cut."""
@@ -74,7 +80,11 @@ class JsonLines:
         """Remove the rows after so many samples, and a last line that was cut short."""
         self.file.close()
         kept = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise self._cannot("read", error) from error
+        for line in lines:
             try:
                 is_kept = line.endswith(b"\n") and json.loads(line)["samples"] <= samples
             except (ValueError, KeyError, TypeError):
@@ -88,7 +98,7 @@ class JsonLines:
                 os.fsync(file.fileno())
             beside.replace(self.path)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room, then try again") from error
+            raise self._cannot("written", error) from error
         self._open()
 
     def close(self) -> None:
@@ -128,7 +138,7 @@ class WandB:
                 config=run.model_dump(mode="json"),
                 settings=wandb.Settings(silent=True),
             )
-        except wandb.errors.Error as error:
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"log.wandb_mode: Weights & Biases refused to go {run.log.wandb_mode} ({reason}); run `wandb login`, or set it "
@@ -168,19 +178,12 @@ class WandB:
 
 
 def _wandb_id(folder: Path) -> str:
-    """Return the one id of a run folder, so that a resumed run goes on in its own page.
-
-    Raises:
-        UserError: if it cannot be kept.
-    """
+    """Return the one id of a run folder, so that a resumed run goes on in its own page."""
     path = folder / "wandb_id"
-    try:
-        known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-        if not known:
-            known = uuid.uuid4().hex[:8]
-            replace_text(path, known + "\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read or written ({getattr(error, 'strerror', None) or error})") from error
+    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if not known:
+        known = uuid.uuid4().hex[:8]
+        replace_text(path, known + "\n")
     return known
 
 
@@ -223,6 +226,7 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _without_tensorboard(threading.excepthook)
         self.writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, row: Row) -> None:
@@ -243,6 +247,66 @@ class TensorBoard:
     def close(self) -> None:
         """Close the files."""
         self.writer.close()
+
+
+def _without_tensorboard(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a hook that is silent on what TensorBoard's thread raises, which its next call raises again."""
+
+    def hook(arguments: Any) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            before(arguments)
+
+    return hook
+
+
+class Lenient:
+    """A tracker that ends no run: where it fails, that is told once, and the run goes on without it.
+
+    Args:
+        name: of the tracker.
+        create: returns it.
+        tell: takes the line.
+
+    Raises:
+        UserError: from ``create``, for what the user can mend before the run begins.
+    """
+
+    def __init__(self, name: str, create: Callable[[], Any], tell: Callable[[str], None]) -> None:
+        self.name, self.tell, self.tracker = name, tell, None
+        self.tracker = self._try(create)
+
+    def _try(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            self.tracker = None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.tell(
+                f"log.trackers: {self.name} failed ({reason[:200]}); the run goes on without it, and metrics.jsonl has its rows"
+            )
+            return None
+
+    def log(self, row: Row) -> None:
+        """Hand a row on."""
+        if self.tracker is not None:
+            self._try(self.tracker.log, row)
+
+    def sync(self) -> None:
+        """See that its rows are on the disk."""
+        if self.tracker is not None:
+            self._try(self.tracker.sync)
+
+    def rewind(self, samples: int) -> None:
+        """Let it forget the rows after so many samples."""
+        if self.tracker is not None:
+            self._try(self.tracker.rewind, samples)
+
+    def close(self) -> None:
+        """Finish."""
+        if self.tracker is not None:
+            self._try(self.tracker.close)
 
 
 class Observers:
@@ -285,14 +349,14 @@ def check_trackers(config: LogConfig) -> None:
             raise UserError(f"log.trackers: {tracker} is not installed; pip install 'largebatch[{tracker}]'")
 
 
-def create_trackers(run: Run, folder: Path) -> list[Any]:
-    """Return metrics.jsonl and the trackers of the config."""
-    trackers: list[Any] = [JsonLines(folder / "metrics.jsonl")]
-    if "wandb" in run.log.trackers:
-        trackers.append(WandB(run, folder, folder.name))
-    if "tensorboard" in run.log.trackers:
-        trackers.append(TensorBoard(folder))
-    return trackers
+def create_trackers(run: Run, folder: Path, tell: Callable[[str], None]) -> list[Any]:
+    """Return metrics.jsonl and the trackers of the config; ``tell`` takes a line where one of these fails."""
+    name = displayable(folder.resolve().name)
+    known = {"wandb": lambda: WandB(run, folder, name), "tensorboard": lambda: TensorBoard(folder)}
+    return [
+        JsonLines(folder / "metrics.jsonl"),
+        *(Lenient(tracker, create, tell) for tracker, create in known.items() if tracker in run.log.trackers),
+    ]
 
 
 def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:

@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer import digits
 
-from largebatch import run as run_module
 from largebatch import stopping
 from largebatch import trainer as trainer_module
 from largebatch.checkpoint import (
@@ -54,7 +53,7 @@ GROWING = {"schedule.name": "step", "schedule.milestones_epochs": [0.6, 1.2], "s
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """Drawing curve.png takes longer than most of these runs."""
-    monkeypatch.setattr(run_module, "plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
 
 
 def rows(folder):

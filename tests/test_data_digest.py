@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_trainer import digits
 
-from largebatch import run as run_module
 from largebatch.checkpoint import STATE, CheckpointFolder
 from largebatch.data import ImageFolder, Source, TensorSamples, Text, changed_parts, digest
 from largebatch.data.digest import _digest_of_tensor
@@ -26,7 +25,7 @@ TASK = Task("classification", (4,), 3)
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr(run_module, "plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
 
 
 def of(samples):

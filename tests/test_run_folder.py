@@ -9,7 +9,6 @@ import shutil
 import pytest
 from test_trainer import digits
 
-from largebatch import run as run_module
 from largebatch.checkpoint import CheckpointFolder
 from largebatch.cli import main
 from largebatch.distributed import Ranks
@@ -25,7 +24,7 @@ SHORT = {"schedule.epochs": 0.5, "checkpoint.every_minutes": None, "checkpoint.e
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr(run_module, "plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

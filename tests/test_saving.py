@@ -8,7 +8,6 @@ from test_deepspeed import _fresh_counters, needs_deepspeed
 from test_trainer import digits
 from torch.distributed.checkpoint.api import CheckpointException
 
-from largebatch import run as run_module
 from largebatch.checkpoint import CheckpointFolder, find_problems
 from largebatch.distributed import Ranks, saving
 from largebatch.run import train
@@ -66,7 +65,7 @@ def train_failing(rank, world_size, folder, step, kind, victim, number, flags):
 
     _fresh_counters_where_there_are()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "plot_run", lambda *_: None)
+        patch.setattr("largebatch.plot.plot_run", lambda *_: None)
         patch.setattr(owner, name, call)
         tell = trainer.Trainer._tell
         patch.setattr(trainer.Trainer, "_tell", lambda self, event: (told.append(event), tell(self, event)))

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import yaml
 from jobs import assert_same_run, rows, summary, weights
 
-from largebatch import run as run_module
 from largebatch.checkpoint import CheckpointFolder, read_state
 from largebatch.cli import main
 from largebatch.config_file import check_config
@@ -32,7 +31,7 @@ BROKEN = [int(i) for i in global_batch(0, NUM_TRAIN, 8, 8).indices[2:4]] + [
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr(run_module, "plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
 
 
 def files_of(root, half):

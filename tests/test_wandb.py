@@ -80,9 +80,7 @@ def test_a_run_that_returns_to_a_checkpoint_keeps_both_ways(tmp_path):
 
 
 def test_a_run_of_two_parts_has_the_rows_of_metrics_jsonl(tmp_path, monkeypatch):
-    from largebatch import run as run_module
-
-    monkeypatch.setattr(run_module, "plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
     folder = tmp_path / "run"
     flags = {"checkpoint.every_minutes": None, "checkpoint.every_epochs": 0.5, "log.trackers": ["wandb"]}
     train(digits(**flags), folder, ranks=Ranks())

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -222,14 +224,26 @@ def export_weights(checkpoint: Path, path: Path) -> None:
     Args:
         checkpoint: the checkpoint.
         path: the file; written beside its place and renamed.
+
+    Raises:
+        OSError: if it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     names = [name for name in tensor_metadata(checkpoint) if name.startswith(MODEL)]
     weights = {name.removeprefix(MODEL): value for name, value in read_tensors(checkpoint, names).items()}
     beside = path.with_name(path.name + ".part")
-    save_file(weights, beside, {"format": "pt"})
-    umask = os.umask(0)  # safetensors writes for the user alone, whatever the umask says
-    os.umask(umask)
-    beside.chmod(0o666 & ~umask)
-    beside.replace(path)
+    try:
+        save_file(weights, beside, {"format": "pt"})
+        umask = os.umask(0)  # safetensors writes for the user alone, whatever the umask says
+        os.umask(umask)
+        beside.chmod(0o666 & ~umask)
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        code = re.search(r"code: (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        if code is None:
+            raise error if isinstance(error, OSError) else OSError(0, str(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
