@@ -223,7 +223,7 @@ def _usage(command: str) -> str:
     own["study"] = "[--out DIR] [--jobs N] [--section.key VALUE ...]"
     lines = [
         f"usage: largebatch {command} CONFIG {own[command]}",
-        "       --section.key VALUE sets a config key; values are YAML: 0.1, true, [128, 128].",
+        "       --section.key VALUE sets a config key; values are YAML: 0.1, true, [128, 128]; a text is a text.",
     ]
     if command != "study":
         lines.append(f"       largebatch {command} CONFIG --help lists every key with its value in that config.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
 
-import yaml
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from largebatch import yaml_text
 from largebatch.checkpoint import CheckpointConfig
 from largebatch.data import SOURCES
 from largebatch.data.loader import LoaderConfig
@@ -236,4 +236,4 @@ class Run(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved config, every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml_text.dump(self.model_dump(mode="json"))

@@ -11,28 +11,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from largebatch import yaml_text
 from largebatch.config import FACTORY, Run, section_names
-from largebatch.section import Section, UserError, nearest, user_path
-
-
-class _Loader(yaml.SafeLoader):
-    """A mapping has each key once: of two, the first would be gone without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node.
-
-        Raises:
-            yaml.constructor.ConstructorError: for a key that is there twice.
-        """
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge" and isinstance(key.value, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"'{short(key.value)}' is there twice", key.start_mark
-                )
-            if isinstance(key.value, str):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+from largebatch.section import Section, UserError, leaf_types, nearest, user_path
 
 
 def short(value: Any) -> str:
@@ -61,7 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{short(str(path))}: cannot be read as a text file ({reason})") from error
     try:
-        values = yaml.load(text, _Loader)  # a SafeLoader
+        values = yaml_text.load(text)
     except RecursionError as error:
         raise UserError(f"{path}: nested more deeply than a config is") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -73,8 +54,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+class FlagText(str):
+    """The text of a flag's value, which is read as what its key takes."""
+
+
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """Read ``--section.key VALUE`` and ``--section.key=VALUE`` into {"section.key": value}, values as YAML has them.
+    """Read ``--section.key VALUE`` and ``--section.key=VALUE`` into {"section.key": the text of the value}.
 
     Raises:
         UserError: for a word that is no flag, or a flag without a value.
@@ -90,15 +75,28 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
             if following is None:
                 raise UserError(f"command line: --{key} needs a value, like --{key} VALUE")
             text = following
-        try:
-            values[key] = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
-            problem = getattr(error, "problem", None)
-            why = f" ({problem})" if problem else ""
-            raise UserError(
-                f"command line: --{short(key)}: '{short(text)}' cannot be read as a YAML value{why}"
-            ) from error
+        values[key] = FlagText(text)
     return values
+
+
+def _read_flag(key: str, text: FlagText, annotation: Any) -> Any:
+    """Return the value of a flag: where its key takes text, what looks like a number, a list or a comment is text too.
+
+    Raises:
+        UserError: if brackets, braces or quotes do not close where the key takes no text.
+    """
+    kinds = {member if isinstance(member, type) else type(member) for member in leaf_types(annotation)}
+    takes_text = bool(kinds & {str, Path})
+    try:
+        value = yaml_text.load_flag(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if takes_text:
+            return str(text)
+        raise UserError(f"command line: --{key}: '{short(str(text))}' cannot be read as a YAML value") from error
+    is_number = isinstance(value, int | float) and bool(kinds & {int, float})
+    if isinstance(value, str) or not takes_text or type(value) in kinds or is_number:
+        return str(value) if isinstance(value, str) else value
+    return str(text)
 
 
 def merge_flags(values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
@@ -111,9 +109,12 @@ def merge_flags(values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
         *path, last = key.split(".")
         section = values
         for part in path:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
+            inner = section.get(part, {})
+            if not isinstance(inner, dict):
                 raise UserError(f"command line: --{key}: '{part}' is not a section")
+            section[part] = section = dict(inner)  # another section may be the same by an alias
+        if isinstance(value, FlagText):
+            value = _read_flag(key, value, _annotation(path, last, values))
         if last == "name" and len(path) == 1 and section.get("name") not in (None, value):
             fields = _fields_of(Run, path, {**values, path[0]: {"name": value}})
             unused = [k for k in section if fields and k not in fields]
@@ -142,6 +143,19 @@ def section_class(field: str, name: Any) -> type[Section] | None:
         return members[0] if members else None
     wanted = FACTORY if isinstance(name, str) and ":" in name else name
     return next((member for member in members if wanted in section_names(member)), None)
+
+
+def _annotation(path: Sequence[str], key: str, values: Mapping[str, Any]) -> Any:
+    """Return what a key takes; `Any` for one that is not known, or is a factory's own."""
+    if len(path) > 1:
+        return Any
+    section: type[Section] | None = Run
+    if path:
+        section = section_class(path[0], values[path[0]].get("name"))
+        if section is None and key == "name":
+            return str
+    info = section.model_fields.get(key) if section else None
+    return info.annotation if info else Any
 
 
 def _fields_of(root: type[Section], path: Sequence[Any], values: Mapping[str, Any]) -> list[str]:
@@ -183,6 +197,8 @@ def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "a section with keys"
+    if kind == "string_type" and came is not None:
+        message += "; put it in quotes" if isinstance(came, int | float) else ""
     if kind == "value_error" and isinstance(came, Mapping):
         return f"{where}: {message}"
     if message.startswith("expected "):

@@ -9,30 +9,22 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-
-
-def _is_number(value: Any) -> Any:
-    if isinstance(value, bool):  # which Python takes for 1 and 0
-        raise ValueError("expected a number, got " + str(value).lower())
-    return value
-
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 # Beyond what any run has, and what dates, sizes and float32 can hold.
 LARGEST = 10**12
-NO_BOOL = BeforeValidator(_is_number)
-Coefficient = Annotated[float, Field(ge=0, lt=1), NO_BOOL]
-Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False), NO_BOOL]
-NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False), NO_BOOL]
-Count = Annotated[int, Field(ge=1, le=LARGEST), NO_BOOL]
+Coefficient = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 # Samples of a data set, each of which has its number among the floats, too.
-NumSamples = Annotated[int, Field(ge=1, le=2**53), NO_BOOL]
+NumSamples = Annotated[int, Field(ge=1, le=2**53)]
 # What no machine has more of: widths of layers and classes; pixels of an image's side; layers one after the other.
-Width = Annotated[int, Field(ge=1, le=2**20), NO_BOOL]
-Side = Annotated[int, Field(ge=1, le=2**14), NO_BOOL]
-Depth = Annotated[int, Field(ge=1, le=2**12), NO_BOOL]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Side = Annotated[int, Field(ge=1, le=2**14)]
+Depth = Annotated[int, Field(ge=1, le=2**12)]
 
 
 class UserError(ValueError):
@@ -67,6 +59,43 @@ class Section(BaseModel):
     """One section of a config. Unknown keys are refused; attribute docstrings become the command-line help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would turn into a number: true is not 1, and a text is no number, whatever stands in it."""
+        members = set(leaf_types(cls.model_fields[str(info.field_name)].annotation))
+        if members & {int, float} and not members & {bool, str}:
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, bool) or (isinstance(item, str) and item not in members and _looks_like(item)):
+                    shown = str(item).lower() if isinstance(item, bool) else f"the text '{item[:40]}'"
+                    raise ValueError(f"expected a number, got {shown}")
+        return value
+
+
+def _looks_like(text: str) -> bool:
+    """Return whether Python takes a text for a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def leaf_types(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation is made of, and the values of its literals."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        yield from parts
+    elif origin in (list, tuple, dict):
+        yield origin
+        yield from (member for part in parts if part is not Ellipsis for member in leaf_types(part))
+    elif origin is Annotated:
+        yield from leaf_types(parts[0])
+    elif parts:
+        yield from (member for part in parts for member in leaf_types(part))
+    else:
+        yield annotation
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

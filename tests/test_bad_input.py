@@ -35,7 +35,6 @@ FLAGS = {
     "seed too large": ("--seed 100000000000000000000", r"seed: expected less than 9223372036854775808"),
     "nesterov without momentum": ("--optimizer.nesterov true --optimizer.momentum 0", r"optimizer: nesterov needs momentum > 0 and form sum"),
     "less than a sample": ("--schedule.epochs 0.0001", r"schedule.epochs: 0.0001 epochs of 1438 samples are less than one sample"),
-    "a date that is none": ("--log.project 2021-13-45", r"command line: --log.project: '2021-13-45' cannot be read as a YAML value"),
     "square root for adagrad": ("--optimizer.name adagrad --scaling.rule sqrt", r"scaling.rule: sqrt holds for a root of a running average"),
     "a rule for quench": ("--optimizer.name quench --scaling.rule linear", r"scaling.rule: quench finds its own rate per sample.*expected none, got linear"),
     "an averaging rule for quench": ("--optimizer.name quench --scaling.beta2 keep", r"scaling.beta2: optimizer 'quench' has no such coefficient"),
