@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from largebatch.launched import Place, is_under_torchrun, launched_place
 from largebatch.section import LostRankError, LostWorkerError, UserError, displayable, user_path
+from largebatch.surroundings import settle
 
 EXIT_CODES = {
     "finished": 0,
@@ -130,6 +131,7 @@ def _main(arguments: list[str]) -> int:
         raise UserError("command line: --out is empty; name a folder, or '.' for this one")
     parser = create_parser()
     known, rest = parser.parse_known_args(arguments)
+    settle(getattr(known, "out", None))
     try:
         return _command(known, rest)
     except SystemExit as error:

@@ -17,7 +17,7 @@ from largebatch.noise import NoiseConfig
 from largebatch.optimizer_config import OPTIMIZERS, AdaptiveBase, OptimizerBase, QuenchConfig
 from largebatch.scaling import AveragingRule, LrRule, Reference
 from largebatch.schedule_config import SCHEDULES, ScheduleBase, WarmupConfig
-from largebatch.section import NO_BOOL, Coefficient, Count, Positive, Section, UserError
+from largebatch.section import Coefficient, Count, Positive, Section, UserError
 
 # Squares of so small a share of an update's samples, and of so many at the least, follow the reference as well as those of all
 # (docs/results.md).
@@ -140,7 +140,7 @@ class Run(Section):
     backend: BackendConfig = BackendConfig()
     precision: Precision = "fp32"
     """Arithmetic: fp32, fp64, or autocast to bf16 or fp16."""
-    seed: Annotated[int, Field(ge=0, lt=2**63), NO_BOOL] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and of the order of samples."""
 
     @model_validator(mode="before")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import getpass
 import json
 import os
 import sys
+import tempfile
 import threading
 import types
 
@@ -21,6 +23,7 @@ from largebatch.distributed import Ranks
 from largebatch.report import create_console
 from largebatch.run import train
 from largebatch.section import UserError
+from largebatch.surroundings import settle
 from largebatch.tracking import JsonLines, Lenient, TensorBoard
 
 SHORT = {"schedule.epochs": 0.2, "evaluate.every_epochs": 0.2, "warmup.name": "none", "warmup.epochs": 0.0}
@@ -144,6 +147,27 @@ def test_metrics_that_cannot_be_opened_are_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(Is a directory\)"):
         JsonLines(tmp_path / "metrics.jsonl")
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """An environment without a user, a home and a place for temporary files."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+
+
+def test_libraries_find_a_user_a_home_and_a_place_for_temporary_files(bare, tmp_path):
+    settle(tmp_path / "not" / "yet")
+    assert getpass.getuser() == f"uid{os.getuid()}" and os.environ["HOME"] == "/"
+    assert tempfile.gettempdir() == os.environ["TMPDIR"] == str(tmp_path)
+
+
+def test_where_nothing_can_be_written_libraries_are_imported_all_the_same(bare):
+    settle(None)
+    assert tempfile.gettempdir() == "/tmp"
 
 
 NAMES = {

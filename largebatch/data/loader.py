@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from largebatch.data.sampler import PlanSampler, SampleKeys
 from largebatch.data.source import Batch, Samples, may_miss, readable
-from largebatch.section import NO_BOOL, Depth, LostWorkerError, Section, UserError
+from largebatch.section import Depth, LostWorkerError, Section, UserError
 from largebatch.signals import handled_by
 
 MOST_WORKERS = 1024  # of a rank: beyond what a machine has
@@ -41,7 +41,7 @@ Check = Callable[[Tensor, np.ndarray], None]
 class LoaderConfig(Section):
     """The data loader."""
 
-    num_workers: Annotated[int, Field(ge=0, le=MOST_WORKERS), NO_BOOL] = 0
+    num_workers: Annotated[int, Field(ge=0, le=MOST_WORKERS)] = 0
     """Worker processes per rank; 0 loads in the training process."""
     prefetch: Depth = 2
     """Micro-batches each worker holds ready."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from largebatch.data.images import Augment, ImageSamples
 from largebatch.data.source import Source, TensorSamples, data_path, fixed_order, limited, validation_size
-from largebatch.section import NO_BOOL, Count, Section, UserError
+from largebatch.section import Count, Section, UserError
 from largebatch.task import Task
 
 
@@ -58,7 +58,7 @@ class _ImageBytes(Section):
     path: str
     """Folder with the files of the data set."""
 
-    crop_padding: Annotated[int, Field(ge=0, le=2**14), NO_BOOL] = 4
+    crop_padding: Annotated[int, Field(ge=0, le=2**14)] = 4
     """Zeros on every side before a random crop, pixels."""
 
     num_train: Count | None = None
