@@ -49,17 +49,12 @@ _IDENTITIES = {
 
 def identity_edge(tensor: Tensor) -> tuple[Any, int] | None:
     """Return the node and output of the graph that an engine's identity passed on as this tensor, None for any other tensor."""
-    node = tensor.grad_fn
-    if node is None or type(node).__name__ not in _IDENTITIES:
+    edge: tuple[Any, int] = tensor.grad_fn, tensor.output_nr
+    if type(edge[0]).__name__ not in _IDENTITIES:
         return None
-    edges = [edge for edge in node.next_functions if edge[0] is not None]
-    edge = edges[min(tensor.output_nr, len(edges) - 1)]
-    return edge if type(edge[0]).__name__ not in _IDENTITIES else _further(edge)
-
-
-def _further(edge: tuple[Any, int]) -> tuple[Any, int]:
     while type(edge[0]).__name__ in _IDENTITIES:
-        edge = edge[0].next_functions[edge[1]]
+        edges = [further for further in edge[0].next_functions if further[0] is not None]
+        edge = edges[min(edge[1], len(edges) - 1)]
     return edge
 
 

@@ -12,6 +12,7 @@ embedding, the gradients of a sample have to be added before they are squared, s
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,8 +27,9 @@ from largebatch.moments.operations import CASTS
 from largebatch.moments.private import backward_pass
 from largebatch.section import UserError
 
-# Elements of samples' gradients held at a time: 16 MiB of float32, about a processor's last-level cache.
-CHUNK_ELEMENTS = 1 << 22
+# Elements of samples' gradients made at a time: on a processor 256 KiB of float32, which a core's cache holds (32 samples of
+# 192 x 768: 7.2 ms one by one, 10 ms by sevens); elsewhere 4 MiB, so that a launch is worth its while.
+CACHED_ELEMENTS, HELD_ELEMENTS = 1 << 16, 1 << 20
 
 
 def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -77,21 +79,16 @@ class Product(Use):
         a, b = self.a, self.b
         if a.shape[1] == 1:
             return torch.addmm(a.new_empty(()), a[:, 0].square().t(), b[:, 0].square(), beta=0, alpha=weight)
-        step = max(1, CHUNK_ELEMENTS // 4 // (a.shape[2] * b.shape[2]))
-        total: Tensor | None = None
-        buffer = torch.empty(0)
-        for first in range(0, len(a), step):
-            x, y = a[first : first + step], b[first : first + step]
-            if len(x) > 1:
-                part = torch.bmm(x.mT, y).square_().sum(0)
-                total = part.mul_(weight) if total is None else total.add_(part, alpha=weight)
-                continue
-            if total is None:
-                total = torch.addmm(x.new_zeros(()), x[0].t(), y[0], beta=0, alpha=math.sqrt(weight)).square_()
-                continue
-            buffer = torch.mm(x[0].t(), y[0], out=buffer if buffer.numel() else None)
-            total.addcmul_(buffer, buffer, value=weight)
-        assert total is not None
+        a = a if weight == 1 else a * math.sqrt(weight)
+        count, step = a.shape[0], (CACHED_ELEMENTS if a.is_cpu else HELD_ELEMENTS) // (a.shape[2] * b.shape[2] or 1)
+        if count > 1 and step > 1:
+            runs = (slice(first, first + step) for first in range(0, count, step))
+            return functools.reduce(Tensor.add_, (torch.bmm(a[run].mT, b[run]).square_().sum(0) for run in runs))
+        total = torch.mm(a[0].t(), b[0]).square_()
+        buffer = torch.empty_like(total) if count > 1 else total
+        for number in range(1, count):
+            torch.mm(a[number].t(), b[number], out=buffer)
+            total.addcmul_(buffer, buffer)
         return total
 
 

@@ -54,6 +54,28 @@ def test_linear_in_low_precision(positions, dtype, tolerance):
     assert_agrees(nn.Linear(16, 8).to(dtype), normal(N, *positions, 16, dtype=dtype), tolerance=tolerance)
 
 
+@pytest.mark.parametrize("width", [6, 200, 400], ids=["all at once", "some at a time", "one by one"])
+@pytest.mark.parametrize("samples", [None, 4])
+def test_squares_of_sequences_are_right_however_many_are_made_at_a_time(width, samples):
+    model = track(nn.Linear(width, 200, bias=False).double(), samples=samples)
+    x = normal(8, 3, width)
+    y = model(x)
+    d = torch.randn_like(y)
+    y.backward(d)
+    grads = torch.einsum("nto,nti->noi", d, x)
+    expected = grads.square().sum(0) if samples is None else 2 * grads[1::2].square().sum(0)
+    torch.testing.assert_close(model.weight_grad_sq.grad, expected, rtol=1e-12, atol=1e-12 * float(expected.max()))
+
+
+def test_a_bias_that_the_backward_pass_does_not_reach_has_no_squares():
+    def second_use(x, weight, bias):
+        F.linear(x, weight, bias)
+        return F.linear(x, weight)
+
+    model = assert_agrees(Apply(second_use, weight=normal(2, 3), bias=normal(2)), normal(N, 3))
+    assert model.bias.grad is None and model.bias_grad_sq.grad is None
+
+
 def test_linear_keeps_its_statistic_in_float32():
     model = assert_agrees(nn.Linear(3, 2).bfloat16(), normal(N, 3, dtype=torch.bfloat16), tolerance=0.05)
     assert model.weight_grad_sq.grad.dtype == torch.float32
