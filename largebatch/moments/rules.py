@@ -198,15 +198,13 @@ def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
         raise Refusal("its samples do not lie along the first dimension")
     default = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
     numbers = {key: values.get(key) if values.get(key) is not None else start for key, start in default.items()}
-    padded = x
     if numbers["padding"] == "valid":
         numbers["padding"] = 0
-    elif numbers["padding"] == "same":  # an even window pads one more on the right, which a convolution cannot say
+    elif numbers["padding"] == "same":
         spare = [d * (k - 1) for d, k in zip(_tuple(numbers["dilation"], ndim), weight.shape[2:], strict=True)]
-        numbers["padding"] = [s // 2 for s in spare]
         if any(s % 2 for s in spare):
-            padded = F.pad(x, [p for s in reversed(spare) for p in (s // 2, s - s // 2)])
-            numbers["padding"] = 0
+            raise Refusal("an even window pads one more on the right than on the left")
+        numbers["padding"] = [s // 2 for s in spare]
     stride, padding, dilation, extra = (_tuple(numbers[key], ndim) for key in default)
     options = (stride, padding, dilation, func in _TRANSPOSED, extra, values["groups"] or 1)
     shape = weight.shape
@@ -231,7 +229,7 @@ def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
             uses.append((of_bias, Given(d.flatten(3).sum((1, 3)))))
         return uses
 
-    saved = [scope.batch.take(padded, rows)] if of_weight is not None else []
+    saved = [scope.batch.take(x, rows)] if of_weight is not None else []
     return tap(scope, func(*args, **kwargs), rows, operands, left, saved)
 
 

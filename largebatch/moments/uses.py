@@ -325,20 +325,10 @@ def _sum_of_squares(base: Base, pending: list[tuple[Operand, Use, list[int]]]) -
     dtype = statistic_dtype(base.parameter.dtype)
     if not pending:
         return torch.zeros(base.parameter.shape, dtype=dtype, device=base.parameter.device)
-    if len(pending) == 1 or _are_disjoint(base, pending):
-        parts = [_alone(base, *one) for one in pending]
-    else:
-        parts = [_together(base, pending)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total.to(dtype)
-
-
-def _alone(base: Base, operand: Operand, use: Use, samples: list[int]) -> Tensor:
-    if operand.is_rearranged:
-        return operand.place(base, use.squares(base.batch.weight))
-    return _together(base, [(operand, use, samples)])
+    if not all(operand.is_rearranged for operand, *_ in pending) or not _are_disjoint(base, pending):
+        return _together(base, pending)
+    parts = (operand.place(base, use.squares(base.batch.weight)) for operand, use, _ in pending)
+    return functools.reduce(torch.add, parts).to(dtype)
 
 
 def _together(base: Base, pending: list[tuple[Operand, Use, list[int]]]) -> Tensor:
@@ -361,11 +351,11 @@ def _together(base: Base, pending: list[tuple[Operand, Use, list[int]]]) -> Tens
 
 
 def _are_disjoint(base: Base, pending: list[tuple[Operand, Use, list[int]]]) -> bool:
-    """Whether no two uses owe anything to the same element of the same sample."""
+    """Whether no two uses of rearranged operands owe anything to the same element of the same sample."""
     runs = [set(samples) for *_, samples in pending]
     if sum(map(len, runs)) == len(set().union(*runs)):
         return True
-    if not all(operand.is_rearranged and operand.recipe for operand, *_ in pending):
+    if not all(operand.recipe for operand, *_ in pending):
         return False
     taken = torch.zeros(base.parameter.shape, device=base.parameter.device)
     for operand, *_ in pending:
