@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from largebatch.launched import Place, is_under_torchrun, launched_place
+from largebatch.output import outlive_output, output_failure
 from largebatch.section import LostRankError, LostWorkerError, UserError, displayable, user_path
 from largebatch.surroundings import settle
 
@@ -31,6 +32,8 @@ EXIT_CODES = {
     "preempted": 75,
     "interrupted": 130,
 }
+# Commands whose result is in a folder; of the others it is what they print.
+WITH_A_FOLDER = ("train", "noise", "study")
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,9 +79,14 @@ def create_parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
+    outlive_output()
+    # Figures go into files, and a notebook hands on a backend that may not be installed here.
+    os.environ["MPLBACKEND"] = "agg"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _main(arguments)
+        code = _main(arguments)
+        _tell_of_lost_output(arguments[0])
+        return code
     except UserError as error:
         place = _place_of(arguments)
         if not error.everywhere and place.rank > 0:
@@ -124,6 +132,23 @@ def _place_of(arguments: Sequence[str]) -> Place:
         return launched_place()
     except UserError:
         return Place()
+
+
+def _tell_of_lost_output(command: str) -> None:
+    """Say that standard output could not be written.
+
+    Raises:
+        UserError: where it was all that the command has to give.
+    """
+    failure = output_failure()
+    if failure is None:
+        return
+    if command not in WITH_A_FOLDER:
+        raise UserError(f"standard output cannot be written ({failure})")
+    print(
+        f"largebatch: warning: standard output could not be written ({failure}); the run's folder holds all that it has lost",
+        file=sys.stderr,
+    )
 
 
 def _main(arguments: list[str]) -> int:

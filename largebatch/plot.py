@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from largebatch.section import displayable
@@ -60,16 +61,14 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
     updates, evaluations = read_metrics(folder / "metrics.jsonl")
     if not updates:
         return None
-    matplotlib.use("Agg")
 
     def column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
         return np.array([row[name] for row in rows], dtype=float)
 
     epochs, losses = column(updates, "samples") / samples_per_epoch, column(updates, "loss")
-    with plt.rc_context(STYLE):
-        figure, (loss_axis, lr_axis, batch_axis) = plt.subplots(
-            3, 1, figsize=(8, 7.5), sharex=True, height_ratios=[3, 1.2, 1.2], layout="constrained"
-        )
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 7.5), layout="constrained")
+        loss_axis, lr_axis, batch_axis = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.2, 1.2])
         if len(losses) > 40:
             loss_axis.plot(epochs, losses, color=BLUE, alpha=0.25, linewidth=0.8)
             losses = smoothed(losses, max(3, len(losses) // 50))
@@ -109,7 +108,6 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
         batch_axis.set_xlabel(f"epochs of {samples_per_epoch:,} samples")
         batch_axis.set_xlim(left=0)
         path = _save(figure, folder / "curve.png")
-        plt.close(figure)
     return path
 
 
@@ -153,21 +151,18 @@ def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
     Without methods there is a panel for each group, with all its variants. With methods there is a panel for each group
     and variant: the reference in black, and a line for each method.
     """
-    matplotlib.use("Agg")
     panels = _panels(variants, title)
     by_method = any(variant.cell.method for variant in variants)
     columns = max(1, len({v.cell.variant for v in variants}) - 1) if by_method else min(2, -(-len(panels) // 2))
     rows = -(-len(panels) // columns)
-    with plt.rc_context(STYLE):
+    with rc_context(STYLE):
         size = (3.6 * columns + 1, 2.8 * rows) if by_method else (7.0 * columns + 1.5, 5.0 * rows)
-        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
-            shades = [
-                matplotlib.colors.to_hex(c)
-                for c in plt.get_cmap("viridis")(np.linspace(0.0, 0.9, max(1, len(lines) - 1)))
-            ]
+            shades = [to_hex(c) for c in colormaps["viridis"](np.linspace(0.0, 0.9, max(1, len(lines) - 1)))]
             colors = ["#111418", *(METHOD_COLORS if by_method else shades)]
             for number, (label, variant) in enumerate(lines):
                 mean, deviation = variant.val_loss.mean(axis=0), variant.val_loss.std(axis=0)
@@ -190,7 +185,6 @@ def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
             handles, labels = axes.flat[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
         path = _save(figure, folder / "curves.png")
-        plt.close(figure)
     return path
 
 

@@ -301,5 +301,9 @@ def create_console() -> Console:
 
 
 def create_progress(console: Console, total_samples: int, done: float = 0) -> ProgressBar | ProgressLines:
-    """Return a bar on a terminal, plain lines elsewhere, for a run of which ``done`` samples were seen before."""
-    return (ProgressBar if console.is_terminal else ProgressLines)(console, total_samples, done)
+    """Return a bar on a terminal, plain lines elsewhere, for a run of which ``done`` samples were seen before.
+
+    Colours may be asked for in a file (FORCE_COLOR); a bar is drawn where its frames replace one another.
+    """
+    moves = console.is_interactive and console.file.isatty()
+    return (ProgressBar if moves else ProgressLines)(console, total_samples, done)

@@ -224,6 +224,8 @@ def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> tupl
     Raises:
         UserError: if the weights or the summary cannot be written.
     """
+    from largebatch.plot import plot_run  # matplotlib takes its time, and every rank comes by here
+
     try:
         if summary.status == "finished":
             last = CheckpointFolder(folder / "checkpoints").place(summary.samples)

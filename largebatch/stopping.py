@@ -22,6 +22,10 @@ REASONS: tuple[Reason, ...] = ("interrupted", "signal", "time_limit")
 # A launcher passes Ctrl-C on, so that its processes get it twice at once; a person presses it again later.
 IMPATIENCE_SECONDS = 2.0
 
+# A closed terminal and Ctrl-C say nothing to a run that was started under nohup or in a script's background. What schedulers
+# send is heard even where a script ignores it for itself.
+STAY_IGNORED = (signal.SIGHUP, signal.SIGINT)
+
 # Ranks ask each other about this often whether to stop or to save: a signal reaches one of them.
 AGREE_SECONDS = 0.5
 
@@ -47,6 +51,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # others cannot have handlers
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+                if number in STAY_IGNORED and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._note)
         return self
 

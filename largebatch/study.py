@@ -18,7 +18,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -165,14 +167,20 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
+# What a run has to save its state in, once its study is gone.
+LAST_SAVE_SECONDS = 120.0
+
+
 def _start_worker(threads: int) -> None:
-    """Take a share of the cores, and end with the study: a killed parent must not leave runs behind."""
+    """Take a share of the cores, and end with the study: its run saves and stops where the study is killed."""
     torch.set_num_threads(threads)
     parent = parent_process()
     if parent is not None:
 
         def follow() -> None:
             parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(LAST_SAVE_SECONDS)
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
@@ -184,6 +192,9 @@ UNFINISHED = ("interrupted", "preempted", "unsaved")
 def _train_quietly(run: Run, folder: Path) -> dict[str, Any]:
     """Train one run of a study in a worker process, or the rest of one that was cut short; return its summary."""
     summary = train(run, folder, None, Ranks(), resume="auto").summary
+    parent = parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)  # nobody is there to take the result
     if summary.status in UNFINISHED:
         raise KeyboardInterrupt
     return summary.as_dict()

@@ -205,6 +205,8 @@ class Trainer:
                 self._evaluate_and_log()
             if (failure := self.keeper.failure()) is not None:
                 self._tell(f"{failure}; training goes on")
+            if (shortage := self.loader.shortage()) is not None:
+                self._tell(shortage)
             every = self.run.checkpoint.every_epochs
             at_epoch = every is not None and self._crossed(every, batch_size)
             if not done and self.keeper.is_due(progress.step, self.stop.reason(), at_epoch):

@@ -21,11 +21,17 @@
 #   TORCHRUN          the torchrun to start (default: torchrun)
 # Where PET_NNODES is set (Kubeflow Trainer), torchrun reads nodes, processes and addresses from PET_* by itself.
 #
-# Signals: SIGTERM, SIGUSR1 and Ctrl-C are passed on; the processes finish their update and write a checkpoint.
+# Signals: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C are passed on; the processes finish their update and write a checkpoint. Under
+# nohup SIGHUP does nothing. The job goes on when nobody reads its output any more.
 #
 # Exit codes: 0 finished, 75 stopped by a signal or its time limit (start it again), 130 stopped by Ctrl-C, 3 diverged, 4 the
 # last state could not be written, 2 wrong usage of this script, 1 everything else; what happened stands above.
 set -euo pipefail
+
+# A run outlives its output: a message that nobody reads ends nothing, and no file gets the number of a closed descriptor.
+trap '' PIPE
+[[ -e /dev/fd/1 ]] || exec >/dev/null
+[[ -e /dev/fd/2 ]] || exec 2>/dev/null
 
 if [[ $# -lt 1 || $1 == -* ]]; then
     sed -n '2,/^set/p' "$0" | grep '^#' | cut -c3-
@@ -60,7 +66,9 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_SECONDS:-120}
 
 # The flag: torchrun overwrites TORCHELASTIC_SIGNALS_TO_HANDLE with it.
-how=(--max-restarts="$MAX_RESTARTS" --signals-to-handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+if [[ $(trap -p HUP) == *"''"* ]]; then signals=${signals/SIGHUP,/}; fi # under nohup, which torchrun would undo
+how=(--max-restarts="$MAX_RESTARTS" --signals-to-handle="$signals")
 if [[ -z ${PET_NNODES:-} ]]; then
     if [[ -z ${NPROC_PER_NODE:-} ]]; then
         # "gpu" counts those that CUDA_VISIBLE_DEVICES leaves.
@@ -121,7 +129,7 @@ if [[ $code != 0 && -z $status$caught ]]; then
     again=''
     if [[ -n $out ]]; then again="; once that is mended, the same command continues from the newest checkpoint in $out"; fi
     if [[ -n $out && $NNODES != 1 ]]; then again+=" (on each node; with another's MASTER_ADDR where $MASTER_ADDR is lost)"; fi
-    echo "torchrun.sh: exit code $code: why is in the line above that begins with largebatch:$again" >&2
+    echo "torchrun.sh: exit code $code: why is in the line above that begins with largebatch:$again" >&2 || true
 fi
 case $status:$caught in
 finished:?*) exit 0 ;; # the signal came too late to matter

@@ -117,6 +117,18 @@ def test_signals_are_passed_on(launch, name):
     assert "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in said
 
 
+def test_nohup_is_not_undone(launch, tmp_path):
+    """Torchrun would stop at a SIGHUP that it was told to ignore; and where nobody reads, the exit code stays."""
+    script = tmp_path / "nohup"
+    script.write_text("trap '' HUP\nlaunch/torchrun.sh configs/digits.yaml")
+    given = {"TORCHRUN": tmp_path / "fake", "FAKE_LOG": tmp_path / "said", "FAKE_OUT": launch.out, "FAKE_CODE": 7}
+    assert Job(["bash", script], tmp_path / "printed", **given).wait(30) == 7
+    assert "--signals-to-handle=SIGTERM,SIGINT,SIGQUIT,SIGUSR1" in (tmp_path / "said").read_text().splitlines()
+    for redirect in (">&- 2>&-", ">/dev/full 2>&1", "2>&1 | true"):
+        script.write_text(f"set -o pipefail; launch/torchrun.sh configs/digits.yaml {redirect}")
+        assert Job(["bash", script], tmp_path / "printed", **given).wait(30) == 7
+
+
 def test_a_signal_before_anything_ran_is_a_pre_emption_too(launch):
     assert launch(CONFIG, "--out", launch.out, number=signal.SIGTERM, FAKE_WAIT=1, FAKE_CODE=1)[0] == 75
 

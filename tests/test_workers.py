@@ -1,12 +1,16 @@
 """Runs whose samples are loaded by processes of their own: every way out of a run ends them too, at once."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import (
     Job,
     checkpoints,
@@ -18,6 +22,8 @@ from jobs import (
 )
 
 from largebatch.checkpoint import find_problems
+from largebatch.data.loader import LoaderConfig, _Batches, _Parcel
+from largebatch.section import UserError
 
 SECONDS = 10.0  # in which a run ends, whatever ended it
 LOST, LOST_WORKER = 5, 6  # exit codes
@@ -203,3 +209,74 @@ def test_every_way_out_ends_the_workers(tmp_path, way, num_workers, world_size):
     assert all("Exception ignored" not in job.printed() for job in jobs)
     for name in checkpoints(tmp_path / "run"):
         assert find_problems(tmp_path / "run" / "checkpoints" / name) == []
+
+
+SMALL = """
+mount -t tmpfs -o size=$0 tmpfs /dev/shm
+exec "$@"
+"""
+
+
+def start_with_little_memory(folder, size, *flags):
+    """Start a run of two workers that find so much in /dev/shm; return it."""
+    if subprocess.run(["unshare", "-m", "sh", "-c", SMALL, size, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount a /dev/shm of its own")
+    schedule = {"epochs": 1}
+    config = write_config(
+        folder, schedule=schedule, loader={"num_workers": 2, "prefetch": 16}, evaluate={"every_epochs": 0.5}
+    )
+    words = [sys.executable, "-m", "largebatch", "train", config, "--out", folder / "run", *flags]
+    return Job(["unshare", "-m", "sh", "-c", SMALL, size, *words], folder / "printed")
+
+
+def test_a_small_dev_shm_costs_time_alone(tmp_path):
+    """As Docker's 64 MB are to photographs: what finds no room there is sent as bytes, and the curve is the same."""
+    (tmp_path / "large").mkdir()
+    small, large = start_with_little_memory(tmp_path, "200k"), start_with_little_memory(tmp_path / "large", "64m")
+    assert [small.wait(150), large.wait(150)] == [0, 0], small.printed()
+    (event,) = [row["event"] for row in rows(tmp_path / "run") if "event" in row]
+    assert event.startswith("no shared memory for workers' batches (unable to allocate shared memory(shm) for file <")
+    assert "No space left on device" in event and "docker run --shm-size" in event
+    assert [row for row in rows(tmp_path / "run") if "event" not in row] == rows(tmp_path / "large" / "run")
+
+
+def test_a_dev_shm_without_room_for_a_worker_is_one_line(tmp_path):
+    job = start_with_little_memory(tmp_path, "8k")
+    assert job.wait(150) == 2
+    expected = "largebatch: error: loader.num_workers: worker processes could not be started ([Errno 28] No space left on device)"
+    assert said_by(job).startswith(expected)
+    assert "Traceback" not in job.printed() and "ignored" not in job.printed() and not (tmp_path / "run").exists()
+
+
+def test_workers_that_cannot_be_started_leave_none(monkeypatch):
+    """The second of three meets a limit on processes: one line, and the first is ended."""
+    fork, calls = os.fork, []
+
+    def limited():
+        calls.append(1)
+        if len(calls) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return fork()
+
+    before = multiprocessing.active_children()
+    monkeypatch.setattr(os, "fork", limited)
+    with pytest.raises(UserError, match=r"worker processes could not be started .*ulimit -u"):
+        _Batches(range(16), [], LoaderConfig(num_workers=3), torch.device("cpu"), torch.float32, 5.0, lambda *_: None)
+    wait_until(lambda: multiprocessing.active_children() == before, 10, "no worker")
+
+
+def test_a_parcel_keeps_what_cannot_be_shared(monkeypatch):
+    batch = (torch.arange(6, dtype=torch.bfloat16).view(2, 3), torch.tensor([0, 1]), {1: "why"})
+    shared = _Parcel(batch)
+
+    def fail(*_):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    with monkeypatch.context() as patch:
+        patch.setattr(ForkingPickler, "dumps", fail)
+        kept, pinned = _Parcel(batch), _Parcel(batch).pin_memory()
+    assert shared.shortage is None and "No usable temporary directory" in kept.shortage
+    for parcel in (shared, kept, pinned):
+        inputs, targets, missing = parcel.open()
+        assert torch.equal(inputs, batch[0]) and torch.equal(targets, batch[1]) and missing == {1: "why"}

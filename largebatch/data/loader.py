@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import Queue, active_children
 from multiprocessing.connection import wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,12 +78,46 @@ class MicroBatch:
         return [place - sum(gap < place for gap in self.missing) for place in places if place not in self.missing]
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+class _NoWorkersError(UserError):
+    """Worker processes cannot be started here."""
+
+
+class _Parcel:
+    """A batch on its way from a worker: in memory that it shares with the rank, or as bytes where there is none to share.
+
+    It is packed before it is queued: what fails in the queue's own thread is dropped there, and waited for in vain.
+
+    Args:
+        batch: the batch.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch: Batch | None = None
+        self.shortage: str | None = None
+        try:
+            self.data = bytes(ForkingPickler.dumps(batch))
+        except (OSError, RuntimeError) as error:  # /dev/shm is full or missing, or there is no folder for a socket
+            self.data, self.shortage = pickle.dumps(batch), str(error)
+
+    def open(self) -> Batch:
+        """Return the batch; once, as the worker hands its memory over."""
+        return pickle.loads(self.data) if self.batch is None else self.batch
+
+    def pin_memory(self) -> _Parcel:
+        """Open it in pinned memory, as a DataLoader's thread for that asks."""
+        inputs, targets, *missing = self.open()
+        pinned: Any = (inputs.pin_memory(), targets.pin_memory(), *missing)
+        self.batch = pinned
+        return self
+
+
+def _packed(batch: Any) -> Any:
+    return batch if get_worker_info() is None else _Parcel(batch)
 
 
 def _bind_to_the_rank(dies_with_it: bool, _: int) -> None:
-    """Ignore, in a worker, what asks the run to stop: Slurm and Ctrl-C reach all processes, and the update needs its data.
+    """Ignore, in a worker, what asks the run to stop: Slurm, Ctrl-C and a terminal that closes reach all
+    processes, and the update needs its data.
 
     On Linux a worker dies with its rank: it holds copies of the rank's connections, which the other ranks see closed when it
     is gone. Elsewhere it looks for its rank every five seconds.
@@ -89,7 +125,7 @@ def _bind_to_the_rank(dies_with_it: bool, _: int) -> None:
     Args:
         dies_with_it: whether it may, as the kernel ends it with the thread that has started it.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if dies_with_it and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -136,12 +172,13 @@ class _Batches:
             _Guarded(samples, check),  # type: ignore[arg-type]  # a Samples is fetched by __getitems__, with the keys of its batch sampler
             batch_sampler=batch_sampler,
             num_workers=config.num_workers,
-            collate_fn=_as_is,
+            collate_fn=_packed,
             pin_memory=device.type == "cuda",
             **workers,
         )
         before = signal.getsignal(signal.SIGCHLD)
-        self._batches = iter(loader)
+        self.shortage: str | None = None
+        self._batches = _started(loader)
         if threading.current_thread() is threading.main_thread():
             # Torch's own handler raises when a worker dies, wherever the rank is: in a save, in the middle of an update.
             signal.signal(signal.SIGCHLD, before)
@@ -195,7 +232,11 @@ class _Batches:
         """Return the next batch, None where there is none yet."""
         assert self._waits_since is not None
         try:
-            return next(self._batches)
+            batch = next(self._batches)
+            if isinstance(batch, _Parcel):
+                self.shortage = batch.shortage or self.shortage
+                return batch.open()
+            return batch
         except UserError as error:
             # A worker's error arrives with its traceback in the message; the last line is what was raised.
             line = str(error).strip().splitlines()[-1]
@@ -251,6 +292,26 @@ class _Batches:
         """Return the ids of the workers that are stopped or wait for a disk, or of the one whose turn it is."""
         found = [str(worker.pid) for worker in self._workers if _state(worker.pid) in ("T", "t", "D")]
         return ", ".join(found) or str(self._workers[self._count % len(self._workers)].pid)
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Return a loader's iterator, which starts its workers.
+
+    Raises:
+        _NoWorkersError: if they cannot be started; none of them is left.
+    """
+    others = active_children()
+    try:
+        if loader.num_workers:
+            Queue()  # an iterator that gets none complains a second time when it is thrown away
+        return iter(loader)
+    except OSError as error:
+        for worker in set(active_children()).difference(others):
+            worker.kill()  # they ignore what asks them to end
+        raise _NoWorkersError(
+            f"loader.num_workers: worker processes could not be started ({error}); they need a /dev/shm "
+            "that can be written to (docker run --shm-size) and leave to start processes (ulimit -u); 0 loads without any"
+        ) from error
 
 
 def _ending(code: int) -> str:
@@ -361,6 +422,7 @@ class TrainLoader:
             known=known,
         )
         self._batches: _Batches | None = None
+        self._told = False
 
     def begin(self, sampler: PlanSampler) -> None:
         """Load from here on what a sampler says enters the micro-batches of this rank."""
@@ -377,6 +439,16 @@ class TrainLoader:
         pieces = self.sampler.pieces(batch_size)
         for number, piece in enumerate(pieces, start=1):
             yield self._batches.next(piece.stop - piece.start, piece.start), number == len(pieces)
+
+    def shortage(self) -> str | None:
+        """Return, once, that batches take the long way from the workers, and why; None as long as they do not."""
+        if self._told or self._batches is None or self._batches.shortage is None:
+            return None
+        self._told = True
+        return (
+            f"no shared memory for workers' batches ({self._batches.shortage}): they are sent as bytes, which takes longer; "
+            "give /dev/shm more room (docker run --shm-size 8g), or set a lower loader.num_workers or loader.prefetch"
+        )
 
     def close(self) -> None:
         """End the workers."""
@@ -404,7 +476,11 @@ def evaluation_batches(
     parts = [mine[start : start + batch_size] for start in range(0, most, batch_size)]
     loaded = [part if len(part) else np.zeros(1, dtype=np.int64) for part in parts]
     keys = [SampleKeys(np.zeros(len(part), dtype=np.int64), part) for part in loaded]
-    batches = _Batches(samples, keys, config, device, dtype, timeout_seconds, check)
+    try:
+        batches = _Batches(samples, keys, config, device, dtype, timeout_seconds, check)
+    except _NoWorkersError:  # the training's take what there is
+        alone = config.model_copy(update={"num_workers": 0})
+        batches = _Batches(samples, keys, alone, device, dtype, timeout_seconds, check)
     try:
         for part in parts:
             yield batches.next(len(part))
