@@ -241,7 +241,8 @@ class Trainer:
             attendance.add(micro_batch)
             if is_last and self._counts_samples:
                 self._note_unreadable(attendance.call(backend), self.progress.samples_seen + batch_size)
-            with backend.accumulate(sync=is_last), self._choice(micro_batch, batch_size, squared):
+            idle = micro_batch.num_samples == 0
+            with backend.accumulate(sync=is_last, idle=idle), self._choice(micro_batch, batch_size, squared):
                 backend.backward(self.loss_sum(micro_batch) / batch_size)
         num_samples, num_units = attendance.num_samples, attendance.num_units  # what came
         if hasattr(self.optimizer, "set_batch"):  # Quench needs it without squares too

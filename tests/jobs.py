@@ -47,6 +47,24 @@ class SlowMLP(torch.nn.Module):
         return self.layers(x)
 
 
+def parting_mlp(task):
+    """An MLP with two ways of unlike size, of which rank 1 takes the other in its third pass."""
+    return PartingMLP(task.num_outputs)
+
+
+class PartingMLP(torch.nn.Module):
+    def __init__(self, num_outputs):
+        super().__init__()
+        self.calls = 0
+        self.ways = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(64, width), torch.nn.Linear(width, num_outputs)) for width in (32, 48)
+        )
+
+    def forward(self, x):
+        self.calls += self.training
+        return self.ways[self.calls == 3 and os.environ.get("RANK") == "1"](x.flatten(1))
+
+
 CONFIG = {
     "data": {"name": "digits"},
     "model": {"name": "jobs:slow_mlp"},

@@ -92,6 +92,21 @@ def test_a_rank_is_killed(tmp_path, victim):
     check_kept(tmp_path)
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_ranks_that_run_other_modules_where_weights_are_cut(tmp_path, engine):
+    """They meet in collectives of different sizes, which may end a process in the midst of one: the other knows why."""
+    backend = {"name": engine, "timeout_seconds": TIMEOUT, **({"zero_stage": 3} if engine == "deepspeed" else {})}
+    config = write_config(tmp_path, model={"name": "jobs:parting_mlp"}, backend=backend, schedule={"epochs": 2})
+    text = config.read_text().replace("second_moment: sample", "second_moment: batch")
+    config.write_text(text)
+    ranks = start_ranks(tmp_path, config)
+    codes = [rank.wait(150) for rank in ranks]
+    said = " ".join(rank.printed() for rank in ranks)
+    print(codes, *(rank.printed()[-600:] for rank in ranks), sep="\n")
+    assert 0 not in codes
+    assert "module 'ways." in said and "use --backend.name ddp" in said
+
+
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_rank_hangs(tmp_path, victim):
     ranks = start_long(tmp_path)

@@ -143,8 +143,14 @@ class Backend(Protocol):
         """Return the context of a forward pass."""
         ...
 
-    def accumulate(self, sync: bool) -> AbstractContextManager[Any]:
-        """Return the context of one micro-batch's forward and backward pass; gradients are reduced where ``sync``."""
+    def accumulate(self, sync: bool, idle: bool = False) -> AbstractContextManager[Any]:
+        """Return the context of one micro-batch's forward and backward pass.
+
+        Args:
+            sync: whether it is the update's last, in which gradients are reduced. A parameter to which none of the update's
+                passes gave a gradient, on any rank, has none afterwards, and the step leaves it alone.
+            idle: whether it stands in for samples that this rank does not have, and counts as no use of a parameter.
+        """
         ...
 
     def backward(self, loss: Tensor) -> None:

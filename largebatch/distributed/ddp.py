@@ -16,6 +16,7 @@ from largebatch.distributed.backend import Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.squares import VARIANCE, HookedSquares
 from largebatch.distributed.state import read_tensors, tensor_metadata
+from largebatch.distributed.usage import Usage
 from largebatch.moments import is_shadow, shadows
 from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.reduce import sum_over_ranks
@@ -89,6 +90,7 @@ class DataParallel(Engine):
         self._shadows = of_samples
         if self.world_size == 1:
             return called, build_optimizer(model)
+        self.note_use(model)
         ignored = [name for name, p in called.named_parameters(remove_duplicate=False) if is_shadow(p)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(called, ignored)
         # Buffers are not broadcast: batch statistics are summed once per update instead (models/norm.py), others aligned.
@@ -114,9 +116,9 @@ class DataParallel(Engine):
             self.hooked.shrink(num_samples, num_units)
 
     @contextmanager
-    def accumulate(self, sync: bool) -> Iterator[None]:
+    def accumulate(self, sync: bool, idle: bool = False) -> Iterator[None]:
         """Run one micro-batch; DDP reduces gradients in the backward pass of the one with ``sync``, squares are after it."""
-        with nullcontext() if sync or self.wrapper is None else self.wrapper.no_sync():
+        with nullcontext() if sync or self.wrapper is None else self.wrapper.no_sync(), self.noting_use(sync, idle):
             yield
         if self.hooked is not None:
             self.hooked.passes += 1
@@ -124,6 +126,18 @@ class DataParallel(Engine):
             self.hooked.reduce(self.world_size, self.factor)
         elif sync and self.world_size > 1 and self._shadows:
             self._reduce_shadows()
+
+    def fill_up(self, usage: Usage) -> None:
+        """Give zeros to the parameters that the pass did not reach: DDP waits for all of them.
+
+        A backward pass of its own does so, from these leaves alone. DDP's find_unused_parameters would search the graph of
+        every forward pass instead, and refuse re-entrant activation checkpoints, whose parameters are not in it.
+        """
+        trained = [parameters[0] for parameters in self.named_gradients.values()]
+        missing = [p for number, p in enumerate(trained) if number not in usage.reached]
+        if missing:
+            with nullcontext() if self.hooked is None else self.hooked.paused():
+                torch.autograd.backward(missing, [torch.zeros_like(p) for p in missing])
 
     def _reduce_shadows(self) -> None:
         """Average the squares of samples over the ranks, as DDP does the gradients."""

@@ -24,24 +24,27 @@ from torch.autograd.graph import saved_tensors_hooks
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.partitions import PARAMETER, Partitions, Piece
+from largebatch.distributed.route import ADVICE
 from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_into, read_tensors, tensor_metadata
+from largebatch.distributed.usage import Found
 from largebatch.moments import check_statistics, is_shadow
 from largebatch.optim import LAMB, LARS, is_shadow_group, scale_gradients
-from largebatch.section import UserError
+from largebatch.section import SharedError, UserError
 
 
 class SteppedByGroup(torch.optim.Optimizer):
     """Stands between DeepSpeed and an optimizer: DeepSpeed steps one partition of one group at a time.
 
     The optimizer is shown the pieces of a partition, each a parameter or the part of it that lies here, so that it keeps
-    state and counts by parameter. It pairs a group with the group of shadows before it: a partition of shadows waits, with
-    its squares, for its weights' partition, which is laid out alike.
+    state and counts by parameter, and leaves alone one that had no gradient. It pairs a group with the group of shadows
+    before it: a partition of shadows waits, with its squares, for its weights' partition, which is laid out alike.
 
     Args:
         optimizer: the optimizer; its groups and state are shared.
 
     Attributes:
         partitions: where the pieces lie, once DeepSpeed has cut the parameters.
+        unused: the parameters without a gradient in the coming update.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -50,6 +53,7 @@ class SteppedByGroup(torch.optim.Optimizer):
         self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
         self.all_groups = optimizer.param_groups
         self.partitions: Partitions | None = None
+        self.unused: set[nn.Parameter] = set()
         self.begin()
 
     def begin(self) -> None:
@@ -65,7 +69,7 @@ class SteppedByGroup(torch.optim.Optimizer):
         ((group, partition),) = [(g, p) for g in self.param_groups for p in g["params"]]
         pieces = self.partitions.pieces_in(partition)
         for piece in pieces:
-            piece.view.grad = piece.cut(partition.grad)
+            piece.view.grad = None if piece.parameter in self.unused else piece.cut(partition.grad)
         if is_shadow_group(group):
             self.waiting.append((group, pieces))
             return
@@ -100,7 +104,9 @@ class DeepSpeed(Engine):
         self.deepspeed = require_deepspeed(device)
         super().__init__(ranks, device, precision)
         self.config = config
-        self.stage = int(config["zero_optimization"]["stage"])
+        zero = config["zero_optimization"]
+        self.stage = int(zero["stage"])
+        self.offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         self.name = f"DeepSpeed ZeRO-{self.stage}"
         self.local_rank = ranks.local_rank
         self.good_updates = 0
@@ -117,6 +123,10 @@ class DeepSpeed(Engine):
                 f"optimizer.name: {type(optimizer).__name__.lower()} needs whole layers, which ZeRO-{self.stage} cuts up; "
                 "use --backend.zero_stage 0, or --backend.name ddp or fsdp"
             )
+        self.note_use(model)
+        if self.stage > 0 and self.world_size > 1:
+            owners = [(name, m) for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+            self.compare_routes(owners)
         self.client = SteppedByGroup(optimizer) if self.stage > 0 else None
         os.environ["LOCAL_RANK"] = str(self.local_rank)  # DeepSpeed takes its device from there
         with _nothing_compiled():
@@ -135,10 +145,34 @@ class DeepSpeed(Engine):
             self.by_size.setdefault(parameter.ds_numel, []).append(parameter)  # type: ignore[attr-defined]
         return self.wrapper, optimizer
 
-    def accumulate(self, sync: bool) -> AbstractContextManager[Any]:
-        """Return the context of one micro-batch; DeepSpeed learns here whether it is the update's last."""
+    @contextmanager
+    def accumulate(self, sync: bool, idle: bool = False) -> Iterator[None]:
+        """Run one micro-batch; DeepSpeed learns here whether it is the update's last."""
         self.wrapper.set_gradient_accumulation_boundary(sync)
-        return nullcontext() if self.stage < 3 else saved_tensors_hooks(self._save, _restore)
+        saved = nullcontext() if self.stage < 3 else saved_tensors_hooks(self._save, _restore)
+        with self.noting_use(sync, idle), saved:
+            yield
+
+    def leave_alone(self, found: Found) -> None:
+        """Take their gradients, and their shadows', from parameters that no pass of the update used.
+
+        Raises:
+            SharedError: if ZeRO has reduced gradients of other parameters on one rank than on another, or has lost some.
+        """
+        if self.client is None:
+            super().leave_alone(found)
+        elif found.parted:
+            raise SharedError(
+                f"model: in one update some ranks used parameter '{found.parted[0]}' and others did not, which {self.name} "
+                f"cannot do: {ADVICE}"
+            )
+        elif found.early and self.offloads:  # it hands over what the last pass reaches
+            raise SharedError(
+                f"model: the last micro-batch of an update did not use parameter '{found.early[0]}', which one before it did: "
+                f"{self.name} with offload_optimizer loses its gradient; do not offload, or use --backend.name ddp or fsdp"
+            )
+        else:
+            self.client.unused = {parameter for name in found.unused for parameter in self.named_gradients[name]}
 
     def _save(self, tensor: Tensor) -> Tensor | tuple[nn.Parameter, torch.Size, tuple[int, ...]]:
         """Keep, of a weight that autograd saves for the backward pass, only which one it is.
@@ -154,6 +188,7 @@ class DeepSpeed(Engine):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's share of the batch's mean loss."""
         self.losses_finite &= loss.detach().isfinite()
+        self.agree_on_route()
         self.wrapper.backward(self.scaler.scale(loss * self.world_size), scale_wrt_gas=False)
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> float:
@@ -179,6 +214,7 @@ class DeepSpeed(Engine):
         if self.scaler.is_enabled():
             self._adapt_scale(scale, applied)
         self.losses_finite.fill_(True)
+        self.partitions.clear_gradients()
         return norm
 
     def local_sums(self, parameters: list[nn.Parameter], shadows: list[nn.Parameter]) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
+from largebatch.distributed.route import ADVICE, Route
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
+from largebatch.distributed.usage import Found, Usage, trained_parameters
 from largebatch.distributed.watch import RankWatch, open_group, open_store
 from largebatch.moments import check_statistics, is_shadow, shadows, track, tracked_parameters
 from largebatch.moments.presence import largest_gradient
@@ -64,6 +66,9 @@ class Engine(ABC):
         watch: tells which rank is missing when the ranks lose each other.
         timeout_seconds: how long ranks wait for each other, and for a worker of the data loader.
         losses_finite: bool, whether this rank's losses since the last update were finite.
+        named_gradients: the trained parameters by name, each with its shadow where it has one.
+        route: compares which modules the ranks run; None where they may run any.
+        usage: tells which parameters took part in an update; None where torch leaves the others without a gradient.
     """
 
     name = "engine"
@@ -79,6 +84,9 @@ class Engine(ABC):
         self._announced, self._share = 1, 1.0  # samples of the update, and the part of them that could be read
         self.losses_finite = torch.ones((), dtype=torch.bool, device=device)
         self._aligned: list[str] = []  # buffers that ranks move by themselves
+        self.usage: Usage | None = None
+        self.route: Route | None = None
+        self.named_gradients: dict[str, list[nn.Parameter]] = {}
         self._measured: tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]] | None = None
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -102,7 +110,7 @@ class Engine(ABC):
         """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters."""
 
     @abstractmethod
-    def accumulate(self, sync: bool) -> AbstractContextManager[Any]:
+    def accumulate(self, sync: bool, idle: bool = False) -> AbstractContextManager[Any]:
         """Return the context of one micro-batch's forward and backward pass; gradients are reduced where ``sync``."""
 
     def place(self, model: nn.Module) -> None:
@@ -156,6 +164,60 @@ class Engine(ABC):
         """Let backward passes collect squared gradients; before `prepare`. Here as shadows, which the engine reduces."""
         track(model, per, fallback=fallback)
 
+    def note_use(self, model: nn.Module, watch: bool = True) -> Usage:
+        """Begin to note which parameters of the model are used, as it is when its optimizer is built; return the notes.
+
+        Args:
+            model: with the parameters that the optimizer holds.
+            watch: whether they are the leaves that backward passes reach.
+        """
+        of_samples = shadows(model)
+        trained = trained_parameters(model)
+        self.named_gradients = {
+            name: [p, *([of_samples[name]] if name in of_samples else [])] for name, p in trained.items()
+        }
+        self.usage = Usage(trained)
+        if watch:
+            self.usage.watch(trained.items())
+        return self.usage
+
+    @contextmanager
+    def noting_use(self, sync: bool, idle: bool) -> Iterator[None]:
+        """Note which parameters the pass within uses; after the last of an update, take zeros from those that none did."""
+        if self.usage is not None:
+            self.usage.begin_pass(not idle)
+        if self.route is not None:
+            self.route.begin_pass()
+        yield
+        if sync and self.usage is not None:
+            self.usage.counts = False
+            self.fill_up(self.usage)
+            self.leave_alone(self.usage.collect(self.sum, self.device))
+
+    def compare_routes(self, named: Iterable[tuple[str, nn.Module]], advice: str = ADVICE) -> None:
+        """Hold the modules that the ranks run against each other, pass by pass."""
+        self.route = Route(named, self.watch.announce, self.name, advice)
+        self.watch.where = self.route.where
+
+    def agree_on_route(self) -> None:
+        """Refuse a pass in which the ranks ran other modules, where they may not; between forward and backward."""
+        if self.route is not None:
+            self.route.agree(self.sum, self._of_all_ranks, self.device)
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def fill_up(self, usage: Usage) -> None:  # noqa: B027  optional for an engine
+        """Give zeros to the parameters that the pass did not reach, where the reduction waits for them."""
+
+    def leave_alone(self, found: Found) -> None:
+        """Take their gradients, and their shadows', from parameters that no pass of the update used."""
+        for name in found.unused:
+            for parameter in self.named_gradients[name]:
+                parameter.grad = None
+
     def begin_update(self, batch_size: int, num_units: float, update: int) -> None:
         """Say what the coming update is: B, the units of its squares, its number in the run."""
         self._announced, self._share = batch_size, 1.0
@@ -183,6 +245,7 @@ class Engine(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's share of the batch's mean loss."""
         self.losses_finite &= loss.detach().isfinite()
+        self.agree_on_route()
         # The engine divides the sum over ranks by their number; the share is already divided by the global count.
         self.scaler.scale(loss * self.world_size if self.world_size > 1 else loss).backward()
 
@@ -351,6 +414,11 @@ class Engine(ABC):
         The wrapper goes first: a gloo process that still holds it at exit aborts in about half of the runs.
         """
         self.wrapper = None
+        if self.usage is not None:
+            self.usage.close()
+        if self.route is not None:
+            self.route.close()
+        self.named_gradients = {}
         gc.collect()
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,14 @@ from torch.distributed.tensor import DTensor
 from largebatch.distributed.backend import Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.gathering import gather_in, gather_nothing
+from largebatch.distributed.usage import Usage
 from largebatch.moments import shadows
 from largebatch.section import UserError, nearest
+
+ROUTE_ADVICE = (
+    "every rank has to gather the same modules in each pass; name modules in backend.shard that all of them run, around those "
+    "that differ, or use --backend.name ddp"
+)
 
 
 class FullyShard(Engine):
@@ -88,13 +95,21 @@ class FullyShard(Engine):
                     gather_in(weight, self.half)
         model.register_forward_hook(_cut_after_evaluation)
         self.wrapper = model
+        if self.world_size > 1:
+            usage = self.note_use(model, watch=False)
+            gathered = [(name, module) for name, module in model.named_modules() if module in {model, *modules}]
+            for name, module in gathered:
+                _watch_gathered(name, module, usage)
+                _reduce_unused(module)
+            self.compare_routes([(name or "(the rest)", module) for name, module in gathered], ROUTE_ADVICE)
         return model, build_optimizer(model)
 
     @contextmanager
-    def accumulate(self, sync: bool) -> Iterator[None]:
+    def accumulate(self, sync: bool, idle: bool = False) -> Iterator[None]:
         """Run one micro-batch; whole gradients add up on each rank until the one with ``sync`` reduces them."""
         self.wrapper.set_requires_gradient_sync(sync)
-        yield
+        with self.noting_use(sync, idle):
+            yield
 
     def largest_gradient(self, parameter: nn.Parameter) -> float | None:
         """Return the largest absolute element of a gradient, or of a sum of squares, over all ranks; None without one."""
@@ -120,6 +135,44 @@ class FullyShard(Engine):
         """Return the Euclidean norm over the parts of all ranks."""
         # Squared in float64, where a norm that float32 can hold does not overflow.
         return self.sum(super().gradient_norm(grads).double().square()).sqrt()
+
+
+def _reduce_unused(module: nn.Module) -> None:
+    """Let a module reduce zeros for the parameters of its own that have no gradient on this rank: others may have one."""
+    assert isinstance(module, FSDPModule)
+    if hasattr(module, "set_reduce_scatter_unused_params"):  # since torch 2.13
+        module.set_reduce_scatter_unused_params(True, recurse=False)
+        return
+    group: Any = module._get_fsdp_state()._fsdp_param_group
+    if group is None:
+        return
+    reduce = group.post_backward
+
+    def fill_up_and_reduce(*arguments: Any) -> None:
+        for p in group.fsdp_params if group.reduce_grads else ():
+            whole = getattr(p, "_unsharded_param", None)
+            if (
+                whole is not None
+                and whole.requires_grad
+                and whole.grad is None
+                and p.unsharded_accumulated_grad is None
+            ):
+                p.unsharded_accumulated_grad = torch.zeros(whole.shape, dtype=whole.dtype, device=whole.device)
+        reduce(*arguments)
+
+    group.post_backward = fill_up_and_reduce
+
+
+def _watch_gathered(path: str, module: nn.Module, usage: Usage) -> None:
+    """Watch the whole parameters that a module gathers: they are there in its first pass, and stay the same ones."""
+    prefix = f"{path}." if path else ""
+
+    def watch(*_: object) -> None:
+        whole = ((prefix + name, p) for name, p in module.named_parameters() if not isinstance(p, DTensor))
+        usage.watch((name, p) for name, p in whole if p.requires_grad)
+        handle.remove()
+
+    handle = module.register_forward_pre_hook(watch)
 
 
 def _cut_after_evaluation(model: nn.Module, *_: object) -> None:

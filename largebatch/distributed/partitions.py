@@ -126,6 +126,14 @@ class Partitions:
         held = self.zero.averaged_gradients
         return [list(held.get(index) or []) for index in range(len(self.flat))]
 
+    def clear_gradients(self) -> None:
+        """Forget the gradients of an update: ZeRO-3, and where it offloads, keeps those of what the next one does not use."""
+        if self.stage == 3:
+            self.zero.grad_partitions_flat_buffer.zero_()
+        for flat in self.flat if self.stage > 0 else ():
+            if flat.grad is not None:
+                flat.grad.zero_()
+
     def largest_gradients(self) -> dict[nn.Parameter, float]:
         """Return for each parameter the largest absolute element of its gradient, over all ranks."""
         number = {parameter: index for index, parameter in enumerate(self.shapes)}

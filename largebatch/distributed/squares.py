@@ -16,7 +16,8 @@ takes ghat^2 for its variance: what one of two units alone would have said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +70,13 @@ class HookedSquares:
         """Say, before the last backward pass, that fewer samples make up the update than `begin` said."""
         self._batch_size, self._num_units = batch_size, num_units
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Return a context whose backward passes are of no micro-batch."""
+        due, self.hooks.due = self.hooks.due, False
+        yield
+        self.hooks.due = due
+
     @torch.no_grad()
     def reduce(self, world_size: int, factor: float = 1.0) -> None:
         """Sum the squares over the ranks; after the last backward pass of the update.
@@ -83,7 +91,14 @@ class HookedSquares:
         self._world_size, self._mean = world_size, factor
         if not self.hooks.due:
             return
+        # Of a parameter that no rank used nothing is measured; its variance waits on.
+        unused = (
+            [slot for slot in self.hooks.slots.values() if slot.parameter.grad is None] if self._has_variance else []
+        )
+        kept = [slot.region.clone() for slot in unused]
         units = self.hooks.collect()
+        for slot, variance in zip(unused, kept, strict=True):
+            slot.region.copy_(variance)
         if units is None:
             return
         expected = self.passes * world_size

@@ -13,6 +13,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -40,6 +41,9 @@ _SIGNS = (
     "Broken pipe",
     "NCCL",
 )
+
+
+PARTED = "the last passes of the ranks ran other modules, which this engine cannot do"
 
 
 def short_cause(text: str) -> str:
@@ -77,11 +81,15 @@ class RankWatch:
         store: of the process group; None where it is not known, and nothing can be told.
         rank: this process.
         world_size: number of ranks.
+
+    Attributes:
+        where: returns what to add on where this rank was, or nothing.
     """
 
     def __init__(self, store: dist.Store | None, rank: int, world_size: int) -> None:
         self.store = None if store is None else dist.PrefixStore("largebatch/watch", store)
         self.rank, self.world_size = rank, world_size
+        self.where: Callable[[], str] = str
         if self.store is not None:
             self.store.set(f"place/{rank}", f"{platform.node()}, process {os.getpid()}")
 
@@ -91,6 +99,25 @@ class RankWatch:
             # Where the rank that keeps the store is gone, the others find out alike.
             with suppress(RuntimeError):
                 self.store.set(f"account/{self.rank}", f"{'own' if is_own else 'peer'} {cause}")
+
+    def announce(self, line: str) -> None:
+        """Leave a line that begins with the number of a pass: how this rank's pass differs from the one before."""
+        if self.store is not None:
+            with suppress(RuntimeError):
+                self.store.set(f"route/{self.rank}", line)
+
+    def _parted(self) -> str:
+        """Return a word on ranks whose last passes ran other modules, which would be why one of them is gone; else nothing."""
+        assert self.store is not None
+        lines = {
+            r: self.store.get(f"route/{r}").decode() for r in range(self.world_size) if self.store.check([f"route/{r}"])
+        }
+        last = max((int(line.split()[0]) for line in lines.values()), default=0)
+        told = {rank: line.partition(" ")[2] for rank, line in lines.items() if int(line.split()[0]) == last}
+        if not told or (len(told) == self.world_size and len(set(told.values())) == 1):
+            return ""
+        listed = "; ".join(f"rank {rank} {line}" for rank, line in told.items())
+        return f"; {PARTED}: {listed}"
 
     def explain(self, cause: str, grace_seconds: float = GRACE_SECONDS) -> str:
         """Return who is missing or failed by itself, after waiting for the accounts of the others.
@@ -110,9 +137,9 @@ class RankWatch:
         with handled_by(signal.SIGTERM, signal.SIG_IGN):
             asking.start()
             asking.join(grace_seconds + 2.0)
-        if answers:
-            return answers[0]
-        return f"no word from rank 0, which keeps the ranks' meeting place: dead, hanging or cut off ({cause})"
+        silent = f"no word from rank 0, which keeps the ranks' meeting place: dead, hanging or cut off ({cause})"
+        said = answers[0] if answers else silent
+        return said if PARTED in said else said + self.where()
 
     def _ask(self, cause: str, grace_seconds: float) -> str:
         assert self.store is not None
@@ -120,6 +147,7 @@ class RankWatch:
         try:
             waiting = self._wait_for_accounts(grace_seconds)
             accounts = {r: self.store.get(f"account/{r}").decode() for r in range(self.world_size) if r not in waiting}
+            parted = self._parted()
             missing = [f"rank {rank} ({self.store.get(f'place/{rank}').decode()})" for rank in waiting]
         except RuntimeError:
             return f"rank 0, which keeps the ranks' meeting place, is gone or cannot be reached: its own log says why ({cause})"
@@ -127,8 +155,8 @@ class RankWatch:
         if own:
             return "; ".join(own)
         if missing:
-            return f"no word from {', '.join(missing)}: dead, hanging or cut off ({cause})"
-        return f"the link between the ranks broke ({cause})"
+            return f"no word from {', '.join(missing)}: dead, hanging or cut off ({cause}){parted}"
+        return f"the link between the ranks broke ({cause}){parted}"
 
     def _wait_for_accounts(self, grace_seconds: float) -> list[int]:
         """Return the other ranks that leave no account in this time."""

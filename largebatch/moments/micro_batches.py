@@ -138,9 +138,9 @@ class MicroBatchSquares:
     def _hook(self, slot: Slot) -> Callable[[Tensor], None]:
         ours = weakref.ref(self)
 
-        def hook(gradient: Tensor) -> None:
+        def hook(gradient: Tensor | None) -> None:
             squares = ours()
-            if squares is not None and squares.due:
+            if gradient is not None and squares is not None and squares.due:  # None of a function that has none for it
                 squares._observe(slot, gradient.detach() if gradient.requires_grad else gradient)
 
         hook.__torch_unserializable__ = True  # type: ignore[attr-defined]  # it is put on again where it belongs

@@ -140,7 +140,7 @@ class Base:
             raise UserError(
                 f"track: parameter '{self.name}' has another shape than when track() was called; call it again"
             )
-        if self.parameter._backward_hooks:
+        if not all(getattr(hook, "only_looks", False) for hook in (self.parameter._backward_hooks or {}).values()):
             raise UserError(
                 f"track: parameter '{self.name}' has a hook (register_hook), which may change its gradient, unseen by "
                 "squares of samples; remove it, or use per='micro_batch'"
