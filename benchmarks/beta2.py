@@ -28,7 +28,7 @@ from words import MLP, numbered
 
 import largebatch
 from largebatch.models.gpt import GPT
-from largebatch.schedules import Warmup
+from largebatch.scaling.schedules import Warmup
 
 REFERENCE, VALIDATION, MARKS = 16, 1_024, 16
 SAMPLES = {"bytes": 196_608, "words": 98_304, "gpt": 49_152}

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from largebatch.checkpoint import CheckpointConfig, CheckpointFolder
-from largebatch.distributed import CheckpointWriter
+from largebatch.checkpoint.folder import CheckpointConfig, CheckpointFolder
+from largebatch.checkpoint.writer import CheckpointWriter
 from largebatch.distributed.state import named_state
 from largebatch.models import GPT
 from largebatch.models.resnet import ResNet50Config

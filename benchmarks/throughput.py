@@ -23,15 +23,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from largebatch.config import Run
-from largebatch.config_file import check_config
+from largebatch.config.file import check_config
+from largebatch.config.schema import Run
 from largebatch.data import Source, TensorSamples
 from largebatch.distributed import Backend, create_backend, launched_ranks
-from largebatch.planning import build_plan
-from largebatch.run import build_model
+from largebatch.planner.resolve import build_plan
+from largebatch.reporting.loggers import JsonLines
 from largebatch.task import Task
-from largebatch.tracking import JsonLines
-from largebatch.trainer import Trainer
+from largebatch.training.run import build_model
+from largebatch.training.trainer import Trainer
 
 SAMPLES = 8192
 

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from largebatch.launched import Place, is_under_torchrun, launched_place
-from largebatch.output import outlive_output, output_failure
-from largebatch.section import LostRankError, LostWorkerError, UserError, displayable, user_path
-from largebatch.surroundings import settle
+from largebatch.errors import LostRankError, LostWorkerError, UserError
+from largebatch.process.launched import Place, is_under_torchrun, launched_place
+from largebatch.process.output import outlive_output, output_failure
+from largebatch.process.surroundings import settle
+from largebatch.section import displayable, user_path
 
 EXIT_CODES = {
     "finished": 0,
@@ -171,8 +172,8 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
     if known.command == "inspect":
         if rest:
             raise UserError(f"command line: inspect takes one path, got '{rest[0]}' too")
-        from largebatch.inspection import inspect
-        from largebatch.report import create_console
+        from largebatch.reporting.inspection import inspect
+        from largebatch.reporting.tables import create_console
 
         return 0 if inspect(user_path(known.path, "inspect"), create_console()) else EXIT_CODES["damaged"]
     if known.help and known.config is None:
@@ -184,13 +185,13 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         print(_usage(known.command))
         return 0
     if known.command == "study":
-        from largebatch.study import run_study
+        from largebatch.studies.study import run_study
 
         return run_study(known.config, known.out and user_path(known.out, "--out"), known.jobs, rest)
 
-    from largebatch.config_file import load_config, parse_flags
-    from largebatch.help import describe_settings
-    from largebatch.report import create_console
+    from largebatch.config.file import load_config, parse_flags
+    from largebatch.config.help import describe_settings
+    from largebatch.reporting.tables import create_console
 
     flags = parse_flags(rest)
     if known.command == "noise":
@@ -202,7 +203,7 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         console.print(describe_settings(run), highlight=False)
         return 0
     if known.command == "plan":
-        from largebatch.planning import describe_plan, say_warnings
+        from largebatch.planner.resolve import describe_plan, say_warnings
 
         if known.world_size < 1:
             raise UserError(f"--world-size: expected at least 1 rank, got {known.world_size}")
@@ -211,14 +212,14 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         return 0
 
     if known.command == "bench":
-        from largebatch.bench import bench
+        from largebatch.studies.bench import bench
 
         bench(run, known.updates, console)
         return 0
 
-    from largebatch.resume import run_folder_of
-    from largebatch.run import train
-    from largebatch.run_folder import default_folder
+    from largebatch.training.resume import run_folder_of
+    from largebatch.training.run import train
+    from largebatch.training.run_folder import default_folder
 
     if known.out is None and known.resume == "auto":
         raise UserError("--resume: auto needs --out, the run folder to continue or to begin")
@@ -229,7 +230,7 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         folder = default_folder(known.config.stem) if is_default else run_folder_of(known.resume)
     result = train(run, folder, console, warnings=tuple(warnings), resume=known.resume, may_rename=is_default)
     if known.command == "noise" and result.folder is not None:
-        from largebatch.report import say_noise
+        from largebatch.reporting.tables import say_noise
 
         say_noise(console, result.folder)
     if result.summary.message and result.folder is not None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 
 def num_ranks(group: dist.ProcessGroup | None = None) -> int:

@@ -1,17 +1,18 @@
-"""The base of every config section, and the one exception a user's mistake raises."""
+"""The base of every config section, and what the fields of sections share."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from largebatch.errors import UserError, nearest
 
 # Beyond what any run has, and what dates, sizes and float32 can hold.
 LARGEST = 10**12
@@ -25,34 +26,6 @@ NumSamples = Annotated[int, Field(ge=1, le=2**53)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Side = Annotated[int, Field(ge=1, le=2**14)]
 Depth = Annotated[int, Field(ge=1, le=2**12)]
-
-
-class UserError(ValueError):
-    """A mistake the user can mend: shown as one line, without a traceback, with exit code 2.
-
-    The message says where, what was expected, what came, and what to do.
-
-    Attributes:
-        everywhere: every rank meets the same mistake (a config, say), so one of them says it for all.
-    """
-
-    everywhere = True
-
-
-class SharedError(UserError):
-    """A mistake of a rank, or of them all, that every rank was told of: one line a node says it."""
-
-
-class UnreadableError(SharedError):
-    """Samples cannot be read, and the run cannot or shall not go on without them."""
-
-
-class LostRankError(RuntimeError):
-    """The ranks can no longer reach each other; the message names those that are missing or failed first."""
-
-
-class LostWorkerError(RuntimeError):
-    """A worker process of a data loader died or hangs; the message names it and says what to do."""
 
 
 class Section(BaseModel):
@@ -139,18 +112,6 @@ def _escaped(letter: str) -> str:
     if "\udc80" <= letter <= "\udcff":  # a byte that is not UTF-8
         return f"\\x{ord(letter) - 0xDC00:02x}"
     return letter.encode("unicode_escape", "surrogatepass").decode()
-
-
-def first_few(items: Sequence[str], separator: str = "; ", most: int = 5) -> str:
-    """Return the first few of several in one line, with the number of the others."""
-    more = f" and {len(items) - most:,} more" if len(items) > most else ""
-    return separator.join(items[:most]) + more
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the closest known word, or the empty string."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean '{match[0]}'?)" if match else ""
 
 
 def import_factory(path: str, where: str) -> Callable[..., Any]:

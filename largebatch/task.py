@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from largebatch.section import UserError, nearest
+from largebatch.errors import UserError, nearest
 
 TaskKind = Literal["classification", "language_modeling", "regression"]
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from largebatch.checkpoint import CheckpointFolder, find_problems, read_state
+from largebatch.checkpoint.folder import CheckpointFolder, find_problems, read_state
 from largebatch.cli import main as run_command
 from largebatch.distributed.state import read_tensors, tensor_metadata
 

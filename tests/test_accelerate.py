@@ -13,7 +13,7 @@ from test_deepspeed import needs_deepspeed
 
 from largebatch.distributed import BackendConfig, Ranks, create_backend
 from largebatch.distributed.accelerate import launched
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="not installed: accelerate")
 CONFIG = BackendConfig(name="accelerate", squares_dtype="bfloat16")

@@ -4,13 +4,13 @@ import copy
 import doctest
 import math
 
+import largebatch.adascale
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import largebatch.adascale
-from largebatch.adascale import AdaScale, adascale_gain
-from largebatch.section import UserError
+from largebatch.errors import UserError
+from largebatch.noise.adascale import AdaScale, adascale_gain
 
 moments = st.floats(0.0, 1e12)
 

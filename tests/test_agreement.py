@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from test_trainer import digits
 from torch import nn
 
-from largebatch.agreement import difference, show_model, show_run
-from largebatch.checkpoint import CheckpointFolder
+from largebatch.checkpoint.folder import CheckpointFolder
 from largebatch.distributed import Meeting, Ranks
 from largebatch.distributed import meeting as meeting_module
 from largebatch.distributed.meeting import name_ranks
-from largebatch.run import build_model, train
-from largebatch.section import LostRankError, UserError
+from largebatch.errors import LostRankError, UserError
 from largebatch.task import Task
+from largebatch.training.agreement import difference, show_model, show_run
+from largebatch.training.run import build_model, train
 
 SHORT = {"schedule.epochs": 0.5, "warmup.name": "none", "warmup.epochs": 0.0}
 
@@ -82,7 +82,7 @@ def test_one_rank_that_resumes_is_refused(rank_pool, tmp_path):
 
 def _resume_from_own_disk(rank, world_size, folders):
     """Each rank reads another file under the checkpoint's name, as if its node had a disk of its own."""
-    from largebatch import run as run_module
+    from largebatch.training import run as run_module
 
     see = run_module.show_checkpoint
     run_module.show_checkpoint = lambda path: (

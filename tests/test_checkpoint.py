@@ -21,9 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer import digits
 
-from largebatch import stopping
-from largebatch import trainer as trainer_module
-from largebatch.checkpoint import (
+from largebatch.checkpoint.folder import (
     MANIFEST,
     STATE,
     CheckpointFolder,
@@ -34,12 +32,13 @@ from largebatch.checkpoint import (
 )
 from largebatch.cli import main
 from largebatch.data import TensorSamples
-from largebatch.distributed import Ranks
+from largebatch.distributed import Ranks, stopping
 from largebatch.distributed.state import read_tensors, tensor_metadata
-from largebatch.run import train
-from largebatch.section import UserError
-from largebatch.stopping import StopRequest
-from largebatch.tracking import read_metrics
+from largebatch.distributed.stopping import StopRequest
+from largebatch.errors import UserError
+from largebatch.reporting.loggers import read_metrics
+from largebatch.training import trainer as trainer_module
+from largebatch.training.run import train
 
 TESTS = Path(__file__).parent
 # A checkpoint every few updates, by samples and not by the clock.
@@ -53,7 +52,7 @@ GROWING = {"schedule.name": "step", "schedule.milestones_epochs": [0.6, 1.2], "s
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """Drawing curve.png takes longer than most of these runs."""
-    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.reporting.plots.plot_run", lambda *_: None)
 
 
 def rows(folder):
@@ -565,7 +564,7 @@ def test_a_row_that_is_cut_short_is_not_read(trained, tmp_path):
 
 
 def test_a_run_folder_is_held_by_one_process(tmp_path):
-    from largebatch.checkpoint import locked
+    from largebatch.checkpoint.folder import locked
 
     with (
         locked(tmp_path),
@@ -865,7 +864,7 @@ def test_a_run_that_cannot_go_on_stops_with_its_last_good_state(case, tmp_path):
 
 
 def test_skipping_does_not_go_with_a_variance_that_is_kept():
-    from largebatch.planning import build_plan
+    from largebatch.planner.resolve import build_plan
 
     with pytest.raises(UserError, match=r"squares_every.*skip"):
         build_plan(digits(**ADAMW, **{"optimizer.non_finite": "skip", "backend.squares_every": 2}), 1438)

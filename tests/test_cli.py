@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from largebatch.cli import main
-from largebatch.study import last_training_loss
-from largebatch.tracking import read_metrics
+from largebatch.reporting.loggers import read_metrics
+from largebatch.studies.study import last_training_loss
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -174,7 +174,7 @@ def test_help_shows_this_runs_values(capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_reads(path):
-    from largebatch.config_file import load_config
+    from largebatch.config.file import load_config
 
     run, warnings = load_config(path)
     assert not warnings
@@ -187,7 +187,7 @@ def test_every_config_reads(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_study_reads(path):
-    from largebatch.study import load_study
+    from largebatch.studies.study import load_study
 
     study, runs = load_study(path, {})
     crossed = 1 + (len(study.variants) - 1) * max(1, len(study.methods))

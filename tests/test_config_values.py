@@ -10,7 +10,7 @@ from test_trainer import digits
 
 from largebatch.cli import main
 from largebatch.distributed import Ranks
-from largebatch.run import train
+from largebatch.training.run import train
 
 
 def refused(capsys, *words):

@@ -10,22 +10,22 @@ import pytest
 import torch
 from test_trainer import digits
 
-from largebatch.checkpoint import STATE, CheckpointFolder
+from largebatch.checkpoint.folder import STATE, CheckpointFolder
 from largebatch.data import ImageFolder, Source, TensorSamples, Text, changed_parts, digest
 from largebatch.data.digest import _digest_of_tensor
 from largebatch.data.factory import MapSamples
 from largebatch.data.loader import LoaderConfig
 from largebatch.distributed import Ranks
-from largebatch.run import train
-from largebatch.section import UserError
+from largebatch.errors import UserError
 from largebatch.task import Task
+from largebatch.training.run import train
 
 TASK = Task("classification", (4,), 3)
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.reporting.plots.plot_run", lambda *_: None)
 
 
 def of(samples):

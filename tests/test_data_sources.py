@@ -28,7 +28,7 @@ from largebatch.data import (
     Text,
 )
 from largebatch.data.sampler import SampleKeys
-from largebatch.section import UserError
+from largebatch.errors import UserError
 from largebatch.task import Task
 
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from largebatch import optim, track
 from largebatch.cli import main
+from largebatch.errors import UserError
 from largebatch.models import GPT
 from largebatch.moments import is_shadow
-from largebatch.section import UserError
 
 
 def parameter(*shape):

@@ -26,10 +26,10 @@ from largebatch import track
 from largebatch.distributed import BackendConfig, NonFiniteError, Ranks, create_backend
 from largebatch.distributed.ds_config import load_ds_config
 from largebatch.distributed.state import group_state, load_group_state, write_tensors
+from largebatch.errors import UserError
 from largebatch.optim import LAMB, AdamW, param_groups
-from largebatch.run import train
-from largebatch.section import UserError
-from largebatch.tracking import read_metrics
+from largebatch.reporting.loggers import read_metrics
+from largebatch.training.run import train
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from largebatch.distributed import Ranks, create_backend
 from largebatch.models.gpt import GPT
-from largebatch.planning import build_plan
-from largebatch.run import build_model
-from largebatch.trainer import Trainer
+from largebatch.planner.resolve import build_plan
+from largebatch.training.run import build_model
+from largebatch.training.trainer import Trainer
 
 ENGINES = {
     "ddp": {"backend.name": "ddp"},

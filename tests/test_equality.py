@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from largebatch.tracking import read_metrics
+from largebatch.reporting.loggers import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parent.parent

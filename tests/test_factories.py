@@ -10,12 +10,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from largebatch.cli import main
-from largebatch.plan import Plan
-from largebatch.planning import build_plan
-from largebatch.run import train
-from largebatch.scaling import Reference
-from largebatch.section import UserError
+from largebatch.errors import UserError
+from largebatch.planner.resolve import build_plan
+from largebatch.scaling.plan import Plan
+from largebatch.scaling.rules import Reference
 from largebatch.task import Task
+from largebatch.training.run import train
 
 INPUTS = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 
@@ -165,7 +165,7 @@ SINGLE = {
 
 @pytest.mark.parametrize("case", SINGLE)
 def test_a_batch_norm_that_would_meet_one_sample_is_refused_before_the_run(case):
-    from largebatch.planning import check_single_samples
+    from largebatch.planner.resolve import check_single_samples
 
     flags, world_size, size = SINGLE[case]
     task = Task("classification", (1, 8, 8), 10)
@@ -187,7 +187,7 @@ def test_a_batch_norm_that_would_meet_one_sample_is_refused_before_the_run(case)
 
 
 def test_it_is_refused_by_the_run_and_would_have_failed(tmp_path, monkeypatch):
-    from largebatch import run as run_module
+    from largebatch.training import run as run_module
 
     run = digits(**{"model.name": "test_factories:flat", "model.norm_group_size": None}, **ONE)
     with pytest.raises(UserError, match="norm_group_size: null"):

@@ -21,7 +21,7 @@ from jobs import (
     write_torchrun,
 )
 
-from largebatch.checkpoint import find_problems
+from largebatch.checkpoint.folder import find_problems
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -9,13 +9,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch import track
-from largebatch.config_file import check_config
+from largebatch.config.file import check_config
 from largebatch.distributed import NonFiniteError, Ranks, create_backend
 from largebatch.distributed.backend import BackendConfig
 from largebatch.distributed.fsdp import blocks, chosen
+from largebatch.errors import UserError
 from largebatch.models.gpt import GPT
 from largebatch.optim import AdamW, param_groups
-from largebatch.section import UserError
 
 
 class Traffic(TorchDispatchMode):

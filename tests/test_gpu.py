@@ -7,7 +7,7 @@ import torch
 from test_cli import TORCHRUN, run
 from test_trainer import digits, rows_of
 
-from largebatch.tracking import read_metrics
+from largebatch.reporting.loggers import read_metrics
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU: CUDA, bf16 and fp16 kernels and NCCL need one"

@@ -21,7 +21,7 @@ from largebatch.data.images import normalize
 from largebatch.data.photograph import read_image
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import readable
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 
 def keys(indices, epoch=0) -> SampleKeys:

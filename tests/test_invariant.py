@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import largebatch
 from largebatch import batch_size_invariant, optim
-from largebatch.schedules import Constant, Cosine, Step, Warmup
-from largebatch.section import UserError
+from largebatch.errors import UserError
+from largebatch.scaling.schedules import Constant, Cosine, Step, Warmup
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 # Elements that a batch does not move at all differ by what eps = 1e-8 makes of rounding.
@@ -874,7 +874,7 @@ def test_ours_are_what_a_tracked_model_makes_of_them(make):
     of_tracked = make(groups, reference_batch_size=4)
     for group in of_tracked.param_groups:
         group["weight_decay"] = optimizer.param_groups[0]["weight_decay"]
-    coefficient = largebatch.scaling.second_moment_coefficient
+    coefficient = largebatch.scaling.rules.second_moment_coefficient
     values = {"lr": 0.03}
     if "betas" in optimizer.param_groups[0]:
         values["betas"] = (0.9, coefficient(0.999, 3.0))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from largebatch import batch_size_invariant
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 SMALL = {"reference_batch_size": 2, "micro_batch_size": 6}
 

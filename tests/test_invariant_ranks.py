@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from largebatch import batch_size_invariant
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 MICRO = 3
 

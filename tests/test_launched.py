@@ -7,8 +7,8 @@ from test_trainer import digits
 
 from largebatch.cli import main
 from largebatch.distributed import launched_ranks
-from largebatch.launched import NAMES, Place, is_under_torchrun, launched_place
-from largebatch.section import UserError
+from largebatch.errors import UserError
+from largebatch.process.launched import NAMES, Place, is_under_torchrun, launched_place
 
 
 @pytest.fixture

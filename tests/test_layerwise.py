@@ -10,7 +10,7 @@ from torch import nn
 
 import largebatch
 from largebatch import optim
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 
 def tensors(seed=0):

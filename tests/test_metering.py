@@ -10,21 +10,21 @@ from rich.console import Console
 from test_checkpoint import part_of_run
 from test_trainer import digits, rows_of
 
-from largebatch.adascale import adascale_gain
-from largebatch.bench import variants
 from largebatch.cli import main
 from largebatch.data.sampler import global_batch
 from largebatch.distributed import Ranks
-from largebatch.metering import NoiseMeter, largest_batch
-from largebatch.plan import Plan
-from largebatch.planning import build_plan
-from largebatch.plot import _set_log
-from largebatch.report import ProgressLines
-from largebatch.run import build_model, train
-from largebatch.scaling import Reference
-from largebatch.schedules import Constant, Warmup
-from largebatch.section import UserError
-from largebatch.tracking import read_metrics
+from largebatch.errors import UserError
+from largebatch.noise.adascale import adascale_gain
+from largebatch.planner.resolve import build_plan
+from largebatch.reporting.loggers import read_metrics
+from largebatch.reporting.plots import _set_log
+from largebatch.reporting.tables import ProgressLines
+from largebatch.scaling.plan import Plan
+from largebatch.scaling.rules import Reference
+from largebatch.scaling.schedules import Constant, Warmup
+from largebatch.studies.bench import variants
+from largebatch.training.metering import NoiseMeter, largest_batch
+from largebatch.training.run import build_model, train
 
 MEASURED = ("noise_scale", "gradient_variance", "gradient_signal", "progress_per_update", "efficiency_per_sample")
 ADAPTIVE = {

@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from largebatch.data.sampler import PlanSampler, effective_micro_batches, largest_micro_batch
 from largebatch.distributed import Ranks
 from largebatch.distributed.ddp import DataParallel
-from largebatch.noise import reference_norm_ratio
+from largebatch.errors import UserError
+from largebatch.noise.estimator import reference_norm_ratio
 from largebatch.optim import AdamW, param_groups
 from largebatch.optim.averages import Moment
-from largebatch.planning import build_plan, say_plan
-from largebatch.run import build_model, train
-from largebatch.scaling import micro_batches_needed
-from largebatch.section import UserError
-from largebatch.tracking import read_metrics
+from largebatch.planner.resolve import build_plan, say_plan
+from largebatch.reporting.loggers import read_metrics
+from largebatch.scaling.rules import micro_batches_needed
+from largebatch.training.run import build_model, train
 
 ADAMW = {"optimizer.name": "adamw", "optimizer.lr": 1e-3}
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from largebatch.errors import UserError
 from largebatch.models import (
     CNN,
     GPT,
@@ -34,7 +35,6 @@ from largebatch.models import (
     resnet18,
     resnet50,
 )
-from largebatch.section import UserError
 from largebatch.task import Task
 
 DIGITS = Task("classification", (1, 8, 8), 10)

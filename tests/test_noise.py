@@ -12,7 +12,8 @@ from torch import nn
 import largebatch
 import largebatch.moments
 import largebatch.noise
-from largebatch.noise import (
+from largebatch.errors import UserError
+from largebatch.noise.estimator import (
     Noise,
     NoiseScale,
     efficiency,
@@ -22,7 +23,6 @@ from largebatch.noise import (
     ratio_band,
     student_quantile,
 )
-from largebatch.section import UserError
 
 RUNS = 200  # seeded runs of the coverage tests
 

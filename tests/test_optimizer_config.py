@@ -11,7 +11,7 @@ from torch import nn
 import largebatch
 from largebatch import optim
 from largebatch.distributed import Ranks
-from largebatch.run import build_model, build_plan
+from largebatch.training.run import build_model, build_plan
 
 SHORT = {"schedule.epochs": 0.9, "warmup.name": "none", "evaluate.every_epochs": 0.5}
 QUENCH = SHORT | {"optimizer.name": "quench", "optimizer.lr": 0.01, "optimizer.K": 500, "optimizer.eps": 1e-6,
@@ -30,7 +30,7 @@ RUNS = {
 def _train_on_rank(rank, world_size, run):
     """Return the rows of the losses; no folder, so they come from the trainer itself."""
     from largebatch.distributed import create_backend
-    from largebatch.trainer import Trainer
+    from largebatch.training.trainer import Trainer
 
     source, rows = run.data.load(run.seed), []
     model = build_model(run, source.task)

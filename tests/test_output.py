@@ -29,9 +29,9 @@ from jobs import (
 )
 from rich.console import Console
 
-from largebatch import output
-from largebatch.checkpoint import find_problems
-from largebatch.report import ProgressBar, ProgressLines, create_progress
+from largebatch.checkpoint.folder import find_problems
+from largebatch.process import output
+from largebatch.reporting.tables import ProgressBar, ProgressLines, create_progress
 
 COMMAND = [sys.executable, "-m", "largebatch"]
 

@@ -16,15 +16,15 @@ import yaml
 from safetensors import SafetensorError
 from test_trainer import digits
 
-from largebatch import checkpoint
+from largebatch.checkpoint import folder as checkpoint
 from largebatch.cli import main
-from largebatch.config_file import load_config
+from largebatch.config.file import load_config
 from largebatch.distributed import Ranks
-from largebatch.report import create_console
-from largebatch.run import train
-from largebatch.section import UserError
-from largebatch.surroundings import settle
-from largebatch.tracking import JsonLines, Lenient, TensorBoard
+from largebatch.errors import UserError
+from largebatch.process.surroundings import settle
+from largebatch.reporting.loggers import JsonLines, Lenient, TensorBoard
+from largebatch.reporting.tables import create_console
+from largebatch.training.run import train
 
 SHORT = {"schedule.epochs": 0.2, "evaluate.every_epochs": 0.2, "warmup.name": "none", "warmup.epochs": 0.0}
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -109,7 +109,7 @@ def test_tensorboards_own_thread_is_silent(tmp_path, capsys, monkeypatch):
 
 
 def test_a_picture_that_cannot_be_drawn_fails_no_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("largebatch.plot.plot_run", fails)
+    monkeypatch.setattr("largebatch.reporting.plots.plot_run", fails)
     (tmp_path / "run.yaml").write_text(digits(**SHORT).to_yaml())
     assert main(["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]) == 0
     assert "curve.png was not drawn: No space left on device" in " ".join(capsys.readouterr().out.split())
@@ -227,8 +227,8 @@ def test_a_name_that_is_not_utf_8_goes_through_a_config(tmp_path):
 def test_a_study_with_names_of_any_kind_is_drawn(tmp_path):
     import numpy as np
 
-    from largebatch.plot import plot_study
-    from largebatch.study import Cell
+    from largebatch.reporting.plots import plot_study
+    from largebatch.studies.study import Cell
 
     class Line:
         epochs, val_loss = np.arange(1, 4), np.ones((2, 3))

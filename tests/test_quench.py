@@ -9,8 +9,8 @@ from torch import nn
 
 import largebatch
 from largebatch import optim
+from largebatch.errors import UserError
 from largebatch.optim.quench import critical_batch_sizes, learning_rates
-from largebatch.section import UserError
 
 L, SIGMA = 2.0, 2.0  # loss L/2*(p - y)^2 with y of variance 1: gradients of variance L^2
 

@@ -9,14 +9,15 @@ import shutil
 import pytest
 from test_trainer import digits
 
-from largebatch.checkpoint import CheckpointFolder
+from largebatch.checkpoint.folder import CheckpointFolder
 from largebatch.cli import main
 from largebatch.distributed import Ranks
-from largebatch.resume import run_folder_of
-from largebatch.run import train
-from largebatch.run_folder import WRITTEN, check_folder, is_run
-from largebatch.section import UserError, user_path
-from largebatch.study import check_study_folder
+from largebatch.errors import UserError
+from largebatch.section import user_path
+from largebatch.studies.study import check_study_folder
+from largebatch.training.resume import run_folder_of
+from largebatch.training.run import train
+from largebatch.training.run_folder import WRITTEN, check_folder, is_run
 
 SHORT = {"schedule.epochs": 0.5, "checkpoint.every_minutes": None, "checkpoint.every_epochs": 0.25, "warmup.name": "none",
          "warmup.epochs": 0.0}  # fmt: skip
@@ -24,7 +25,7 @@ SHORT = {"schedule.epochs": 0.5, "checkpoint.every_minutes": None, "checkpoint.e
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.reporting.plots.plot_run", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

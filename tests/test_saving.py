@@ -8,9 +8,9 @@ from test_deepspeed import _fresh_counters, needs_deepspeed
 from test_trainer import digits
 from torch.distributed.checkpoint.api import CheckpointException
 
-from largebatch.checkpoint import CheckpointFolder, find_problems
+from largebatch.checkpoint.folder import CheckpointFolder, find_problems
 from largebatch.distributed import Ranks, saving
-from largebatch.run import train
+from largebatch.training.run import train
 
 OFTEN = {"checkpoint.every_minutes": None, "checkpoint.every_epochs": 0.25, "checkpoint.keep_last": 100,
          "schedule.epochs": 0.75, "warmup.name": "none", "warmup.epochs": 0.0, "precision": "fp32"}  # fmt: skip
@@ -50,7 +50,7 @@ STEPS = {
 
 def train_failing(rank, world_size, folder, step, kind, victim, number, flags):
     """Train with the save of this number failing in a step on one rank; return how it ended, and what rank 0 told."""
-    from largebatch import trainer
+    from largebatch.training import trainer
 
     told, calls = [], []
     owner, name = STEPS[step]
@@ -65,7 +65,7 @@ def train_failing(rank, world_size, folder, step, kind, victim, number, flags):
 
     _fresh_counters_where_there_are()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("largebatch.plot.plot_run", lambda *_: None)
+        patch.setattr("largebatch.reporting.plots.plot_run", lambda *_: None)
         patch.setattr(owner, name, call)
         tell = trainer.Trainer._tell
         patch.setattr(trainer.Trainer, "_tell", lambda self, event: (told.append(event), tell(self, event)))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from largebatch import optim
-from largebatch.scaling import (
+from largebatch.scaling.rules import (
     Reference,
     adam_per_sample,
     averaging_coefficient,

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from largebatch import schedules
-from largebatch.plan import Plan
-from largebatch.scaling import Reference
-from largebatch.schedules import Constant, Cosine, Polynomial, Step, Warmup, realized_batch_size
+from largebatch.scaling import schedules
+from largebatch.scaling.plan import Plan
+from largebatch.scaling.rules import Reference
+from largebatch.scaling.schedules import Constant, Cosine, Polynomial, Step, Warmup, realized_batch_size
 
 CIFAR, IMAGENET = 50_000, 1_281_167
 SMITH_STEPS = schedules.Step(tuple(e * CIFAR for e in (60, 120, 160)), 0.2)

@@ -11,7 +11,7 @@ import largebatch
 import largebatch.moments
 from largebatch import optim
 from largebatch.data.sampler import effective_micro_batches
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 B = 12
 

@@ -12,13 +12,13 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from largebatch.config_file import check_config
+from largebatch.config.file import check_config
 from largebatch.data.sampler import global_batch
 from largebatch.distributed import Ranks
-from largebatch.run import build_model, train
-from largebatch.section import UserError
+from largebatch.errors import UserError
+from largebatch.reporting.loggers import read_metrics
 from largebatch.task import Task
-from largebatch.tracking import read_metrics
+from largebatch.training.run import build_model, train
 
 N = 4
 REGRESSION, CLASSES, TOKENS = (

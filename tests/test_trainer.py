@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from largebatch.checkpoint import CheckpointFolder, read_state
-from largebatch.config_file import check_config
+from largebatch.checkpoint.folder import CheckpointFolder, read_state
+from largebatch.config.file import check_config
 from largebatch.distributed import Ranks
 from largebatch.distributed.state import read_tensors, tensor_metadata
-from largebatch.planning import build_plan
-from largebatch.resume import find_checkpoint
-from largebatch.run import build_model, train
-from largebatch.tracking import read_metrics
+from largebatch.planner.resolve import build_plan
+from largebatch.reporting.loggers import read_metrics
+from largebatch.training.resume import find_checkpoint
+from largebatch.training.run import build_model, train
 
 
 def digits(**flags):
@@ -166,8 +166,8 @@ def test_squares_in_bfloat16_move_the_weights_by_their_rounding(rank_pool, tmp_p
 
 def _final_weights(rank, world_size, run, folder):
     from largebatch.distributed import create_backend
-    from largebatch.tracking import Observers
-    from largebatch.trainer import Trainer
+    from largebatch.reporting.loggers import Observers
+    from largebatch.training.trainer import Trainer
 
     source = run.data.load(run.seed)
     model = build_model(run, source.task)
@@ -321,8 +321,8 @@ def test_every_rank_stops_at_one_ranks_nan(rank_pool, tmp_path):
 
 def test_a_checkpoint_restores_model_and_optimizer(tmp_path):
     from largebatch.distributed import create_backend
-    from largebatch.tracking import Observers
-    from largebatch.trainer import Trainer
+    from largebatch.reporting.loggers import Observers
+    from largebatch.training.trainer import Trainer
 
     run = digits(**{"optimizer.name": "adamw", "optimizer.lr": 1e-3})
 
@@ -346,7 +346,7 @@ def test_a_checkpoint_restores_model_and_optimizer(tmp_path):
 
 
 def test_an_interrupted_run_leaves_its_summary(tmp_path, monkeypatch):
-    from largebatch.trainer import Trainer
+    from largebatch.training.trainer import Trainer
 
     evaluate = Trainer.evaluate
 

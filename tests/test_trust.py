@@ -10,13 +10,13 @@ import torch
 import yaml
 from test_trainer import digits
 
-from largebatch.checkpoint import MANIFEST, STATE, CheckpointFolder, describe_file
+from largebatch.checkpoint.folder import MANIFEST, STATE, CheckpointFolder, describe_file
 from largebatch.cli import main
 from largebatch.distributed import Ranks
 from largebatch.distributed.reading import INDEX, read_index
 from largebatch.distributed.state import export_weights, tensor_metadata
-from largebatch.run import train
-from largebatch.section import UserError
+from largebatch.errors import UserError
+from largebatch.training.run import train
 
 SHORT = {"schedule.epochs": 0.5, "checkpoint.every_minutes": None, "checkpoint.every_epochs": 0.25, "warmup.name": "none",
          "warmup.epochs": 0.0}  # fmt: skip
@@ -24,7 +24,7 @@ SHORT = {"schedule.epochs": 0.5, "checkpoint.every_minutes": None, "checkpoint.e
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.reporting.plots.plot_run", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,16 @@ import torch.nn.functional as F
 import yaml
 from jobs import assert_same_run, rows, summary, weights
 
-from largebatch.checkpoint import CheckpointFolder, read_state
+from largebatch.checkpoint.folder import CheckpointFolder, read_state
 from largebatch.cli import main
-from largebatch.config_file import check_config
+from largebatch.config.file import check_config
 from largebatch.data import ImageFolder
 from largebatch.data.sampler import SampleKeys, global_batch
 from largebatch.data.source import readable
 from largebatch.distributed import Ranks
 from largebatch.distributed.state import read_tensors, tensor_metadata
-from largebatch.run import build_model, train
-from largebatch.section import UnreadableError, UserError
+from largebatch.errors import UnreadableError, UserError
+from largebatch.training.run import build_model, train
 
 NUM_TRAIN, NUM_VAL, BATCH = 26, 8, 8
 # An update of 8 each: of the second a whole micro-batch of 2 is missing, of the third one sample.
@@ -31,7 +31,7 @@ BROKEN = [int(i) for i in global_batch(0, NUM_TRAIN, 8, 8).indices[2:4]] + [
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.reporting.plots.plot_run", lambda *_: None)
 
 
 def files_of(root, half):

@@ -15,7 +15,7 @@ from torch import nn
 from largebatch import optim
 from largebatch.distributed import BackendConfig, Ranks, create_backend
 from largebatch.distributed.state import group_state, load_group_state, write_tensors
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 UPDATES, PASSES, SAMPLES = 6, 4, 4  # micro-batches of an update over all ranks, samples of a micro-batch
 BATCH, REFERENCE = PASSES * SAMPLES, 4

@@ -8,15 +8,16 @@ import pytest
 import yaml
 from test_trainer import digits
 
-from largebatch import yaml_text
-from largebatch.bench import variants
-from largebatch.config import Run
-from largebatch.config_file import check_config, load_config, parse_flags
+from largebatch.config import yaml_text
+from largebatch.config.file import check_config, load_config, parse_flags
+from largebatch.config.optimizers import OPTIMIZERS
+from largebatch.config.schedules import SCHEDULES
+from largebatch.config.schema import Run
 from largebatch.data import SOURCES
+from largebatch.errors import UserError
 from largebatch.models import MODELS
-from largebatch.optimizer_config import OPTIMIZERS
-from largebatch.schedule_config import SCHEDULES
-from largebatch.section import Section, UserError, leaf_types
+from largebatch.section import Section, leaf_types
+from largebatch.studies.bench import variants
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import json
 import pytest
 from test_trainer import digits
 
-from largebatch.checkpoint import CheckpointFolder
+from largebatch.checkpoint.folder import CheckpointFolder
 from largebatch.distributed import Ranks
-from largebatch.run import train
-from largebatch.section import UserError
-from largebatch.tracking import JsonLines, Observers, WandB, _wandb_rows
+from largebatch.errors import UserError
+from largebatch.reporting.loggers import JsonLines, Observers, WandB, _wandb_rows
+from largebatch.training.run import train
 
 wandb = pytest.importorskip("wandb")
 RUN = digits(**{"log.trackers": ["wandb"]})
@@ -80,7 +80,7 @@ def test_a_run_that_returns_to_a_checkpoint_keeps_both_ways(tmp_path):
 
 
 def test_a_run_of_two_parts_has_the_rows_of_metrics_jsonl(tmp_path, monkeypatch):
-    monkeypatch.setattr("largebatch.plot.plot_run", lambda *_: None)
+    monkeypatch.setattr("largebatch.reporting.plots.plot_run", lambda *_: None)
     folder = tmp_path / "run"
     flags = {"checkpoint.every_minutes": None, "checkpoint.every_epochs": 0.5, "log.trackers": ["wandb"]}
     train(digits(**flags), folder, ranks=Ranks())

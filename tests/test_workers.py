@@ -21,9 +21,9 @@ from jobs import (
     write_config,
 )
 
-from largebatch.checkpoint import find_problems
+from largebatch.checkpoint.folder import find_problems
 from largebatch.data.loader import LoaderConfig, _Batches, _Parcel
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 SECONDS = 10.0  # in which a run ends, whatever ended it
 LOST, LOST_WORKER = 5, 6  # exit codes

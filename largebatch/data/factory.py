@@ -16,7 +16,8 @@ from largebatch.data.hashing import sample_hashes
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.seeding import random_states_kept, seed_generators
 from largebatch.data.source import Samples, Source, TensorSamples
-from largebatch.section import Section, UserError, call_factory
+from largebatch.errors import UserError
+from largebatch.section import Section, call_factory
 from largebatch.task import Task
 
 

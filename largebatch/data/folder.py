@@ -19,7 +19,8 @@ from largebatch.data.images import normalize
 from largebatch.data.photograph import pillow, read_image
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import Batch, Source, data_path
-from largebatch.section import NumSamples, Section, Side, UserError, Width
+from largebatch.errors import UserError
+from largebatch.section import NumSamples, Section, Side, Width
 from largebatch.task import Task
 
 if TYPE_CHECKING:

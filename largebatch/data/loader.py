@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from largebatch.data.sampler import PlanSampler, SampleKeys
 from largebatch.data.source import Batch, Samples, may_miss, readable
-from largebatch.section import Depth, LostWorkerError, Section, UserError
-from largebatch.signals import handled_by
+from largebatch.errors import LostWorkerError, UserError
+from largebatch.process.signals import handled_by
+from largebatch.section import Depth, Section
 
 MOST_WORKERS = 1024  # of a rank: beyond what a machine has
 # How long a process that was killed may take to go: in a system call on a dead network mount, for ever.

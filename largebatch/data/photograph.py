@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

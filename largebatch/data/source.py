@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from largebatch.data.sampler import SampleKeys
-from largebatch.section import UserError, user_path
+from largebatch.errors import UserError
+from largebatch.section import user_path
 from largebatch.task import Task
 
 Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[int, str]]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import Source, data_path, validation_size
-from largebatch.section import Count, Section, UserError
+from largebatch.errors import UserError
+from largebatch.section import Count, Section
 from largebatch.task import Task
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from largebatch.data.images import Augment, ImageSamples
 from largebatch.data.source import Source, TensorSamples, data_path, fixed_order, limited, validation_size
-from largebatch.section import Count, Section, UserError
+from largebatch.errors import UserError
+from largebatch.section import Count, Section
 from largebatch.task import Task
 
 

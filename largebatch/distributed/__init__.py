@@ -13,13 +13,11 @@ from largebatch.distributed.backend import (
     resolve,
 )
 from largebatch.distributed.meeting import Meeting, name_ranks
-from largebatch.distributed.saving import CheckpointWriter
 from largebatch.distributed.watch import is_communication
 
 __all__ = [
     "Backend",
     "BackendConfig",
-    "CheckpointWriter",
     "Meeting",
     "NonFiniteError",
     "Precision",

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from largebatch.distributed.backend import BackendConfig, Precision
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 _PRECISIONS = {"no": ("fp32", "fp64"), "bf16": ("bf16",), "fp16": ("fp16",)}
 

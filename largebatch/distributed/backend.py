@@ -14,8 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from largebatch.distributed.watch import RankWatch
-from largebatch.launched import launched_place
-from largebatch.section import Count, Positive, Section, UserError
+from largebatch.errors import UserError
+from largebatch.process.launched import launched_place
+from largebatch.section import Count, Positive, Section
 
 Precision = Literal["fp32", "fp64", "bf16", "fp16"]
 

@@ -17,10 +17,10 @@ from largebatch.distributed.engine import Engine
 from largebatch.distributed.squares import VARIANCE, HookedSquares
 from largebatch.distributed.state import read_tensors, tensor_metadata
 from largebatch.distributed.usage import Usage
+from largebatch.errors import UserError
 from largebatch.moments import is_shadow, shadows
 from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.reduce import sum_over_ranks
-from largebatch.section import UserError
 
 # The flag's name since torch 2.13; the old one warns there.
 _SYNC_BUFFERS: Any = (

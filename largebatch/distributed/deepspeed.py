@@ -27,9 +27,9 @@ from largebatch.distributed.partitions import PARAMETER, Partitions, Piece
 from largebatch.distributed.route import ADVICE
 from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_into, read_tensors, tensor_metadata
 from largebatch.distributed.usage import Found
+from largebatch.errors import SharedError, UserError
 from largebatch.moments import check_statistics, is_shadow
 from largebatch.optim import LAMB, LARS, is_shadow_group, scale_gradients
-from largebatch.section import SharedError, UserError
 
 
 class SteppedByGroup(torch.optim.Optimizer):
@@ -218,7 +218,7 @@ class DeepSpeed(Engine):
         return norm
 
     def local_sums(self, parameters: list[nn.Parameter], shadows: list[nn.Parameter]) -> Tensor:
-        """Return `largebatch.noise.partial_sums` of this rank's partitions."""
+        """Return `largebatch.noise.estimator.partial_sums` of this rank's partitions."""
         return self.partitions.power_sums(parameters, shadows)
 
     def over_ranks(self, sums: Tensor) -> Tensor:

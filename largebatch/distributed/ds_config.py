@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from largebatch.section import UserError, user_path
+from largebatch.errors import UserError
+from largebatch.section import user_path
 
 # What a run decides, by DeepSpeed's key and by ours.
 _DECIDED = {

@@ -20,7 +20,7 @@ from largebatch.distributed.usage import Found, Usage, trained_parameters
 from largebatch.distributed.watch import RankWatch, open_group, open_store
 from largebatch.moments import check_statistics, is_shadow, shadows, track, tracked_parameters
 from largebatch.moments.presence import largest_gradient
-from largebatch.noise import partial_sums
+from largebatch.noise.estimator import partial_sums
 from largebatch.optim import gradients_and_squares, scale_gradients
 
 # fp16's loss scale, below which an overflow is none of the scale's: what is scaled by less than fp16's smallest normal number
@@ -280,7 +280,7 @@ class Engine(ABC):
         return self.over_ranks(self.local_sums(parameters, shadows)) * self.factor**2
 
     def local_sums(self, parameters: list[nn.Parameter], shadows: list[nn.Parameter]) -> Tensor:
-        """Return `largebatch.noise.partial_sums` of what lies on this rank."""
+        """Return `largebatch.noise.estimator.partial_sums` of what lies on this rank."""
         return partial_sums(parameters, shadows)
 
     def over_ranks(self, sums: Tensor) -> Tensor:

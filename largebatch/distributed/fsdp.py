@@ -24,8 +24,8 @@ from largebatch.distributed.backend import Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.gathering import gather_in, gather_nothing
 from largebatch.distributed.usage import Usage
+from largebatch.errors import UserError, nearest
 from largebatch.moments import shadows
-from largebatch.section import UserError, nearest
 
 ROUTE_ADVICE = (
     "every rank has to gather the same modules in each pass; name modules in backend.shard that all of them run, around those "

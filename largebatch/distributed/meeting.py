@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from largebatch.distributed.backend import Ranks
 from largebatch.distributed.watch import GRACE_SECONDS, START_SECONDS, open_store, short_cause
-from largebatch.section import LostRankError, SharedError, UserError, first_few
+from largebatch.errors import LostRankError, SharedError, UserError, first_few
 
 Shown = dict[str, Any]
 

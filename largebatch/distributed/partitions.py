@@ -146,7 +146,7 @@ class Partitions:
         return dict(zip(self.shapes, found.tolist(), strict=True))
 
     def power_sums(self, parameters: list[nn.Parameter], shadows: list[nn.Parameter]) -> Tensor:
-        """Return this rank's part of `largebatch.noise.partial_sums`, (2, P); between backward and step only."""
+        """Return this rank's part of `largebatch.noise.estimator.partial_sums`, (2, P); between backward and step only."""
         place = {parameter: (0, column) for column, parameter in enumerate(parameters)}
         place |= {shadow: (1, column) for column, shadow in enumerate(shadows)}
         sums = torch.zeros(2, len(parameters), dtype=torch.float64, device=self.engine.device)

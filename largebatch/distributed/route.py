@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largebatch.section import SharedError
+from largebatch.errors import SharedError
 
 ADVICE = "every rank has to run the same modules in each pass; use --backend.name ddp"
 

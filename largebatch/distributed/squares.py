@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from largebatch.errors import UserError
 from largebatch.moments import is_shadow
 from largebatch.moments.micro_batches import MicroBatchSquares
-from largebatch.noise import sums_with
+from largebatch.noise.estimator import sums_with
 from largebatch.optim.averages import Moment
-from largebatch.section import UserError
 
 VARIANCE = "engine.sample_variance."  # by parameter, in a checkpoint
 

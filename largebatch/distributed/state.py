@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from largebatch.distributed.reading import INDEX, read_index, read_into
 from largebatch.distributed.watch import cause_of
+from largebatch.errors import UserError
 from largebatch.moments import is_shadow
 from largebatch.optim import is_shadow_group
-from largebatch.section import UserError
 
 MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random."
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from largebatch.section import LostRankError
-from largebatch.signals import handled_by
+from largebatch.errors import LostRankError
+from largebatch.process.signals import handled_by
 
 # How long a rank that has failed waits for the others' accounts. Launchers kill what is left of a job 30 s after a failure.
 GRACE_SECONDS = 5.0

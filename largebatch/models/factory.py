@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import nn
 
+from largebatch.errors import UserError, nearest
 from largebatch.models.norm import convert_batch_norm
-from largebatch.section import Count, Section, UserError, call_factory, nearest
+from largebatch.section import Count, Section, call_factory
 from largebatch.task import Task
 
 

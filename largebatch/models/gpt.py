@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from largebatch.section import Depth, Section, UserError, Width
+from largebatch.errors import UserError
+from largebatch.section import Depth, Section, Width
 from largebatch.task import Task
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 NormKind = Literal["none", "batch", "group"]
 

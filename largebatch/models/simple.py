@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from largebatch.errors import UserError
 from largebatch.models.norm import NormKind, make_norm
-from largebatch.section import Count, Section, UserError, Width
+from largebatch.section import Count, Section, Width
 from largebatch.task import Task
 
 Activation = Literal["relu", "gelu", "tanh"]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from largebatch.errors import UserError
 from largebatch.moments.private import checkpoint_frame
 from largebatch.moments.scope import Tracked, notes, state
-from largebatch.section import UserError
 
 
 class Square(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from largebatch.errors import UserError
 from largebatch.moments.marks import WHOLE, Rows, by_sample, mark_of
 from largebatch.moments.operations import FOLLOW
 from largebatch.moments.private import with_parameters
@@ -21,7 +22,6 @@ from largebatch.moments.provenance import verdicts
 from largebatch.moments.rules import tap
 from largebatch.moments.scope import Refusal, Scope, notes, state
 from largebatch.moments.uses import Looped, Operand, Use, statistic_dtype
-from largebatch.section import UserError
 
 _warned: set[str] = set()
 

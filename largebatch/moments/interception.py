@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from largebatch.errors import UserError
 from largebatch.moments import fallback, marks, operations, provenance, rules
 from largebatch.moments.aliasing import forward_squared, refuse_further_segment
 from largebatch.moments.marks import WHOLE, Batch, Rows, mark
@@ -26,7 +27,6 @@ from largebatch.moments.private import (
     unwrapped,
 )
 from largebatch.moments.scope import WAY_OUT, Refusal, Scope, Tracked, notes, state, why_lost
-from largebatch.section import UserError
 
 
 class Interception(TorchFunctionMode):

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from largebatch.errors import UserError
 from largebatch.moments.projection import FOREIGN, NO_PASS, Projector, Slot
 from largebatch.moments.uses import statistic_dtype
 from largebatch.reduce import num_ranks, require_equal, sum_over_ranks
-from largebatch.section import UserError
 
 
 @dataclass

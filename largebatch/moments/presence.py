@@ -7,9 +7,9 @@ from collections.abc import Callable, Container
 import torch
 from torch import nn
 
+from largebatch.errors import UserError
 from largebatch.moments.scope import FALLBACK
 from largebatch.moments.tracking import is_shadow, shadows
-from largebatch.section import UserError
 
 
 def largest_gradient(parameter: nn.Parameter) -> float | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 # Elements of a parameter that its projection reads, evenly spread.
 PROJECTED = 4_096

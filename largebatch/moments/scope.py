@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from largebatch.errors import UserError
 from largebatch.moments.marks import Batch, Lost, Rows, mark_of
 from largebatch.moments.operations import CASTS
 from largebatch.moments.uses import Base, Operand
-from largebatch.section import UserError
 
 # Where messages send who needs squares of samples from an operation without a rule.
 FALLBACK = "track(model, fallback=[...]) or a config's model.fallback"

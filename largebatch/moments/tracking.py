@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from largebatch.errors import UserError, nearest
 from largebatch.moments.interception import Intercepted, forward
 from largebatch.moments.scope import Tracked, notes, state
 from largebatch.moments.uses import statistic_dtype
-from largebatch.section import UserError, nearest
 
 SUFFIX = "_grad_sq"
 

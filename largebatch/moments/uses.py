@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from largebatch.errors import UserError
 from largebatch.moments.marks import Batch
 from largebatch.moments.operations import CASTS
 from largebatch.moments.private import backward_pass
-from largebatch.section import UserError
 
 # Elements of samples' gradients made at a time: on a processor 256 KiB of float32, which a core's cache holds (32 samples of
 # 192 x 768: 7.2 ms one by one, 10 ms by sevens); elsewhere 4 MiB, so that a launch is worth its while.

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from largebatch.errors import UserError
 from largebatch.moments.presence import check_statistics
 from largebatch.moments.scope import FALLBACK, notes, state
 from largebatch.moments.tracking import is_shadow, shadows
-from largebatch.section import UserError
 
 # Rounding moves squares in float32 by 1e-5 of a parameter's largest; rows given to the wrong sample, by a tenth and more.
 TOLERANCE = 0.01

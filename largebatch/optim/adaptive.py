@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from largebatch.errors import UserError
 from largebatch.optim.averages import Moment, advance_average
 from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
 from largebatch.reduce import num_ranks
-from largebatch.section import UserError
 
 BiasCorrection = Literal["published", "running_mean"]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from largebatch.errors import UserError
 from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.optim.layerwise import LARS
 from largebatch.optim.sgd import SGD
-from largebatch.section import UserError
 
 # The state that holds the second moment, of torch's optimizers.
 SECOND_MOMENTS: dict[type, str | None] = {

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from largebatch.errors import UserError
 from largebatch.moments import is_shadow
-from largebatch.section import UserError
 
 LISTED = "named by no_weight_decay()"
 

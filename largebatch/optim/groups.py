@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from largebatch.errors import UserError
 from largebatch.moments import is_shadow, shadows
 from largebatch.optim.decay import undecayed
-from largebatch.section import UserError
 
 
 def param_groups(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from largebatch.section import UserError
+from largebatch.errors import UserError
 
 
 def samples(name: str, value: Any) -> int:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
+from largebatch.errors import UserError
 from largebatch.moments import is_shadow
 from largebatch.moments.micro_batches import MicroBatchSquares, Units
-from largebatch.noise import Noise, NoiseScale
+from largebatch.noise.estimator import Noise, NoiseScale
 from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.optim.around import Around, is_decoupled, second_moment_name
 from largebatch.optim.averages import Moment
@@ -25,7 +26,6 @@ from largebatch.optim.host import loader_size, samples, warn_of_short_batches
 from largebatch.optim.progress import Progress
 from largebatch.optim.quench import Quench
 from largebatch.optim.shift import Count, Row, coefficient_at, move_second_moments, noise_sums, shift_of
-from largebatch.section import UserError
 
 KEY = "batch_size_invariant"  # in the first group of a state dict
 SAVED = ("batch_size", "kappa", "samples_seen", "updates", "previous_batch_size", "loss_scale")

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from largebatch.errors import UserError
 from largebatch.optim.adaptive import AdamW, BiasCorrection
 from largebatch.optim.averages import Moment
 from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
-from largebatch.section import UserError
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

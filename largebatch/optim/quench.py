@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from largebatch.errors import UserError
 from largebatch.optim.adaptive import AdaptiveOptimizer, _with_decay
 from largebatch.optim.averages import Moment
 from largebatch.optim.groups import is_shadow_group
-from largebatch.section import UserError
 
 Variance = Literal["average", "sample"]
 

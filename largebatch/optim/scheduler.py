@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from largebatch.errors import UserError
 from largebatch.optim.invariant import BatchSizeInvariant
-from largebatch.schedules import Realization, Schedule, Warmup, batch_size_at
-from largebatch.section import UserError
+from largebatch.scaling.schedules import Realization, Schedule, Warmup, batch_size_at
 
 
 class SampleScheduler(torch.optim.lr_scheduler.LRScheduler):
@@ -27,7 +27,7 @@ class SampleScheduler(torch.optim.lr_scheduler.LRScheduler):
 
     Example:
         >>> import largebatch
-        >>> from largebatch.schedules import Cosine
+        >>> from largebatch.scaling.schedules import Cosine
         >>> weight = torch.nn.Parameter(torch.ones(1))
         >>> optimizer = largebatch.batch_size_invariant(
         ...     torch.optim.SGD([weight], lr=0.1), reference_batch_size=1, micro_batch_size=2
@@ -58,7 +58,7 @@ class SampleScheduler(torch.optim.lr_scheduler.LRScheduler):
     def batch_size(
         self, batch_size: int, realize: Realization = "lr", max_batch_size: int | None = None, multiple_of: int = 1
     ) -> int:
-        """Return the batch size of the coming update, as `largebatch.schedules.batch_size_at`; the learning rate follows it."""
+        """Return the batch size of the coming update, as `schedules.batch_size_at`; the learning rate follows it."""
         seen = self.optimizer.samples_seen  # type: ignore[attr-defined]
         return batch_size_at(seen, batch_size, self.schedule, self.warmup, realize, max_batch_size, multiple_of)
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from largebatch.moments.micro_batches import Units
 from largebatch.moments.projection import Slot
-from largebatch.noise import power_sums
-from largebatch.scaling import second_moment_coefficient
+from largebatch.noise.estimator import power_sums
+from largebatch.scaling.rules import second_moment_coefficient
 
 # What the rounding of ghat^2 may add to a second moment, as a share of the newest square in it.
 ROUNDED = 0.01

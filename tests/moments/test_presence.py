@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from largebatch.distributed import BackendConfig, Ranks, create_backend
+from largebatch.errors import UserError
 from largebatch.moments import FirstUpdates, check_statistics, shadows, track
 from largebatch.optim import AdamW, param_groups
-from largebatch.section import UserError
 
 N = 4
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from oracle import assert_agrees
 from torch import nn
 
+from largebatch.errors import UserError
 from largebatch.moments import track
-from largebatch.section import UserError
 
 N = 4
 

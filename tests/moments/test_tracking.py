@@ -17,6 +17,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
+from largebatch.errors import UserError
 from largebatch.moments import (
     check_statistics,
     chosen_samples,
@@ -27,7 +28,6 @@ from largebatch.moments import (
     track,
     untrack,
 )
-from largebatch.section import UserError
 
 N = 5
 

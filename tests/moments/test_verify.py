@@ -13,8 +13,8 @@ from tiny import MODELS
 from torch import nn
 
 from largebatch.cli import main
+from largebatch.errors import UserError
 from largebatch.moments import track, untrack, verify
-from largebatch.section import UserError
 
 N, TIME, WIDTH = 4, 3, 5
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from oracle import distance
 
+from largebatch.errors import UserError
 from largebatch.moments import chosen_samples, grad_sample_sq, track
-from largebatch.section import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -1,0 +1,1 @@
+"""Checkpoints: the folder they lie in and how they are written."""

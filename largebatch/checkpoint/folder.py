@@ -1,0 +1,357 @@
+"""Checkpoints on disk: each is whole or not there, newest first, checked against its manifest.
+
+    RUN/checkpoints/
+        latest                      name of the newest one, for people and scripts
+        best                        name of the one with the lowest validation loss (checkpoint.keep_best)
+        samples-000000012800/       one checkpoint, named by the samples seen
+            *.distcp .metadata      tensors, as torch.distributed.checkpoint writes them
+            state.json              where the run stood, its config, versions
+            manifest.json           bytes and SHA-256 of every other file
+        samples-000000025600.part/  one being written
+
+A checkpoint is written beside its place, complete with its manifest, and renamed into it; `latest` moves last. Whatever
+moment a process dies at, every folder without `.part` is whole, as far as the disk keeps its promise; the manifest says
+whether it did.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from largebatch.errors import UserError
+from largebatch.section import Count, Positive, Section
+
+PREFIX, PART = "samples-", ".part"
+STATE, MANIFEST, LATEST, BEST, LOCK = "state.json", "manifest.json", "latest", "best", ".lock"
+FORMAT = 1
+READERS = 8  # files of a checkpoint that are read at a time to check it
+
+Entry = dict[str, Any]
+
+
+class CheckpointConfig(Section):
+    """When the state of a run is kept, and for how long. There is one at the end, and one where a run is stopped."""
+
+    every_minutes: Positive | None = 10.0
+    """Minutes between two checkpoints; null for none by the clock."""
+    every_epochs: Positive | None = None
+    """Epochs between two checkpoints, beside those by the clock."""
+    keep_last: Count = 2
+    """Newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Save where an evaluation has the lowest validation loss so far, and keep that one too."""
+    keep_every_epochs: Positive | None = None
+    """Keep for good the first checkpoint after each multiple of so many epochs."""
+    asynchronous: bool = True
+    """Write beside the training, from a copy in the host's memory; false stops the training while it writes."""
+    same_data: bool = True
+    """Continue only on the data that the checkpoint was written with; false tells what differs and goes on."""
+    time_limit_minutes: Positive | None = None
+    """Stop after this time with a checkpoint, as at a signal of pre-emption."""
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file beside its place and rename it: readers see the old text or the new."""
+    beside = path.with_name(path.name + PART)
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """Return what a small YAML or JSON file holds.
+
+    Args:
+        path: the file.
+        what: what it is said to be, for the message.
+
+    Raises:
+        UserError: if it cannot be read, or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: is no {what} ({type(error).__name__}); it was damaged or changed") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is no {what} (it holds no mapping); it was damaged or changed")
+    return values
+
+
+def describe_file(path: Path) -> Entry:
+    """Return bytes and SHA-256 of a file, as the manifest has them."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def samples_of(path: Path) -> int | None:
+    """Return the samples seen at a checkpoint by its folder's name; None for any other folder."""
+    digits = path.name.removeprefix(PREFIX)
+    return int(digits) if path.name.startswith(PREFIX) and digits.isdigit() else None
+
+
+def find_problems(path: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, one line each; an empty list for a whole one."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: {"bytes": int(e["bytes"]), "sha256": e["sha256"]} for name, e in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__})"]
+    problems = [] if STATE in files else [f"{MANIFEST} does not have {STATE}"]
+    outside = [name for name in files if Path(name).name != name]
+    if outside:
+        return [f"{MANIFEST} names '{outside[0][:80]}', which is no file of this folder"]
+
+    def problem(name: str) -> str | None:
+        expected = files[name]
+        try:
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name}: {size:,} bytes, the manifest has {expected['bytes']:,}"
+            return None if describe_file(path / name) == expected else f"{name}: the checksum is not the manifest's"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+
+    with ThreadPoolExecutor(READERS) as readers:  # hashing leaves Python to the other threads
+        problems += filter(None, readers.map(problem, files))
+    return problems
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the state.json of a checkpoint: where the run stood, its config, versions.
+
+    Raises:
+        UserError: if this is no checkpoint, or one of a later format.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a checkpoint ({STATE} cannot be read)") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a checkpoint ({STATE} is no mapping)")
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}; "
+            f"it was written by largebatch {state.get('versions', {}).get('largebatch', 'of another version')}"
+        )
+    return dict(state)
+
+
+def read_run_state(path: Path) -> dict[str, Any]:
+    """Return what `read_state` does of a run's checkpoint, whose values are of their kinds.
+
+    Raises:
+        UserError: see `read_state`; or naming the value that is missing or of another kind.
+    """
+    state = read_state(path)
+    problem = _problem_of(state)
+    if problem:
+        raise UserError(f"{path}: not a checkpoint ({STATE}: {problem})")
+    return state
+
+
+# What a state.json has, and of what kind.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "progress": dict, "config": dict, "num_train": int, "world_size": int, "micro_size": int, "engine": str, "groups": list,
+    "versions": dict, "date": str,
+}  # fmt: skip
+
+
+def _problem_of(state: dict[str, Any]) -> str | None:
+    """Return what is wrong with the values of a state.json, None for nothing."""
+    for key, kind in _KINDS.items():
+        if not isinstance(state.get(key), kind):
+            return f"'{key}' is {'missing' if key not in state else 'of another kind'}"
+    for key in ("samples_seen", "step"):
+        value = state["progress"].get(key)
+        if not isinstance(value, int) or value < 0:
+            return f"'progress.{key}' is no count"
+    if not isinstance(state["config"].get("scaling"), dict) or "rule" not in state["config"]["scaling"]:
+        return "'config' is no config of a run"
+    if not all(isinstance(group, dict) for group in state["groups"]):
+        return "'groups' is of another kind"
+    if not isinstance(state.get("data", {}), dict):
+        return "'data' is of another kind"
+    if min(state["num_train"], state["world_size"], state["micro_size"]) < 1:
+        return "a count is not positive"
+    return None
+
+
+@contextmanager
+def locked(folder: Path, wait_seconds: float = 30.0) -> Iterator[None]:
+    """Hold a run folder for this process: what an earlier launcher left running must not write beside a resumed run.
+
+    Args:
+        folder: the run folder, which exists.
+        wait_seconds: how long to wait for a process that is on its way out.
+
+    Raises:
+        UserError: if another process holds it, or it cannot be written; where the file system has no locks, nothing is held.
+    """
+    try:
+        opened = (folder / LOCK).open("a+b", buffering=0)
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
+    with opened as file:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    holder = file.read().decode(errors="replace").strip() or "another process"
+                    raise UserError(f"--out: {folder} is being written by {holder}; stop it first") from error
+                time.sleep(0.2)
+            except OSError:
+                break
+        with suppress(OSError):  # a full disk: the lock holds without a name in it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        yield
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        path: the folder, ``RUN/checkpoints``; made when the first one is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def place(self, samples_seen: int) -> Path:
+        """Return where the checkpoint after so many samples belongs."""
+        return self.path / f"{PREFIX}{samples_seen:012d}"
+
+    def part(self, samples_seen: int) -> Path:
+        """Return where the checkpoint after so many samples is written before it is committed."""
+        return self.place(samples_seen).with_name(self.place(samples_seen).name + PART)
+
+    def saved(self) -> list[Path]:
+        """Return the checkpoints, oldest first."""
+        found = [p for p in self.path.glob(PREFIX + "*") if samples_of(p) is not None and p.is_dir()]
+        return sorted(found, key=lambda p: samples_of(p) or 0)
+
+    def newest_whole(self) -> tuple[Path | None, list[str]]:
+        """Return the newest checkpoint that its manifest bears out, and a line for each newer one that is damaged."""
+        damaged: list[str] = []
+        for path in reversed(self.saved()):
+            problems = find_problems(path)
+            if not problems:
+                return path, damaged
+            damaged.append(f"{path} is damaged: {'; '.join(problems)}")
+        return None, damaged
+
+    def begin(self, samples_seen: int) -> Path:
+        """Make the folder `part` anew and return it."""
+        part = self.part(samples_seen)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        return part
+
+    def commit(self, part: Path, state: Mapping[str, Any], files: Mapping[str, Entry]) -> Path:
+        """Give a written checkpoint its state and manifest, and its place; return that. `mark_latest` comes after it.
+
+        Args:
+            part: from `begin`, with the tensors in it.
+            state: what `read_state` gives back.
+            files: manifest entries of the tensors' files.
+        """
+        replace_text(part / STATE, json.dumps({"format": FORMAT, **state}, indent=2) + "\n")
+        entries = {**files, STATE: describe_file(part / STATE)}
+        replace_text(part / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
+        place = part.with_name(part.name.removesuffix(PART))
+        if place.exists():  # a damaged one that the run has come past again
+            _remove(place)
+        _sync_folder(part)
+        part.rename(place)
+        _sync_folder(self.path)
+        return place
+
+    def mark_latest(self, place: Path) -> None:
+        """Say which checkpoint is the newest."""
+        replace_text(self.path / LATEST, place.name + "\n")
+
+    def mark_best(self, place: Path) -> None:
+        """Say which checkpoint has the lowest validation loss."""
+        replace_text(self.path / BEST, place.name + "\n")
+
+    def best(self) -> Path | None:
+        """Return the checkpoint with the lowest validation loss, where one was marked."""
+        try:
+            return self.path / (self.path / BEST).read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+
+    def prune(self, newest: Path, keep_last: int, keep_every: float | None = None) -> None:
+        """Remove all but the best checkpoint, the last few, and the first after each multiple of ``keep_every`` samples.
+
+        Args:
+            newest: the one just committed. Those that follow it are damaged, or the run had not come back before them;
+                they go too, lest they be counted among the last few.
+            keep_last: how many of the newest are kept, at least 1.
+            keep_every: samples; None keeps none for good.
+        """
+        everything = self.saved()
+        saved = [path for path in everything if path.name <= newest.name]
+        kept = {self.best(), *saved[-keep_last:]}
+        before = 0
+        for path in saved:
+            samples = samples_of(path) or 0
+            if keep_every is not None and samples // keep_every > before // keep_every:
+                kept.add(path)
+            before = samples
+        for path in everything:
+            if path not in kept:
+                _remove(path)
+
+    def clean(self) -> None:
+        """Remove what was being written when a process died, as far as that can be done."""
+        names = (PREFIX + "*" + PART, LATEST + PART, BEST + PART)  # what else is there is somebody's
+        for part in (part for name in names for part in self.path.glob(name)):
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    part.unlink()
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; out of the way first, as a half-removed folder must not look like one."""
+    doomed = path.with_name(f"{path.name}.old{PART}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make renames in a folder last through a power cut, where the file system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,250 @@
+"""The config of a run: its sections and what they mean. One YAML file is one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+
+from largebatch.checkpoint.folder import CheckpointConfig
+from largebatch.config import yaml_text
+from largebatch.config.optimizers import OPTIMIZERS, AdaptiveBase, OptimizerBase, QuenchConfig
+from largebatch.config.schedules import SCHEDULES, ScheduleBase, WarmupConfig
+from largebatch.data import SOURCES
+from largebatch.data.loader import LoaderConfig
+from largebatch.distributed import BackendConfig, Precision
+from largebatch.errors import UserError
+from largebatch.models import MODELS
+from largebatch.scaling.rules import AveragingRule, LrRule, Reference
+from largebatch.section import Coefficient, Count, Positive, Section
+
+# Squares of so small a share of an update's samples, and of so many at the least, follow the reference as well as those of all
+# (docs/results.md).
+SQUARED_SHARE, LEAST_SQUARED = 16, 16
+
+
+class BatchConfig(Section):
+    """Batch sizes, in samples over all ranks and accumulation steps."""
+
+    reference_size: Count
+    """Global batch size the hyper-parameters were tuned at."""
+    size: Count
+    """Global batch size to train at (at the start, where the batch grows)."""
+    max_size: Count | None = None
+    """Most samples of an update, where the batch grows (about N_train/10: Smith et al. 2018)."""
+    micro_size: Count | None = None
+    """Most samples of one forward pass on one rank; the rest is accumulated. None: a rank's whole share at once."""
+    at_epoch_end: Literal["carry", "cut"] = "carry"
+    """carry: a batch reaches into the next epoch; cut: each epoch ends with a smaller batch, at that batch's own rate."""
+    growth: Literal["schedule", "adaptive"] = "schedule"
+    """schedule: as schedule.realize says; adaptive: doubles and halves with the measured critical batch size, from size up
+    to max_size, at most a tenth of the training set."""
+    critical_share: Positive = 1.0
+    """adaptive: batch size aimed at, in critical batch sizes."""
+
+
+class ScalingConfig(Section):
+    """How hyper-parameters follow the batch size. For coefficients: keep, half_life, length, or a number."""
+
+    rule: LrRule = "linear"
+    """Learning rate: linear in the batch size (the temperature is kept), sqrt (plain Adam, RMSProp and LAMB), adascale (as
+    far as the measured noise allows, with a clock of its own), or none, which is quench's only one and its default."""
+    momentum: AveragingRule | Coefficient = "keep"
+    """Momentum; the learning rate follows it by (1 - mu)."""
+    beta1: AveragingRule | Coefficient | None = None
+    """Adam's beta1. None: kept, but of fixed length in samples under sqrt."""
+    beta2: AveragingRule | Coefficient | None = None
+    """Adam's beta2 and RMSProp's alpha. None: of fixed half-life in samples, but 20 updates at the least unless tuned
+    shorter; of fixed length under sqrt."""
+
+
+class NoiseConfig(Section):
+    """Measuring the gradient noise while training."""
+
+    measure: bool = False
+    """Measure the gradient noise scale at every update; log it with the progress and efficiency of the batch size."""
+    per: Literal["sample", "micro_batch"] = "micro_batch"
+    """Squares of what, where the optimizer does not track any for its second moment."""
+    average_samples: Count | None = None
+    """Samples that the averages span. None: a twentieth of the run, and ten updates at least."""
+
+
+class EvaluateConfig(Section):
+    """Evaluation on the validation set."""
+
+    every_epochs: Positive = 1.0
+    """Epochs between evaluations; there is one at the end in any case."""
+    batch_size: Count = 512
+    """Samples of one forward pass on one rank."""
+
+
+def _is_project(name: str) -> str:
+    if not 1 <= len(name) <= 128 or set(name) & set("/\\#?%:"):
+        raise ValueError("1 to 128 characters, none of / \\ # ? % :")
+    return name
+
+
+class LogConfig(Section):
+    """Metrics and trackers. metrics.jsonl is always written."""
+
+    every_updates: Count = 10
+    """Updates between two rows of metrics.jsonl."""
+    trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
+    """Further trackers: wandb, tensorboard."""
+    project: Annotated[str, AfterValidator(_is_project)] = "largebatch"
+    """Project of Weights & Biases, which takes 1 to 128 characters, none of / \\ # ? % :."""
+    wandb_mode: Literal["online", "offline"] = "offline"
+    """offline keeps the run in its folder, for `wandb sync` later."""
+
+
+FACTORY = "package.module:factory"
+
+
+def section_names(section: type[Section]) -> tuple[str, ...]:
+    """Return the names that choose a section: the literal ones, or `FACTORY` where any import path does."""
+    return get_args(section.model_fields["name"].annotation) or (FACTORY,)
+
+
+def _by_name(sections: Sequence[type[Section]], default: str | None = None) -> Any:
+    """Return the union of sections told apart by the key ``name``; names with a colon are import paths."""
+    tag_of = {name: section_names(section)[0] for section in sections for name in section_names(section)}
+    members = tuple(Annotated[section, Tag(section_names(section)[0])] for section in sections)
+
+    def tag(value: Any) -> str | None:
+        name = value.get("name", default) if isinstance(value, Mapping) else getattr(value, "name", default)
+        if not isinstance(name, str):
+            return None
+        return FACTORY if ":" in name and FACTORY in tag_of else tag_of.get(name, name)
+
+    # A union cannot be spelt in the source when its members come in a tuple.
+    return Annotated[Union[members], Discriminator(tag)]  # noqa: UP007
+
+
+if TYPE_CHECKING:  # a union made at run time is no type to a checker
+    DataConfig: TypeAlias = Any
+    ModelConfig: TypeAlias = Any
+    OptimizerConfig = OptimizerBase
+    ScheduleConfig = ScheduleBase
+else:
+    DataConfig = _by_name(SOURCES)
+    ModelConfig = _by_name(MODELS)
+    OptimizerConfig = _by_name(OPTIMIZERS)
+    ScheduleConfig = _by_name(SCHEDULES, default="constant")
+
+
+class Run(Section):
+    """One run."""
+
+    data: DataConfig
+    model: ModelConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    scaling: ScalingConfig = ScalingConfig()
+    schedule: ScheduleConfig
+    warmup: WarmupConfig = WarmupConfig()
+    noise: NoiseConfig = NoiseConfig()
+    loader: LoaderConfig = LoaderConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    backend: BackendConfig = BackendConfig()
+    precision: Precision = "fp32"
+    """Arithmetic: fp32, fp64, or autocast to bf16 or fp16."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the initial weights and of the order of samples."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_rule_where_none_applies(cls, values: Any) -> Any:
+        """Write ``none`` where no rule was named and the optimizer takes none: the resolved config is to say so."""
+        if not isinstance(values, Mapping):
+            return values
+        optimizer, scaling = values.get("optimizer"), values.get("scaling", {})
+        name = optimizer.get("name") if isinstance(optimizer, Mapping) else getattr(optimizer, "name", None)
+        without = [known for section in OPTIMIZERS if not section.takes_rule for known in section_names(section)]
+        if name not in without or not isinstance(scaling, Mapping):
+            return values
+        return {**values, "scaling": {"rule": "none", **scaling}}
+
+    def reference(self) -> Reference:
+        """Return the tuned hyper-parameters with the rules that carry them to another batch size.
+
+        Raises:
+            UserError: if a rule is set for something this optimizer does not have.
+        """
+        if not self.optimizer.takes_rule and self.scaling.rule != "none":
+            raise UserError(
+                f"scaling.rule: {self.optimizer.name} finds its own rate per sample, which no rule scales; expected none, "
+                f"got {self.scaling.rule}; remove the key"
+            )
+        values = self.optimizer.reference_values()
+        uses = {
+            "momentum": "momentum" in values,
+            "beta1": "betas" in values,
+            "beta2": "betas" in values or "alpha" in values,
+        }
+        for key, used in uses.items():
+            if getattr(self.scaling, key) != ScalingConfig.model_fields[key].default and not used:
+                raise UserError(
+                    f"scaling.{key}: optimizer '{self.optimizer.name}' has no such coefficient; remove the key"
+                )
+        return Reference(
+            self.batch.reference_size,
+            self.optimizer.lr,
+            **values,
+            rule=self.scaling.rule,
+            momentum_rule=self.scaling.momentum if uses["momentum"] else None,
+            beta1_rule=self.scaling.beta1,
+            beta2_rule=self.scaling.beta2,
+        )
+
+    def measures_noise(self) -> bool:
+        """Return whether the gradient noise is measured: to log it, or because something follows it."""
+        return self.noise.measure or self.batch.growth == "adaptive" or self.scaling.rule == "adascale"
+
+    def tracked(self) -> Literal["sample", "micro_batch"] | None:
+        """Return what squares are tracked, for the second moment or the noise; None for none."""
+        return self.second_moment() or (self.noise.per if self.measures_noise() else None)
+
+    def second_moment(self) -> Literal["sample", "micro_batch"] | None:
+        """Return what squares the second moment (Quench: the variance) is taken from; None where it is plain, or not there.
+
+        Raises:
+            UserError: if the scaling rule does not go with what was asked for.
+        """
+        if isinstance(self.optimizer, QuenchConfig) and self.optimizer.sigma2 == "sample":
+            return "sample"
+        if not isinstance(self.optimizer, AdaptiveBase):
+            return None
+        wanted = self.optimizer.second_moment
+        if wanted is None:
+            elsewhere = self.batch.size != self.batch.reference_size or self.grows()
+            return "micro_batch" if elsewhere and self.scaling.rule == "linear" else None
+        if wanted == "batch":
+            return None
+        if self.scaling.rule == "sqrt":
+            raise UserError(
+                f"scaling.rule: sqrt is for plain second moments (optimizer.second_moment batch); with '{wanted}' they are "
+                "those of the reference batch, which go with linear"
+            )
+        return wanted
+
+    def squared_samples(self, batch_size: int) -> int:
+        """Return how many samples of an update are squared, where squares are those of samples."""
+        given = self.optimizer.squares_samples
+        wanted = max(LEAST_SQUARED, batch_size // SQUARED_SHARE) if given is None else given
+        return batch_size if wanted == "all" else min(wanted, batch_size)
+
+    def clips_reference(self) -> bool:
+        """Return whether the clipping threshold bounds the norm of a gradient of the reference batch."""
+        bounded, known = self.optimizer.max_grad_norm is not None, self.second_moment() is not None
+        return bounded and known and self.optimizer.takes_rule and self.optimizer.max_grad_norm_of == "reference"
+
+    def grows(self) -> bool:
+        """Return whether the batch size changes during the run."""
+        return self.schedule.realize != "lr" or self.batch.growth == "adaptive" or self.warmup.grows_batch()
+
+    def to_yaml(self) -> str:
+        """Return the resolved config, every default written out."""
+        return yaml_text.dump(self.model_dump(mode="json"))

@@ -1,0 +1,1 @@
+"""What surrounds a process: its launcher, its signals, its output, its temporary files."""

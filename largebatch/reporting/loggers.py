@@ -1,0 +1,378 @@
+"""Where the rows of a run go: metrics.jsonl always, Weights & Biases and TensorBoard by config."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from largebatch.checkpoint.folder import replace_text
+from largebatch.config.schema import LogConfig, Run
+from largebatch.errors import UserError
+from largebatch.section import displayable
+
+Row = dict[str, Any]
+
+
+class JsonLines:
+    """Appends each row to a file, one JSON object a line; a reader can follow it.
+
+    Args:
+        path: the file; rows that are there stay, but see `rewind`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open()
+
+    def _open(self) -> None:
+        # Unbuffered: a line is in the file or not, and a full disk says so at once.
+        try:
+            self.file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._cannot("written", error) from error
+
+    def _cannot(self, what: str, error: OSError) -> UserError:
+        advice = "make room, then continue with --resume auto"
+        return UserError(f"{self.path}: cannot be {what} ({error.strerror}); {advice}")
+
+    def log(self, row: Row) -> None:
+        """Write a row.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
+        # JSON has no word for NaN and infinity, which an fp16 gradient's norm may be.
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        line = (json.dumps(known) + "\n").encode()
+        opened = os.fstat(self.file.fileno())
+        size = opened.st_size
+        try:
+            there = self.path.stat()
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (opened.st_dev, opened.st_ino):
+            raise UserError(
+                f"{self.path}: was moved or removed while the run was writing it; put the run folder back, then continue with "
+                "--resume auto"
+            )
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self.file.fileno(), size)  # no half row
+            raise self._cannot("written", error) from error
+
+    def sync(self) -> None:
+        """See that the rows so far outlast a power cut."""
+        with suppress(OSError):  # a pipe, say
+            os.fsync(self.file.fileno())
+
+    def rewind(self, samples: int) -> None:
+        """Remove the rows after so many samples, and a last line that was cut short."""
+        self.file.close()
+        kept = []
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise self._cannot("read", error) from error
+        for line in lines:
+            try:
+                is_kept = line.endswith(b"\n") and json.loads(line)["samples"] <= samples
+            except (ValueError, KeyError, TypeError):
+                is_kept = False
+            kept += [line] * is_kept
+        beside = self.path.with_name(self.path.name + ".part")
+        try:
+            with beside.open("wb") as file:
+                file.write(b"".join(kept))
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+        except OSError as error:
+            raise self._cannot("written", error) from error
+        self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _scalars(row: Row) -> dict[str, float]:
+    """Return a row as flat numbers; betas become beta1 and beta2."""
+    flat = {name: value for name, value in row.items() if isinstance(value, int | float)}
+    flat |= {f"noise_scale/{name}": value for name, value in row.get("noise_scale_by_layer", {}).items() if value}
+    if "betas" in row:
+        flat["beta1"], flat["beta2"] = row["betas"]
+    return flat
+
+
+class WandB:
+    """Weights & Biases, with samples seen as the horizontal axis and as the step of a row.
+
+    What it kept of a run that was killed is known to itself alone: it writes beside the run, some seconds late. So a resumed
+    run sends the rows behind the last one that was kept, from metrics.jsonl what was lost of them, and none twice.
+    """
+
+    def __init__(self, run: Run, folder: Path, name: str) -> None:
+        import wandb
+
+        self.folder = folder
+        run_id = _wandb_id(folder)
+        try:
+            self.run = wandb.init(
+                project=run.log.project,
+                name=name,
+                id=run_id,
+                resume="allow",
+                dir=folder,
+                mode=run.log.wandb_mode,
+                config=run.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True),
+            )
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"log.wandb_mode: Weights & Biases refused to go {run.log.wandb_mode} ({reason}); run `wandb login`, or set it "
+                "to offline"
+            ) from error
+        self.run.define_metric("*", step_metric="samples")
+        self.kept, samples = _kept_offline(folder, run_id)
+        if run.log.wandb_mode == "online":
+            self.kept = self.run.starting_step - 1
+            samples = dict(self.run.summary).get("samples", self.kept)
+        # Steps only rise: after a return to a checkpoint they are more than the samples.
+        self.step, self.shift = self.kept, self.kept - samples
+        self.has_begun = False
+
+    def log(self, row: Row) -> None:
+        """Send a row, unless it was kept."""
+        self.has_begun = True
+        step = row["samples"] + self.shift
+        if step > self.kept:
+            self.run.log(_scalars(row), step=step)
+            self.step = step
+
+    def sync(self) -> None:
+        """Do nothing: it writes by itself."""
+
+    def rewind(self, samples: int) -> None:
+        """Go on after so many samples: a resumed run behind what is kept, one that has returned behind what it has sent."""
+        if self.has_begun:
+            self.shift = self.step - samples
+            return
+        for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
+            self.log(json.loads(line))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+def _wandb_id(folder: Path) -> str:
+    """Return the one id of a run folder, so that a resumed run goes on in its own page."""
+    path = folder / "wandb_id"
+    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if not known:
+        known = uuid.uuid4().hex[:8]
+        replace_text(path, known + "\n")
+    return known
+
+
+def _kept_offline(folder: Path, run_id: str) -> tuple[int, int]:
+    """Return step and samples of the last row that Weights & Biases kept in this folder, (-1, -1) for none."""
+    for path in sorted(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"), reverse=True):
+        last = (-1, -1)
+        with suppress(Exception):  # a file of another version: what was read of it counts
+            for row in _wandb_rows(path):
+                last = max(last, (int(row["_step"]), int(row["samples"])))
+        if last[0] >= 0:
+            return last
+    return -1, -1
+
+
+def _wandb_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a .wandb file: protocol buffers in LevelDB's log, blocks of 32 KiB of pieces with a header each."""
+    record_of = import_module("wandb.proto.wandb_internal_pb2").Record.FromString
+    block, header, whole, last = 32768, struct.Struct("<IHB"), 1, 4
+    data, at, piece = path.read_bytes(), 7, b""
+    while at + header.size <= len(data):
+        if block - at % block < header.size:  # a block's end has no room for a header
+            at += block - at % block
+            continue
+        _, length, kind = header.unpack_from(data, at)
+        at += header.size + length
+        if at > len(data):  # cut short
+            return
+        piece += data[at - length : at]
+        if kind in (whole, last):
+            record = record_of(piece)
+            if record.HasField("history"):
+                yield {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            piece = b""
+
+
+class TensorBoard:
+    """TensorBoard, with samples seen as the horizontal axis."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        threading.excepthook = _without_tensorboard(threading.excepthook)
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, row: Row) -> None:
+        """Write a row."""
+        for name, value in _scalars(row).items():
+            if name not in ("step", "samples"):
+                self.writer.add_scalar(name, value, row["samples"])
+
+    def sync(self) -> None:
+        """Write what is buffered."""
+        self.writer.flush()
+
+    def rewind(self, samples: int) -> None:
+        """Hide what was written after so many samples, as TensorBoard does from a new file on."""
+        self.writer.close()
+        self.writer = type(self.writer)(str(self.writer.log_dir), purge_step=samples + 1)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.writer.close()
+
+
+def _without_tensorboard(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a hook that is silent on what TensorBoard's thread raises, which its next call raises again."""
+
+    def hook(arguments: Any) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            before(arguments)
+
+    return hook
+
+
+class Lenient:
+    """A tracker that ends no run: where it fails, that is told once, and the run goes on without it.
+
+    Args:
+        name: of the tracker.
+        create: returns it.
+        tell: takes the line.
+
+    Raises:
+        UserError: from ``create``, for what the user can mend before the run begins.
+    """
+
+    def __init__(self, name: str, create: Callable[[], Any], tell: Callable[[str], None]) -> None:
+        self.name, self.tell, self.tracker = name, tell, None
+        self.tracker = self._try(create)
+
+    def _try(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            self.tracker = None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.tell(
+                f"log.trackers: {self.name} failed ({reason[:200]}); the run goes on without it, and metrics.jsonl has its rows"
+            )
+            return None
+
+    def log(self, row: Row) -> None:
+        """Hand a row on."""
+        if self.tracker is not None:
+            self._try(self.tracker.log, row)
+
+    def sync(self) -> None:
+        """See that its rows are on the disk."""
+        if self.tracker is not None:
+            self._try(self.tracker.sync)
+
+    def rewind(self, samples: int) -> None:
+        """Let it forget the rows after so many samples."""
+        if self.tracker is not None:
+            self._try(self.tracker.rewind, samples)
+
+    def close(self) -> None:
+        """Finish."""
+        if self.tracker is not None:
+            self._try(self.tracker.close)
+
+
+class Observers:
+    """Hands each row to several observers."""
+
+    def __init__(self, observers: Iterable[Any] = ()) -> None:
+        self.observers = list(observers)
+
+    def log(self, row: Row) -> None:
+        """Pass a row on."""
+        for observer in self.observers:
+            observer.log(row)
+
+    def sync(self) -> None:
+        """Let every observer see that its rows are on the disk."""
+        for observer in self.observers:
+            observer.sync()
+
+    def rewind(self, samples: int) -> None:
+        """Let every observer forget the rows after so many samples."""
+        for observer in self.observers:
+            observer.rewind(samples)
+
+    def close(self) -> None:
+        """Close every observer."""
+        for observer in self.observers:
+            observer.close()
+
+
+def check_trackers(config: LogConfig) -> None:
+    """Refuse a tracker that is not installed, before anything is written.
+
+    Raises:
+        UserError: with the install command.
+    """
+    from importlib.util import find_spec
+
+    for tracker in config.trackers:
+        if find_spec(tracker) is None:
+            raise UserError(f"log.trackers: {tracker} is not installed; pip install 'largebatch[{tracker}]'")
+
+
+def create_trackers(run: Run, folder: Path, tell: Callable[[str], None]) -> list[Any]:
+    """Return metrics.jsonl and the trackers of the config; ``tell`` takes a line where one of these fails."""
+    name = displayable(folder.resolve().name)
+    known = {"wandb": lambda: WandB(run, folder, name), "tensorboard": lambda: TensorBoard(folder)}
+    return [
+        JsonLines(folder / "metrics.jsonl"),
+        *(Lenient(tracker, create, tell) for tracker, create in known.items() if tracker in run.log.trackers),
+    ]
+
+
+def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
+    """Return the rows of updates and the rows of evaluations in a metrics.jsonl, which may still be written to.
+
+    Raises:
+        UserError: if a line of it is no row.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else {}
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is no row of metrics; the file was damaged or changed")
+        rows.append(row)
+    return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]

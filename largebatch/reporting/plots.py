@@ -1,0 +1,208 @@
+"""The picture of a run: loss, learning rate and batch size against samples seen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from largebatch.reporting.loggers import read_metrics
+from largebatch.section import displayable
+
+BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9702b", "#3a8a5f", "#8a8f98"
+METHOD_COLORS = (ORANGE, BLUE, GREY, GREEN, "#9c4dcc", "#c2a200", "#c0392b", "#159a9c", "#795548")
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e8eb",
+    "grid.linewidth": 0.8,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": "#30343a",
+    "xtick.color": "#30343a",
+    "ytick.color": "#30343a",
+    "legend.frameon": False,
+    "figure.dpi": 130,
+    "savefig.bbox": "tight",
+    "text.parse_math": False,  # names hold dollar signs
+    "text.usetex": False,  # whatever the user's own style
+}
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """Return a centred moving average; the window shrinks at both ends so that no value is invented."""
+    half = window // 2
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    left = np.maximum(np.arange(len(values)) - half, 0)
+    right = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (sums[right] - sums[left]) / (right - left)
+
+
+def _set_log(axis: Any) -> None:
+    """Give a low axis a logarithmic scale with a few plain numbers, where the library's would lie on one another."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
+    """Draw curve.png from a run's metrics.jsonl; return its path, or None where there is nothing to draw yet."""
+    updates, evaluations = read_metrics(folder / "metrics.jsonl")
+    if not updates:
+        return None
+
+    def column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows], dtype=float)
+
+    epochs, losses = column(updates, "samples") / samples_per_epoch, column(updates, "loss")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 7.5), layout="constrained")
+        loss_axis, lr_axis, batch_axis = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.2, 1.2])
+        if len(losses) > 40:
+            loss_axis.plot(epochs, losses, color=BLUE, alpha=0.25, linewidth=0.8)
+            losses = smoothed(losses, max(3, len(losses) // 50))
+        loss_axis.plot(epochs, losses, color=BLUE, label="training loss", linewidth=1.6)
+        if evaluations:
+            at = column(evaluations, "samples") / samples_per_epoch
+            marks = "o" if len(at) <= 60 else None
+            loss_axis.plot(
+                at, column(evaluations, "val_loss"), color=ORANGE, marker=marks, markersize=3, label="validation loss"
+            )
+            last = evaluations[-1]
+            if "val_accuracy" in last:
+                title += f"  ·  accuracy {last['val_accuracy']:.2%}"
+        if losses.min() > 0 and losses.max() / losses.min() > 20:
+            _set_log(loss_axis)
+        loss_axis.set_ylabel("loss")
+        loss_axis.legend(loc="upper right")
+        loss_axis.set_title(displayable(title), loc="left", fontsize=11, color="#30343a")
+
+        lrs = column(updates, "lr")
+        lr_axis.plot(epochs, lrs, color=GREEN, linewidth=1.6)
+        if lrs.min() > 0 and lrs.max() > 20 * np.quantile(lrs, 0.25):  # steps; a cosine reads better on a linear scale
+            _set_log(lr_axis)
+        else:
+            lr_axis.set_ylim(0, lrs.max() * 1.1)
+        lr_axis.set_ylabel("learning rate")
+
+        # The smaller last batch of a run or an epoch is no change of the plan: show the largest since the row before.
+        sizes = column(updates, "batch_size")
+        if len(sizes) > 1 and sizes[-1] < sizes[-2]:
+            sizes[-1] = sizes[-2]
+        batch_axis.step(epochs, sizes, where="pre", color=GREY, linewidth=1.6, label="batch size")
+        batch_axis.set_ylim(0, sizes.max() * 1.15)
+        batch_axis.set_ylabel("batch size")
+        if "noise_scale" in updates[-1]:
+            _draw_noise(batch_axis, epochs, *(column(updates, f"noise_scale{end}") for end in ("", "_low", "_high")))
+        batch_axis.set_xlabel(f"epochs of {samples_per_epoch:,} samples")
+        batch_axis.set_xlim(left=0)
+        path = _save(figure, folder / "curve.png")
+    return path
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Write a figure beside its place and rename it."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of letters that the font does not have
+            figure.savefig(beside, format="png")
+        beside.replace(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+    return path
+
+
+def _draw_noise(axis: Any, epochs: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    """Draw the critical batch size and its band beside the batch size; where the band is open there is no line."""
+    known = np.isfinite(scale) & np.isfinite(high) & (low > 0)
+    axis.plot(
+        epochs, np.where(known, scale, np.nan), color=ORANGE, linewidth=1.2, label="critical batch size (99 % band)"
+    )
+    axis.fill_between(epochs, low, high, where=known, color=ORANGE, alpha=0.25, linewidth=0)
+    axis.autoscale(axis="y")
+    _set_log(axis)
+    axis.set_ylabel("samples")
+    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=8)  # above: a band may fill the axis
+
+
+class Curves(Protocol):
+    """What `plot_study` needs of a variant: its place, and its validation loss by seed (seeds, p) at epochs (p,)."""
+
+    cell: Any
+    epochs: np.ndarray
+    val_loss: np.ndarray
+
+
+def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
+    """Draw curves.png: mean validation loss with a band of one standard deviation over seeds.
+
+    Without methods there is a panel for each group, with all its variants. With methods there is a panel for each group
+    and variant: the reference in black, and a line for each method.
+    """
+    panels = _panels(variants, title)
+    by_method = any(variant.cell.method for variant in variants)
+    columns = max(1, len({v.cell.variant for v in variants}) - 1) if by_method else min(2, -(-len(panels) // 2))
+    rows = -(-len(panels) // columns)
+    with rc_context(STYLE):
+        size = (3.6 * columns + 1, 2.8 * rows) if by_method else (7.0 * columns + 1.5, 5.0 * rows)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
+            shades = [to_hex(c) for c in colormaps["viridis"](np.linspace(0.0, 0.9, max(1, len(lines) - 1)))]
+            colors = ["#111418", *(METHOD_COLORS if by_method else shades)]
+            for number, (label, variant) in enumerate(lines):
+                mean, deviation = variant.val_loss.mean(axis=0), variant.val_loss.std(axis=0)
+                # The reference's colour is its own.
+                color = colors[0] if number == 0 else colors[1 + (number - 1) % (len(colors) - 1)]
+                width = 2.4 if number == 0 else 1.5
+                axis.plot(variant.epochs, mean, color=color, linewidth=width, label=_label(label))
+                axis.fill_between(
+                    variant.epochs, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0
+                )
+            finite = np.concatenate([v.val_loss[np.isfinite(v.val_loss)] for _, v in lines])
+            if len(finite) and finite.max() > 5 * finite.min() > 0:
+                _set_log(axis)
+            axis.set_title(displayable(name), loc="left", fontsize=9 if by_method else 11, color="#30343a")
+            if not by_method:
+                axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+        figure.supxlabel("epochs", fontsize=10)
+        figure.supylabel("validation loss", fontsize=10)
+        if by_method:
+            handles, labels = axes.flat[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
+        path = _save(figure, folder / "curves.png")
+    return path
+
+
+def _label(name: str) -> str:
+    """Return a name for a legend, which leaves out those that begin with an underscore."""
+    return f" {displayable(name)}" if name.startswith("_") else displayable(name)
+
+
+def _panels(variants: Sequence[Curves], title: str) -> dict[str, list[tuple[str, Curves]]]:
+    """Return {panel: [(label, variant)]}, the reference first in each."""
+    references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
+    panels: dict[str, list[tuple[str, Curves]]] = {}
+    by_method = any(variant.cell.method for variant in variants)
+    for variant in variants:
+        cell, reference = variant.cell, references[variant.cell.group]
+        if not by_method:
+            panels.setdefault(cell.group or title, []).append((cell.variant, variant))
+        elif cell.method:
+            name = ", ".join(part for part in (cell.group, cell.variant) if part)
+            panels.setdefault(name, [(reference.cell.variant, reference)]).append((cell.method, variant))
+    return panels

@@ -1,0 +1,149 @@
+"""``largebatch bench CONFIG``: how fast a config trains here, by micro-batch size, and what tracked squares cost."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from largebatch.config.optimizers import AdaptiveBase, QuenchConfig
+from largebatch.config.schedules import ConstantConfig, WarmupConfig
+from largebatch.config.schema import Run
+from largebatch.data import Source
+from largebatch.data.sampler import rank_share
+from largebatch.distributed import Backend, Ranks, create_backend, launched_ranks
+from largebatch.errors import UserError
+from largebatch.models import norm_group_size
+from largebatch.planner.resolve import build_plan
+from largebatch.reporting.loggers import Observers
+from largebatch.section import Section
+from largebatch.training.run import build_model
+from largebatch.training.trainer import Trainer
+
+WARMUP_UPDATES, BLOCKS, SMALLEST, MOST_SIZES = 2, 3, 8, 4
+
+
+def variants(run: Run) -> dict[str, Run]:
+    """Return the config at its batch size throughout, without squares, and with those of samples and of micro-batches."""
+
+    def with_(section: Section, **values: Any) -> Any:
+        return section.model_copy(update=values)
+
+    same = {
+        "schedule": ConstantConfig(epochs=run.schedule.epochs),
+        "warmup": WarmupConfig(),
+        "scaling": with_(run.scaling, rule="none"),  # not what is timed, and other rules may need squares
+        "batch": with_(run.batch, growth="schedule", max_size=None, at_epoch_end="carry"),
+        "noise": with_(run.noise, measure=False),
+    }
+    found = {}
+    for name, squares in (("plain", "batch"), ("samples", "sample"), ("micro-batches", "micro_batch")):
+        changed: dict[str, Any] = {}
+        # What waits for other updates is only there for micro-batches, as a second moment's.
+        if not isinstance(run.optimizer, AdaptiveBase) or squares == "sample":
+            changed["backend"] = with_(run.backend, squares_every=1)
+        if isinstance(run.optimizer, AdaptiveBase):
+            changed["optimizer"] = with_(run.optimizer, second_moment=squares)
+        else:
+            if isinstance(run.optimizer, QuenchConfig):
+                changed["optimizer"] = with_(run.optimizer, sigma2="average")
+            if squares != "batch":
+                changed["noise"] = with_(run.noise, measure=True, per=squares)
+        found[name] = with_(run, **{**same, **changed})
+    return found
+
+
+def micro_sizes(share: int, group_size: int) -> list[int]:
+    """Return micro-batch sizes to try: a rank's whole share and its halves, in whole groups."""
+    sizes: list[int] = []
+    while share >= max(group_size, SMALLEST) and len(sizes) < MOST_SIZES:
+        sizes.append(share)
+        share = share // 2 // group_size * group_size
+    return sizes or [max(share, 1)]
+
+
+def time_updates(run: Run, source: Source, backend: Backend, updates: int) -> list[float]:
+    """Return the seconds of each of some updates of a fresh run, after a few that are not counted."""
+    model = build_model(run, source.task)
+    plan, _ = build_plan(run, len(source.train), backend.world_size, norm_group_size(model))
+    size = run.batch.size
+    plan = replace(plan, total_samples=(WARMUP_UPDATES + updates + 1) * size)  # whatever the config's length
+    trainer = Trainer(run, source, model, plan, backend, Observers(), None)
+    trainer.model.train()
+    gc.collect()  # models hold themselves in cycles; the one before must not count in the peak
+    if backend.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(backend.device)
+    seconds = []
+    for _ in range(WARMUP_UPDATES + updates):
+        backend.barrier()
+        started = time.perf_counter()
+        trainer.update(size, plan.at(0))  # its last act is to read the gradient's norm, so the device is done
+        seconds.append(time.perf_counter() - started)
+        trainer.progress.step += 1
+    return seconds[WARMUP_UPDATES:]
+
+
+def bench(run: Run, updates: int, console: Console, ranks: Ranks | None = None) -> None:
+    """Print samples per second by micro-batch size, without squares and with each kind; alone or under torchrun.
+
+    Updates of the variants alternate in blocks, so that what else the machine does falls on all of them.
+
+    Args:
+        run: the config.
+        updates: timed updates of each variant in each of three blocks.
+        console: where to.
+        ranks: this process among all; None reads the environment that torchrun sets.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
+    if updates < 1:
+        raise UserError(f"--updates: expected at least 1, got {updates}")
+    ranks = launched_ranks() if ranks is None else ranks
+    source = run.data.load(run.seed)
+    group = norm_group_size(build_model(run, source.task))
+    share = rank_share(run.batch.size, 0, ranks.world_size, group)
+    backend = create_backend(run.backend, run.precision, ranks)
+    on_gpu = backend.device.type == "cuda"
+    table = Table(title=f"{run.model.name}, batch {run.batch.size:,}: {backend.describe()}", title_justify="left")
+    for heading in ("micro-batch", "squares", "ms an update", "samples per second", "plain = 1", "peak memory"):
+        table.add_column(heading, justify="right" if heading != "squares" else "left")
+    try:
+        for size in micro_sizes(share.stop - share.start, group):
+            runs = {
+                name: variant.model_copy(update={"batch": variant.batch.model_copy(update={"micro_size": size})})
+                for name, variant in variants(run).items()
+            }
+            if -(-run.batch.size // size) < 2:
+                del runs["micro-batches"]  # one alone has no spread
+            if run.batch.size < 2:
+                del runs["samples"]
+            seconds: dict[str, list[float]] = {name: [] for name in runs}
+            peaks = dict.fromkeys(runs, 0)
+            for _ in range(BLOCKS):
+                for name, variant in runs.items():
+                    seconds[name] += time_updates(variant, source, backend, updates)
+                    if on_gpu:
+                        peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(backend.device))
+            for name, times in seconds.items():
+                mid = median(times)
+                memory = f"{peaks[name] / 2**20:,.0f} MiB" if on_gpu else "-"
+                ratio = mid / median(seconds["plain"])
+                table.add_row(
+                    f"{size:,}" if name == "plain" else "",
+                    "none" if name == "plain" else name,
+                    f"{1000 * mid:,.1f}",
+                    f"{run.batch.size / mid:,.0f}",
+                    f"{ratio:.2f}",
+                    memory,
+                )
+    finally:
+        backend.close()
+    if ranks.rank == 0:
+        console.print(table)

@@ -1,0 +1,399 @@
+"""A study: variants of one config, several seeds each, compared in a table and a figure.
+
+    base: fashion_mnist_cnn_bn.yaml         # beside the study's file
+    seeds: [0, 1, 2]
+    set: {schedule.epochs: 9}               # for every variant
+    variants:
+      reference: {batch.size: 32}           # the first one is what the others are held against
+      no warm-up: {batch.size: 512, warmup.name: none}
+
+With ``methods`` each variant but the first is crossed with each of them; with ``groups`` the whole is done for each of
+them, with a reference of its own. A table of distances then has a column for each method.
+
+Every run is an ordinary run folder, STUDY/VARIANT/seed-N. A study that was cut short goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from largebatch.config.file import check_config, merge_flags, parse_flags, read_yaml
+from largebatch.config.schema import Run
+from largebatch.distributed import Ranks
+from largebatch.errors import UserError
+from largebatch.reporting.loggers import Row, read_metrics
+from largebatch.reporting.tables import create_console, duration
+from largebatch.section import Section
+from largebatch.training.run import train
+
+
+class Study(Section):
+    """The file of a study."""
+
+    base: str
+    """Config that the variants change, beside the study's file."""
+    seeds: list[int] = Field(min_length=1)
+    """Seeds of every variant."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Flags for every variant: {section.key: value}."""
+    variants: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Flags of each variant, by its name; the first is the reference of the comparison."""
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Flags of each method, by its name; every variant but the first is run by each."""
+    groups: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Flags of each group, by its name; all variants are run in each."""
+
+    def cells(self) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """Yield every cell of the study, and its flags."""
+        for group, group_flags in (self.groups or {"": {}}).items():
+            for number, (variant, variant_flags) in enumerate(self.variants.items()):
+                methods = self.methods if self.methods and number else {"": {}}
+                for method, method_flags in methods.items():
+                    flags = {**self.set, **group_flags, **variant_flags, **method_flags}
+                    yield Cell(group, variant, method, number == 0), flags
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where a variant stands in the table."""
+
+    group: str
+    variant: str
+    method: str
+    is_reference: bool
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.group, self.variant, self.method) if part)
+
+
+@dataclass
+class Variant:
+    """What the runs of one variant came to, a row for each seed.
+
+    Args:
+        cell: its place in the table.
+        run: its config, of the first seed.
+        summaries: summary.json of each seed.
+        epochs: where the curves stand, (p,); on AdaScale's clock where there is one.
+        val_loss: validation loss of each seed at those epochs, (seeds, p); NaN after a run diverged.
+        train_loss: training loss of each seed at the end (`last_training_loss`).
+    """
+
+    cell: Cell
+    run: Run
+    summaries: list[dict[str, Any]] = field(default_factory=list)
+    epochs: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    val_loss: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    train_loss: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and figures."""
+        return str(self.cell)
+
+    def finals(self, name: str) -> np.ndarray:
+        """Return a value of the summaries for the seeds that finished."""
+        done = [s[name] for s in self.summaries if s["status"] == "finished" and s[name] is not None]
+        return np.array(done, dtype=float)
+
+
+def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[Cell, list[Run]]]:
+    """Read a study and the config of each of its runs.
+
+    Args:
+        path: the study's file.
+        flags: for every variant, from the command line; they win over the file.
+
+    Raises:
+        UserError: for anything wrong in the study, its base or a variant.
+    """
+    try:
+        study = Study.model_validate(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {where}: {first['msg']}; a study has base, seeds, set and variants") from error
+    folders = [slug(str(cell)) for cell, _ in study.cells()]
+    unclear = sorted({name for name in folders if not name.strip(".") or folders.count(name) > 1})
+    if unclear or len(set(study.seeds)) < len(study.seeds):
+        what = f"names that give one folder: {', '.join(unclear) or study.seeds}"
+        raise UserError(f"{path}: expected variants and seeds of different names, got {what}")
+    runs: dict[Cell, list[Run]] = {}
+    for cell, changes in study.cells():
+        runs[cell] = []
+        for seed in study.seeds:
+            values = read_yaml(path.parent / study.base)
+            merge_flags(values, {**changes, **flags, "seed": seed})
+            runs[cell].append(check_config(values, f"{path}: variant '{cell}'"))
+    return study, runs
+
+
+def check_study_folder(out: Path) -> None:
+    """Refuse a folder with results that this study would replace and no study wrote.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    held = [name for name in ("table.md", "table.json", "curves.png") if os.path.lexists(out / name)]
+    try:
+        rows = json.loads((out / "table.json").read_text(encoding="utf-8"))
+        is_own = bool(rows) and all("variant" in row for row in rows)
+    except (OSError, ValueError, TypeError):
+        is_own = False
+    if held and not is_own:
+        raise UserError(
+            f"--out: {out} holds {held[0]}, which no study wrote and this one would replace; name another folder"
+        )
+
+
+def slug(name: str) -> str:
+    """Return a variant's name as a folder name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+# What a run has to save its state in, once its study is gone.
+LAST_SAVE_SECONDS = 120.0
+
+
+def _start_worker(threads: int) -> None:
+    """Take a share of the cores, and end with the study: its run saves and stops where the study is killed."""
+    torch.set_num_threads(threads)
+    parent = parent_process()
+    if parent is not None:
+
+        def follow() -> None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(LAST_SAVE_SECONDS)
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+
+
+UNFINISHED = ("interrupted", "preempted", "unsaved")
+
+
+def _train_quietly(run: Run, folder: Path) -> dict[str, Any]:
+    """Train one run of a study in a worker process, or the rest of one that was cut short; return its summary."""
+    summary = train(run, folder, None, Ranks(), resume="auto").summary
+    parent = parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)  # nobody is there to take the result
+    if summary.status in UNFINISHED:
+        raise KeyboardInterrupt
+    return summary.as_dict()
+
+
+def _finished(run: Run, folder: Path) -> bool:
+    """Return whether a folder holds this very run, finished.
+
+    Raises:
+        UserError: if it holds another one.
+    """
+    summary = folder / "summary.json"
+    if not summary.exists() or json.loads(summary.read_text(encoding="utf-8"))["status"] in UNFINISHED:
+        return False
+    if (folder / "config.yaml").read_text(encoding="utf-8") != run.to_yaml():
+        raise UserError(f"{folder}: holds a run of another config; name another --out, or remove it")
+    return True
+
+
+def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | None = None) -> int:
+    """Train what is not trained yet, then write table.md, table.json and curves.png; return the exit code.
+
+    Args:
+        path: the study's file.
+        out: study folder; None for runs/NAME.
+        jobs: runs at a time.
+        flag_words: ``--section.key VALUE`` for every variant.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs: expected at least 1, got {jobs}")
+    study, runs = load_study(path, parse_flags(flag_words or []))
+    out = out or Path("runs") / path.stem
+    check_study_folder(out)
+    console = create_console()
+    todo = []
+    for cell, by_seed in runs.items():
+        for seed, run in zip(study.seeds, by_seed, strict=True):
+            folder = out / slug(str(cell)) / f"seed-{seed}"
+            if not _finished(run, folder):
+                todo.append((cell, seed, run, folder))
+    total = sum(map(len, runs.values()))
+    console.print(f"{path.stem}: {total} runs, {total - len(todo)} of them finished before; {jobs} at a time in {out}")
+    given = re.match(r"\s*([1-9][0-9]*)", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP takes "4,2" too, by nesting
+    threads = int(given[1]) if given else max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,)) as pool:
+        futures = {pool.submit(_train_quietly, run, folder): (cell, seed) for cell, seed, run, folder in todo}
+        try:
+            for future in as_completed(futures):
+                cell, seed = futures[future]
+                summary = future.result()
+                accuracy = f"  accuracy {summary['val_accuracy']:.2%}" if summary["val_accuracy"] is not None else ""
+                val = f"  val {summary['val_loss']:.4f}" if summary["val_loss"] is not None else ""
+                console.print(
+                    f"{cell}, seed {seed}: {summary['status']}{val}{accuracy}  {duration(summary['seconds'])}",
+                    highlight=False,
+                )
+        except BaseException:
+            if sum(future.cancel() for future in futures):  # a later call trains them
+                console.print("stopping once the runs under way are done")
+            raise
+    variants = [read_variant(cell, by_seed, study.seeds, out) for cell, by_seed in runs.items()]
+    write_results(variants, out, path.stem, console)
+    return 0
+
+
+def read_variant(cell: Cell, runs: list[Run], seeds: list[int], out: Path) -> Variant:
+    """Read back what the runs of a variant came to; curves are interpolated to common epochs."""
+    variant = Variant(cell, runs[0])
+    curves = []
+    for seed in seeds:
+        folder = out / slug(str(cell)) / f"seed-{seed}"
+        variant.summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        updates, evaluations = read_metrics(folder / "metrics.jsonl")
+        variant.train_loss.append(last_training_loss(updates, evaluations))
+        # Where AdaScale has a clock of its own, the curve is read on it: there runs of all batch sizes are equally far.
+        clock = [row["epoch"] * row.get("clock_samples", row["samples"]) / row["samples"] for row in evaluations]
+        curves.append((clock, [row["val_loss"] for row in evaluations]))
+    every = runs[0].evaluate.every_epochs
+    variant.epochs = np.arange(1, int(runs[0].schedule.epochs / every + 1e-9) + 1) * every
+    # A batch reaches up to one update past the epoch at which it is evaluated: interpolate back, and take the first
+    # evaluation for the first epoch, the last for the last. A run that diverged has no values beyond.
+    variant.val_loss = np.array(
+        [
+            np.interp(variant.epochs, at, values, right=None if summary["status"] == "finished" else np.nan)
+            if at
+            else np.full(len(variant.epochs), np.nan)
+            for (at, values), summary in zip(curves, variant.summaries, strict=True)
+        ]
+    )
+    return variant
+
+
+def last_training_loss(updates: Sequence[Row], evaluations: Sequence[Row]) -> float:
+    """Return the mean training loss of the samples since the last evaluation but one, each before it was learnt from."""
+    begin = evaluations[-2]["samples"] if len(evaluations) > 1 else 0
+    samples = np.diff([0, *(row["samples"] for row in updates)])
+    late = np.array([row["samples"] > begin for row in updates])
+    losses = np.array([row["loss"] for row in updates], dtype=float)
+    return float(np.average(losses[late], weights=samples[late])) if late.any() else float("nan")
+
+
+def curve_distance(variant: Variant, reference: Variant) -> float:
+    """Return the mean over epochs of the distance between the two mean validation-loss curves; NaN where one diverged."""
+    if len(variant.epochs) != len(reference.epochs):
+        return float("nan")
+    return float(np.abs(variant.val_loss.mean(axis=0) - reference.val_loss.mean(axis=0)).mean())
+
+
+def seed_deviation(variant: Variant) -> float:
+    """Return the mean over epochs of the standard deviation of the validation loss from seed to seed."""
+    if len(variant.val_loss) < 2:
+        return float("nan")
+    return float(variant.val_loss.std(axis=0, ddof=1).mean())
+
+
+def _spread(values: np.ndarray, form: str) -> str:
+    if len(values) == 0:
+        return "diverged"
+    deviation = f" ± {values.std(ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{values.mean():{form}}{deviation}"
+
+
+def _counts(summaries: list[dict[str, Any]], name: str) -> str:
+    """Return a count that the seeds share, or its mean and deviation: a batch that follows the noise differs by seed."""
+    counts = np.array([s[name] for s in summaries if s["status"] == "finished"] or [s[name] for s in summaries])
+    return f"{counts[0]:,}" if (counts == counts[0]).all() else _spread(counts.astype(float), ",.0f")
+
+
+def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
+    """Return the table of a study, a row for each variant; the numbers are means over seeds ± their standard deviation."""
+    rows = []
+    references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
+    has_accuracy = any(s["val_accuracy"] is not None for variant in variants for s in variant.summaries)
+    finished = {s["samples"] for variant in variants for s in variant.summaries if s["status"] == "finished"}
+    for variant in variants:
+        reference = references[variant.cell.group]
+        run, summaries = variant.run, variant.summaries
+        diverged = sum(s["status"] != "finished" for s in summaries)
+        row = {
+            "variant": variant.name,
+            "batch size": f"{run.batch.size:,}",
+            "updates": _counts(summaries, "updates"),
+        }
+        if len(finished) > 1:  # AdaScale ends on its own clock
+            row["samples"] = _counts(summaries, "samples")
+        if has_accuracy:
+            row["error at the end, %"] = _spread(100 - 100 * variant.finals("val_accuracy"), ".2f")
+        ended = np.array([s["status"] == "finished" for s in summaries])
+        row["training loss at the end"] = _spread(np.array(variant.train_loss)[ended], ".4f")
+        row["val. loss at the end"] = _spread(variant.finals("val_loss"), ".4f")
+        row["distance of the curve"] = f"{curve_distance(variant, reference):.4f}" if variant is not reference else "-"
+        row["seed sd of the curve"] = f"{seed_deviation(variant):.4f}"
+        row["diverged"] = f"{diverged} of {len(summaries)}"
+        rows.append(row)
+    return rows
+
+
+def distance_rows(variants: list[Variant]) -> list[dict[str, str]]:
+    """Return the table of distances: a row for each group and variant, a column for each method."""
+    references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for variant in variants:
+        cell = variant.cell
+        if cell.is_reference:
+            continue
+        head = {
+            "group": cell.group,
+            "variant": cell.variant,
+            "seed sd": f"{seed_deviation(references[cell.group]):.4f}",
+        }
+        row = rows.setdefault((cell.group, cell.variant), head)
+        row[cell.method] = f"{curve_distance(variant, references[cell.group]):.4f}"
+    return list(rows.values())
+
+
+def _as_table(rows: list[dict[str, str]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in rows[0]:
+        table.add_column(heading, justify="left" if heading in ("variant", "group") else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def write_results(variants: list[Variant], out: Path, name: str, console: Console) -> None:
+    """Write table.md, table.json and curves.png, and print the table."""
+    rows = result_rows(variants)
+    (out / "table.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    console.print(_as_table(rows, name))
+    if any(variant.cell.method for variant in variants):
+        distances = distance_rows(variants)
+        lines += ["", "| " + " | ".join(distances[0]) + " |", "|" + "---|" * len(distances[0])]
+        lines += ["| " + " | ".join(row.values()) + " |" for row in distances]
+        (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        console.print(_as_table(distances, "distance of the curve from the reference's"))
+    from largebatch.reporting.plots import plot_study
+
+    console.print(f"{plot_study(variants, out, name)}", highlight=False)

@@ -1,0 +1,233 @@
+"""Which checkpoint a run continues from, and whether it may."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from largebatch.checkpoint.folder import (
+    STATE,
+    CheckpointFolder,
+    find_problems,
+    read_mapping,
+    read_run_state,
+    samples_of,
+)
+from largebatch.config.schema import Run
+from largebatch.data import changed_parts
+from largebatch.errors import UserError
+from largebatch.section import leaves, user_path
+from largebatch.training.run_folder import CHECKPOINTS, CONFIG, config_of, is_run
+
+# What may differ from the run that wrote a checkpoint: who computes a sample and where, what is shown and kept; never
+# which samples enter an update and what they do to the weights.
+FREE = (
+    "backend", "loader", "log", "checkpoint", "evaluate", "batch.micro_size", "data.path", "data.corrupt", "data.train_samples",
+    "optimizer.non_finite",
+)  # fmt: skip
+BOUND = ("backend.squares_every", "backend.squares_dtype")
+BATCH = ("batch.size", "batch.max_size", "batch.growth", "batch.critical_share")
+# What a run that branches off into a folder of its own may change besides.
+BRANCH = ("optimizer", "scaling", "schedule", "warmup", "noise", *BATCH)
+SAME_IN_A_BRANCH = ("optimizer.name",)
+
+ALLOWED_CHANGES = (
+    "may differ: the number of ranks, batch.micro_size, backend (but squares_every and squares_dtype), loader, log, "
+    "checkpoint, evaluate, data.path, corrupt and train_samples, optimizer.non_finite; a run that branches off (--resume "
+    "CHECKPOINT --out NEW) may also change optimizer (but its name), scaling, schedule, warmup, noise and batch.size, "
+    "max_size, growth and critical_share"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to continue from, and its state.json."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def run_folder_of(resume: str) -> Path:
+    """Return the run folder that ``--resume PATH`` speaks of: PATH, or that of the checkpoint PATH.
+
+    Raises:
+        UserError: if the checkpoint does not lie in the folder of the run that wrote it.
+    """
+    path = user_path(resume, "--resume")
+    if samples_of(path) is None:
+        return path
+    if not path.is_dir():
+        raise UserError(f"--resume: {path} does not exist")
+    # As it was named first: checkpoints may be a link to another disk. Or it is itself a link to a run's.
+    for place in (path.absolute(), path.resolve()):
+        folder = place.parent.parent
+        if place.parent.name == CHECKPOINTS and is_run(folder) and _wrote(folder, path):
+            return folder
+    raise UserError(
+        f"--resume: {path} does not lie in the folder of its run (RUN/{CHECKPOINTS}/{path.name} beside RUN/{CONFIG}); say with "
+        "--out where the run is to go on"
+    )
+
+
+def _wrote(folder: Path, checkpoint: Path) -> bool:
+    """Return whether the run of a folder wrote a checkpoint, as far as their configs tell."""
+    config = config_of(folder)
+    if config is None:
+        return False
+    try:
+        state = read_run_state(checkpoint)
+    except UserError:  # damaged: who reads it says so
+        return True
+    return not _differing(config, state["config"])
+
+
+def _differing(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which two configs are of different runs.
+
+    A key that only one of them has is of another version, or of another kind of section, whose name differs too.
+    """
+    ours, theirs = dict(leaves(own)), dict(leaves(saved))
+    keys = [key for key in ours if key in theirs and theirs[key] != ours[key]]
+    return [key for key in keys if key in BOUND or not _is_under(key, FREE)]
+
+
+def find_checkpoint(resume: str, folder: Path) -> tuple[Found | None, tuple[str, ...]]:
+    """Return where a run continues, or None where it begins, and what its user should know.
+
+    Args:
+        resume: ``auto`` for the newest whole checkpoint of the run folder, if it has one; a run folder, whose newest is
+            meant; or a checkpoint.
+        folder: the run folder.
+
+    Raises:
+        UserError: if the named one is missing or damaged, or a run has checkpoints and all are damaged.
+    """
+    path = folder if resume == "auto" else user_path(resume, "--resume")
+    if samples_of(path) is not None:
+        if not path.is_dir():
+            raise UserError(f"--resume: {path} does not exist")
+        problems = find_problems(path)
+        if problems:
+            raise UserError(f"--resume: {path} is damaged: {'; '.join(problems)}")
+        return Found(path, read_run_state(path)), ()
+    checkpoints = CheckpointFolder(path / CHECKPOINTS)
+    newest, damaged = checkpoints.newest_whole()
+    if newest is not None:
+        return Found(newest, read_run_state(newest)), tuple(f"{line}; the one before it is used" for line in damaged)
+    if damaged:
+        raise UserError(f"--resume: no checkpoint of {path} is whole: {damaged[0]}")
+    if resume != "auto":
+        raise UserError(f"--resume: {path} has no checkpoint (expected {path}/checkpoints/samples-*/{STATE})")
+    return None, ()
+
+
+def _is_under(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)
+
+
+def check_config(run: Run, config: Mapping[str, Any], where: Path, is_branch: bool = False) -> list[str]:
+    """Refuse to continue a run of another model, optimizer, plan or data set; return the keys in which a branch differs.
+
+    Args:
+        run: the config to continue with.
+        config: the config it was begun with, as a mapping.
+        where: whose that is.
+        is_branch: whether the run branches off from it.
+
+    Raises:
+        UserError: naming each key that differs, and what may.
+    """
+    saved, own = dict(leaves(config)), dict(leaves(run.model_dump(mode="json")))
+    differing = _differing(own, saved)
+    changed = [key for key in differing if is_branch and _is_under(key, BRANCH) and key not in SAME_IN_A_BRANCH]
+    differing = [key for key in differing if key not in changed]
+    if differing:
+        listed = ", ".join(f"{key} {saved[key]} there, {own[key]} here" for key in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(f"--resume: {where} is of another run: {listed}{more}; {ALLOWED_CHANGES}")
+    return [f"{key} {saved[key]} there, {own[key]} here" for key in changed]
+
+
+def _check_data(run: Run, found: Found, data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Refuse to continue on other data, or return what to tell of it where the config says so.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    num_here, num_there = data["train"]["samples"], found.state["num_train"]
+    if num_there != num_here:
+        counts = f"{num_there:,} training samples there, {num_here:,} here"
+        then = (
+            "an order of its own from here on, in which some samples of the epoch under way come twice or not at all; schedule "
+            "and end by the new length of an epoch"
+        )
+        if run.checkpoint.same_data:
+            raise UserError(
+                f"--resume: {found.path} is of another data set: {counts}; put back what is gone (of a photograph that cannot "
+                f"be read the name is enough, with --data.corrupt skip), or go on so, --checkpoint.same_data false: {then}"
+            )
+        return (f"continues on another data set: {counts}; {then}",)
+    changed = changed_parts(data, found.state.get("data"))  # of an old checkpoint nothing is known
+    if not changed:
+        return ()
+    line = f"{found.path} was written with other data, which differs in {', '.join(changed)}"
+    if run.checkpoint.same_data:
+        raise UserError(
+            f"--resume: {line}; bring the former data back, or go on with this with --checkpoint.same_data false"
+        )
+    return (line,)
+
+
+def choose_checkpoint(
+    run: Run, resume: str, folder: Path, data: Mapping[str, Any]
+) -> tuple[Found | None, tuple[str, ...]]:
+    """Return `find_checkpoint` for a run that may continue from it, in a folder that may take it.
+
+    Args:
+        run: the config.
+        resume: as `find_checkpoint` takes it.
+        folder: the run folder.
+        data: the digest of the run's data.
+
+    Raises:
+        UserError: if it may not.
+    """
+    found, notes = find_checkpoint(resume, folder)
+    own = CheckpointFolder(folder / CHECKPOINTS)
+    if found is None:
+        # Begun, but dead before its first checkpoint: it begins again, if it is this run.
+        if (folder / CONFIG).exists():
+            check_config(run, read_mapping(folder / CONFIG, "config of a run"), folder)
+        return None, notes
+    is_own = found.path.resolve().parent == own.path.resolve()
+    changed = check_config(run, found.state["config"], found.path, is_branch=not is_own)
+    if is_own and (folder / CONFIG).exists():  # a checkpoint that was put there is not the run's
+        check_config(run, read_mapping(folder / CONFIG, "config of a run"), folder)
+    if changed:
+        notes = (*notes, f"branches off at {found.path} with {', '.join(changed)}")
+    rules = {found.state["config"]["scaling"]["rule"], run.scaling.rule}
+    if len(rules) > 1 and found.state["config"]["scaling"]["rule"] == "adascale":
+        raise UserError(
+            f"--resume: {found.path} stands on AdaScale's clock, on which a run with scaling.rule {run.scaling.rule} cannot go "
+            "on; branch off with adascale, or begin anew"
+        )
+    notes = (*notes, *_check_data(run, found, data))
+    if not is_own and ((folder / CONFIG).exists() or own.saved()):
+        if not (folder / CONFIG).exists():
+            raise UserError(f"--out: {folder} already has checkpoints; name another folder")
+        # It branched off before, and was restarted with the same command.
+        check_config(run, read_mapping(folder / CONFIG, "config of a run"), folder)
+        begun, more = find_checkpoint("auto", folder)
+        if begun is not None:
+            more = (*more, *_check_data(run, begun, data))
+            return begun, (*more, f"{folder} was begun at {found.path} or elsewhere before: it goes on where it stands")
+    newer = [path for path in own.saved() if path.name > found.path.name] if is_own and resume != "auto" else []
+    newer = [path for path in newer if not find_problems(path)]
+    if newer:
+        raise UserError(
+            f"--resume: {folder} has newer checkpoints, up to {newer[-1].name}; name a new folder with --out to branch off "
+            f"at {found.path.name}, or remove them"
+        )
+    return found, notes

@@ -1,0 +1,374 @@
+"""From a config to a result."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from largebatch.checkpoint.folder import LOCK, CheckpointFolder, locked, replace_text
+from largebatch.config.schema import Run
+from largebatch.data import Source, digest, seed_generators
+from largebatch.data.sampler import SampleKeys
+from largebatch.data.source import readable
+from largebatch.distributed import Backend, Meeting, Ranks, choose_backend, is_communication, launched_ranks
+from largebatch.distributed.state import export_weights
+from largebatch.distributed.watch import cause_of
+from largebatch.errors import LostRankError, LostWorkerError, SharedError, UserError
+from largebatch.models import FactoryModel, norm_group_size
+from largebatch.moments import track, verify
+from largebatch.planner.resolve import build_plan, check_single_samples, say_plan, say_warnings
+from largebatch.reporting.loggers import Observers, check_trackers, create_trackers
+from largebatch.reporting.progress import Summary
+from largebatch.reporting.tables import create_progress, summary_table
+from largebatch.scaling.plan import Plan
+from largebatch.section import within_memory
+from largebatch.task import Task
+from largebatch.training.agreement import difference, show_checkpoint, show_model, show_run
+from largebatch.training.resume import Found, choose_checkpoint
+from largebatch.training.run_folder import check_folder
+from largebatch.training.trainer import Trainer
+
+
+def build_model(run: Run, task: Task) -> nn.Module:
+    """Return the model with initial weights that depend on the seed alone, the same on every rank.
+
+    Raises:
+        UserError: if there is nothing to train, or a tensor that is complex, which no precision of a run has room for,
+            sparse, or without values.
+    """
+    seed_generators(run.seed)
+    with within_memory("model"):
+        model = run.model.build(task)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = "lazy" if is_lazy(tensor) else "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        if kind != "strided":
+            raise UserError(
+                f"model.name: '{name}' of {run.model.name} is a {kind} tensor; a run needs dense ones that hold values"
+            )
+        if tensor.is_complex():
+            raise UserError(
+                f"model.name: '{name}' of {run.model.name} is complex, and would lose its imaginary part; make it real and use "
+                "torch.view_as_complex on it"
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"model.name: {run.model.name} has no parameter to train: expected one with requires_grad or more"
+        )
+    return model
+
+
+@dataclass
+class Result:
+    """A finished run: its summary, and its folder."""
+
+    summary: Summary
+    folder: Path | None
+
+
+def train(
+    run: Run,
+    folder: Path | None = None,
+    console: Console | None = None,
+    ranks: Ranks | None = None,
+    source: Source | None = None,
+    warnings: tuple[str, ...] = (),
+    resume: str = "never",
+    may_rename: bool = False,
+) -> Result:
+    """Train a run; everything that can be refused is refused before anything is written.
+
+    Args:
+        run: the config.
+        folder: run folder; None writes nothing.
+        console: where tables and progress go; None prints nothing.
+        ranks: this process among all; None reads the environment that torchrun sets.
+        source: the data, where the caller has loaded it already.
+        warnings: what to tell beside the run's own warnings.
+        resume: ``never``; ``auto`` continues the run in the folder, or begins it where there is none; or the path of a
+            checkpoint or of a run folder to continue from.
+        may_rename: whether a new folder may get a number behind its name where another run has taken it.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
+    ranks = launched_ranks() if ranks is None else ranks
+    ranks = replace(ranks, timeout_seconds=run.backend.timeout_seconds)
+    if ranks.rank != 0:
+        folder_here, console = None, None
+    else:
+        folder_here = folder
+    meeting = Meeting(ranks)
+    with meeting.agree("config", difference) as shown:
+        shown.update(show_run(run, resume, folder))
+        if folder_here is not None and not may_rename:
+            check_folder(folder_here, resume != "never")
+        check_trackers(run.log)
+    with meeting.agree("data and the model", difference) as shown:
+        if source is None:
+            with within_memory("data"):
+                source = run.data.load(run.seed)
+        shown["data"] = known = digest(source, run.loader)
+        model = build_model(run, source.task)
+        shown.update(show_model(model))
+        plan, plan_warnings = build_plan(run, len(source.train), ranks.world_size, norm_group_size(model))
+        check_single_samples(run, source.task, plan, ranks.world_size, norm_group_size(model))
+        open_backend = choose_backend(run.backend, run.precision, replace(ranks, store=meeting.store))
+    backend = open_backend()
+    # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
+    own_seed = int(np.random.SeedSequence([run.seed, ranks.rank + 1]).generate_state(1)[0])
+    seed_generators(own_seed)
+    observers, is_lost, workers = Observers(), False, ExitStack()
+    with ExitStack() as held:
+        try:
+            folder = backend.share(folder)  # one by the clock may differ by rank
+            is_new = folder_here is not None and (may_rename or not folder_here.exists())
+            if folder_here is not None and not is_new:
+                held.enter_context(locked(folder_here, _lock_wait()))
+                check_folder(folder_here, resume != "never")  # again: another run may have come and gone
+            found, notes = _agree_on_checkpoint(run, folder, resume, known, backend, meeting)
+            if found is None:
+                notes += _verify_squares(run, model, source, backend)
+            if console is not None:
+                data = (
+                    f"{len(source.train):,} training and {len(source.val):,} validation samples; {backend.describe()}"
+                )
+                say_plan(console, run, model, plan, data, ranks.world_size)
+                say_warnings(console, (*warnings, *source.notes, *plan_warnings, *notes))
+            folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
+            folder_here = None if folder_here is None else folder
+            trainer = Trainer(run, source, model, plan, backend, observers, folder, found, known)
+            workers.callback(trainer.loader.close)
+            done = trainer.progress.samples_seen
+            if folder_here is not None:
+                _write_config(folder_here, run)
+                observers.observers += create_trackers(run, folder_here, _teller(console))
+                observers.rewind(done)
+            if console is not None:
+                for line in _resumption(found, trainer, run):
+                    console.print(line, highlight=False)
+                observers.observers.append(create_progress(console, plan.total_samples, trainer.clock))
+            summary = trainer.train()
+            plan = trainer.plan  # with the changes of an adaptive batch
+            del trainer
+        except SharedError:
+            raise
+        except UserError as error:
+            error.everywhere = False  # a broken sample, say, which one rank alone has met
+            backend.watch.report(str(error), is_own=True)
+            raise
+        except LostWorkerError as error:
+            backend.watch.report(str(error), is_own=True)
+            raise LostWorkerError(f"{error}; {_what_is_kept(folder)}") from error
+        except SystemExit as error:  # of the model's or the data's own code
+            backend.watch.report(f"its code exits (code {error.code})", is_own=True)
+            raise
+        except Exception as error:
+            if ranks.world_size == 1 or not is_communication(error):
+                backend.watch.report(f"{type(error).__name__}: {cause_of(error)}", is_own=True)
+                raise
+            is_lost = True
+            raise LostRankError(f"{backend.watch.explain(cause_of(error))}; {_what_is_kept(folder)}") from error
+        finally:
+            workers.close()
+            observers.close()
+            if not is_lost:  # a group that has lost a rank cannot be left in good order
+                backend.close()
+        if folder_here is not None:
+            pictures = _write_results(folder_here, run, summary, plan)
+            if console is not None:
+                say_warnings(console, pictures)
+    if console is not None:
+        console.print(summary_table(summary.as_dict(), str(folder_here) if folder_here else None))
+    return Result(summary, folder_here)
+
+
+def _teller(console: Console | None) -> Callable[[str], None]:
+    """Return what prints a warning."""
+    return lambda line: None if console is None else say_warnings(console, (line,))
+
+
+def _verify_squares(run: Run, model: nn.Module, source: Source, backend: Backend) -> tuple[str, ...]:
+    """Hold the squares of a model from elsewhere against single samples; return what to tell where that cannot be done.
+
+    Raises:
+        UserError: if they are wrong.
+    """
+    if run.tracked() != "sample" or not isinstance(run.model, FactoryModel) or len(source.train) < 2:
+        return ()
+    track(model, per="sample", fallback=run.model.fallback)
+    numbers = np.arange(min(4, len(source.train)))
+    model.to(backend.device, backend.dtype)
+    *fetched, missing = readable(source.train.__getitems__(SampleKeys(np.zeros_like(numbers), numbers)))
+    if len(missing) > len(numbers) - 2:
+        return (f"the squares of {run.model.name} could not be verified: the first samples cannot be read",)
+    batch = [part.to(backend.device, backend.dtype if part.is_floating_point() else None) for part in fetched]
+    try:
+        reason = verify(model, lambda batch: source.task.losses(model(batch[0]), batch[1]).sum(), batch)
+    except UserError as error:
+        raise SharedError(str(error)) from None
+    return () if reason is None else (f"the squares of {run.model.name} could not all be verified: {reason}",)
+
+
+def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> tuple[str, ...]:
+    """Write summary.json, the weights of a finished run, and curve.png; return what to tell of the picture.
+
+    Raises:
+        UserError: if the weights or the summary cannot be written.
+    """
+    from largebatch.reporting.plots import plot_run  # matplotlib takes its time, and every rank comes by here
+
+    try:
+        if summary.status == "finished":
+            last = CheckpointFolder(folder / "checkpoints").place(summary.samples)
+            export_weights(last, folder / "model.safetensors")
+        # After the weights: who reads "finished" finds them.
+        replace_text(folder / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the run is {summary.status}, but its results cannot be written ({error.strerror}); once they can, "
+            f"--resume auto --out {folder} writes them"
+        ) from error
+    largest = plan.largest_batch()
+    title = f"{folder.resolve().name}:  batch {run.batch.reference_size:,} → {largest:,}, {run.optimizer.name}"
+    try:
+        from largebatch.reporting.plots import plot_run
+
+        plot_run(folder, title, plan.samples_per_epoch)
+    except Exception as error:  # a picture fails no run
+        return (f"{folder / 'curve.png'} was not drawn: {cause_of(error)}",)
+    return ()
+
+
+def _what_is_kept(folder: Path | None) -> str:
+    saved = CheckpointFolder(folder / "checkpoints").saved() if folder is not None else []
+    if not saved:
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is {saved[-1]}: continue with --resume auto --out {folder}"
+
+
+def _agree_on_checkpoint(
+    run: Run, folder: Path | None, resume: str, data: dict[str, Any], backend: Backend, meeting: Meeting
+) -> tuple[Found | None, tuple[str, ...]]:
+    """Return the checkpoint that rank 0 chose, on every rank, and what it noticed.
+
+    Raises:
+        UserError: if there is none to continue from, or it is of another run, or a rank does not see the same one.
+    """
+    if resume == "never" or folder is None:
+        return None, ()
+    found: Found | None = None
+    notes: tuple[str, ...] = ()
+    error: UserError | None = None
+    if backend.rank == 0:
+        try:
+            found, notes = choose_checkpoint(run, resume, folder, data)
+            CheckpointFolder(folder / "checkpoints").clean()
+        except UserError as raised:
+            error = raised
+    found, notes, error = backend.share((found, notes, error))
+    if error is not None:
+        raise SharedError(str(error))
+    if found is None:
+        return None, notes
+    with meeting.agree("checkpoint", difference) as shown:
+        shown.update(show_checkpoint(found.path))
+    return found, notes
+
+
+def _resumption(found: Found | None, trainer: Trainer, run: Run) -> list[str]:
+    """Return what a resumed run says before it goes on."""
+    if found is None:
+        return []
+    progress, saved = trainer.progress, found.state
+    lines = [
+        f"resumed from {found.path}: update {progress.step:,}, {progress.samples_seen:,} samples, "
+        f"written {saved['date']} by {saved['engine']}"
+    ]
+    if run.second_moment() == "micro_batch" and saved["world_size"] != trainer.backend.world_size:
+        lines.append("second moments come from other micro-batches than before: the same in the mean, not to rounding")
+    if trainer.micro_size != run.batch.micro_size:
+        lines.append(
+            f"{saved['world_size']} ranks were there, now {trainer.backend.world_size}: micro-batches stay at "
+            f"{trainer.micro_size} samples, the rest is accumulated"
+        )
+    return lines
+
+
+def _lock_wait() -> float:
+    """Return how long to wait for a run folder: what a launcher ended may still be dying when it starts the job again."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return 30.0 if any(count not in ("0", "") for count in counts) else 2.0
+
+
+def _agree_on_folder(
+    folder: Path | None, is_new: bool, may_rename: bool, held: ExitStack, backend: Backend
+) -> Path | None:
+    """Make a new run folder on rank 0 and hold it; return it on every rank.
+
+    Raises:
+        UserError: if another run has made it meanwhile, or it cannot be made.
+    """
+    error: UserError | None = None
+    if is_new and folder is not None:
+        try:
+            folder = _claim(folder, may_rename, held)
+        except UserError as raised:
+            error = raised
+    folder, error = backend.share((folder, error))
+    if error is not None:
+        raise SharedError(str(error))
+    return folder
+
+
+def _claim(folder: Path, may_rename: bool, held: ExitStack) -> Path:
+    place, number = folder, 1
+    while True:
+        try:
+            _make_parents(place)
+            place.mkdir()  # of two runs that begin together, one alone makes it
+            break
+        except FileExistsError as error:
+            if not may_rename:
+                raise UserError(f"--out: {folder} was begun by another run just now; name another folder") from error
+            number += 1
+            place = folder.with_name(f"{folder.name}-{number}")
+        except OSError as error:
+            raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
+    held.callback(_remove_unused, place)
+    held.enter_context(locked(place, 0.0))
+    if (place / "config.yaml").exists():  # begun and ended by a run that came between
+        raise UserError(f"--out: {place} was begun by another run just now; name another folder")
+    return place
+
+
+def _make_parents(place: Path) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"--out: cannot write to {place} (a folder above it is a file)") from error
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a run folder into which nothing was written."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+
+
+def _write_config(folder: Path, run: Run) -> None:
+    try:
+        (folder / "summary.json").unlink(missing_ok=True)  # of the part of the run that ended
+        replace_text(folder / "config.yaml", run.to_yaml())
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error

@@ -1,0 +1,134 @@
+"""The run folder: where a run writes, and whose what lies there is. Nothing that no run wrote is overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from largebatch.checkpoint.folder import (
+    BEST,
+    LATEST,
+    LOCK,
+    STATE,
+    CheckpointFolder,
+    read_mapping,
+    read_state,
+    samples_of,
+)
+from largebatch.errors import UserError
+
+CHECKPOINTS, CONFIG, METRICS = "checkpoints", "config.yaml", "metrics.jsonl"
+# What a run writes as a whole, so that it would replace what has the name.
+WRITTEN = (CONFIG, METRICS, "summary.json", "curve.png", "model.safetensors", "wandb_id")
+SECTIONS = ("data", "model", "batch", "optimizer", "schedule")
+
+
+def default_folder(name: str) -> Path:
+    """Return runs/NAME-DATE-TIME."""
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_folder(folder: Path, resume: bool = False) -> None:
+    """Refuse a folder that cannot take a run.
+
+    Args:
+        folder: the run folder.
+        resume: whether a run in it is to be continued.
+
+    Raises:
+        UserError: if it is a checkpoint or no folder, holds something that a run would overwrite and no run wrote, or a run
+            that is not to be continued.
+    """
+    try:
+        _check(folder, resume)
+    except OSError as error:
+        raise UserError(f"--out: cannot read {folder} ({error.strerror})") from error
+
+
+def _check(folder: Path, resume: bool) -> None:
+    if os.path.lexists(folder) and not folder.is_dir():
+        what = "a link to nothing" if folder.is_symlink() and not folder.exists() else "a file"
+        raise UserError(f"--out: {folder} is {what}; name a folder")
+    if samples_of(folder) is not None and (folder / STATE).exists():
+        raise UserError(f"--out: {folder} is a checkpoint; name a run folder, and the checkpoint with --resume")
+    checkpoints = folder / CHECKPOINTS
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        what = f"a link to {os.readlink(checkpoints)}, which is not there" if checkpoints.is_symlink() else "a file"
+        raise UserError(
+            f"--out: {checkpoints} is {what}; put back the folder that it stands for, or name another --out"
+        )
+    if os.path.lexists(folder / LOCK) and _locked_by(folder) is None:
+        raise UserError(f"--out: {folder} holds {LOCK}, which no run wrote; name another folder")
+    held = _held(folder)
+    if not held:
+        return
+    if not is_run(folder):
+        raise UserError(
+            f"--out: {folder} holds {held[0]}, which no run wrote and this one would replace; name another folder"
+        )
+    if not resume:
+        raise UserError(
+            f"--out: {folder} already holds a run; continue it with --resume auto, name another folder, or remove it"
+        )
+
+
+def _held(folder: Path) -> list[str]:
+    """Return the names in a folder that a run would write to."""
+    held = [name for name in WRITTEN if os.path.lexists(folder / name)]
+    checkpoints = folder / CHECKPOINTS
+    held += [f"{CHECKPOINTS}/{name}" for name in (LATEST, BEST) if os.path.lexists(checkpoints / name)]
+    return held + [f"{CHECKPOINTS}/{path.name}" for path in CheckpointFolder(checkpoints).saved()]
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a run wrote the files of a folder that have the names of a run's.
+
+    Its config has to be one, and beside it a lock or rows of a run. Checkpoints that were copied without the rest are a
+    run's too, as long as nothing else is there.
+    """
+    saved = CheckpointFolder(folder / CHECKPOINTS).saved()
+    has_traces = _locked_by(folder) is not None or _has_rows(folder / METRICS)
+    if os.path.lexists(folder / CONFIG):
+        return has_traces and config_of(folder) is not None
+    is_lone = not any(os.path.lexists(folder / name) for name in WRITTEN)
+    return (has_traces or is_lone) and any(_is_checkpoint(path) for path in saved)
+
+
+def config_of(folder: Path) -> dict[str, Any] | None:
+    """Return the config of a run in a folder; None where there is none, or a file of that name which is none."""
+    try:
+        config = read_mapping(folder / CONFIG, "config of a run")
+    except UserError:
+        return None
+    return config if all(isinstance(config.get(name), Mapping) for name in SECTIONS) and "seed" in config else None
+
+
+def _locked_by(folder: Path) -> str | None:
+    """Return what a run wrote into the lock of a folder; None where there is no lock of a run."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            text = file.read(8)
+    except OSError:
+        return None
+    return text.decode() if b"process ".startswith(text) else None
+
+
+def _has_rows(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            row = json.loads(file.readline(2**20))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "samples" in row
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        read_state(path)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,540 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, fields, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from largebatch.checkpoint.folder import CheckpointFolder
+from largebatch.config.schema import Run
+from largebatch.data import FactoryData, Source
+from largebatch.data.loader import MicroBatch, TrainLoader
+from largebatch.data.sampler import PlanSampler, evenly_spaced
+from largebatch.data.source import may_miss
+from largebatch.distributed import Backend, NonFiniteError, is_communication
+from largebatch.distributed.state import (
+    group_state,
+    load_group_state,
+    load_random_state,
+    random_state,
+    read_tensors,
+    tensor_metadata,
+)
+from largebatch.distributed.stopping import StopRequest
+from largebatch.errors import UnreadableError, UserError
+from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
+from largebatch.moments import FirstUpdates, chosen_samples
+from largebatch.noise.estimator import reference_norm_ratio
+from largebatch.optim import param_groups, set_hyperparameters
+from largebatch.optim.adaptive import AdaptiveOptimizer
+from largebatch.reporting.progress import Observer, Progress, Row, Standing, Summary
+from largebatch.scaling.plan import Plan
+from largebatch.scaling.rules import temperature
+from largebatch.training.attendance import Attendance, note
+from largebatch.training.checkpoints import Keeper
+from largebatch.training.divergence import Diverged, choose, describe, last_words
+from largebatch.training.evaluation import evaluate
+from largebatch.training.metering import NoiseMeter
+from largebatch.training.resume import Found, find_checkpoint
+
+
+class Trainer:
+    """Trains a model along a plan on whatever backend it is given.
+
+    Args:
+        run: the config.
+        source: training and validation samples, and the task.
+        model: the model, built on every rank from the same seed.
+        plan: batch size and hyper-parameters as functions of samples seen.
+        backend: the engine.
+        observer: takes the rows; on every rank, which may ignore them.
+        folder: run folder, for checkpoints; None writes none.
+        found: checkpoint to continue from; None begins.
+        data: digest of the source, for checkpoints; None keeps none.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        source: Source,
+        model: nn.Module,
+        plan: Plan,
+        backend: Backend,
+        observer: Observer,
+        folder: Path | None,
+        found: Found | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        self.run, self.source, self.plan, self.backend, self.observer, self.folder = (
+            run,
+            source,
+            plan,
+            backend,
+            observer,
+            folder,
+        )
+        self.data = data
+        self.tracked = run.tracked()
+        self._check = FirstUpdates()
+        self._unaligned = True
+        if self.tracked is not None:
+            backend.track(model, self.tracked, getattr(run.model, "fallback", ()))
+        self.bare_model = model
+        self.model, self.optimizer = backend.prepare(model, self._build_optimizer)
+        if run.second_moment() is not None:
+            backend.use_squares(self.optimizer)
+        self.batch_norms = batch_norms(model)
+        self.micro_size = run.batch.micro_size
+        self.progress = Progress()
+        self.message: str | None = None
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
+        self.meter = NoiseMeter(run, plan, backend.squared_names(model)) if run.measures_noise() else None
+        self._started = time.perf_counter()
+        self.keeper = Keeper(run, backend, plan.samples_per_epoch, folder)
+        device, dtype, timeout = backend.device, backend.dtype, backend.timeout_seconds
+        # The library's own sets give every sample a target.
+        known = source.task.known if isinstance(run.data, FactoryData) and source.task.can_ignore else None
+        self._counts_samples = known is not None or may_miss(source.train)
+        self.loader = TrainLoader(source.train, run.loader, device, dtype, timeout, source.task.check, known)
+        if found is None:
+            self._start_loader()
+        else:
+            self.restore(found)
+
+    def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        config, squares = self.run.optimizer, self.run.second_moment() is not None
+        groups = param_groups(model, config.weight_decay, config.decay_norm_and_bias, squares)
+        return config.build(groups, self.run.batch.reference_size)
+
+    def _start_loader(self) -> None:
+        """Begin to load samples at where the run stands."""
+        seed, rollbacks = self.run.seed, self.progress.rollbacks
+        if rollbacks:  # other samples than those that led to where the run came back from
+            seed = int(np.random.SeedSequence([seed, rollbacks]).generate_state(1, np.uint64)[0] >> 1)
+        self.sampler = PlanSampler(
+            self.plan,
+            len(self.source.train),
+            seed,
+            self.backend.rank,
+            self.backend.world_size,
+            self.micro_size,
+            norm_group_size(self.bare_model),
+            self.progress.samples_seen,
+            self.plan.least_units,
+        )
+        self.loader.begin(self.sampler)
+
+    def train(self) -> Summary:
+        """Run the plan to its end, or to where it is stopped; return what it came to."""
+        status, keeper = "finished", self.keeper
+        with StopRequest(self.run.checkpoint.time_limit_minutes) as self.stop:
+            try:
+                self._train()
+            except Diverged as error:
+                status, self.message = "diverged", str(error)
+            except UnreadableError as error:
+                raise UnreadableError(f"{error}; {self._saved_at_a_stop()}") from None
+            except KeyboardInterrupt:
+                if self.backend.world_size > 1:  # the other ranks are no longer in step
+                    raise
+                keeper.interrupt()
+            except Exception as error:
+                if not is_communication(error):
+                    keeper.wait()  # a checkpoint that was begun is still worth having
+                raise
+            if keeper.stopped_by is not None:
+                status = "interrupted" if keeper.stopped_by == "interrupted" else "preempted"
+            if status == "finished":
+                self.save()
+            failure, is_saved = keeper.close(self.progress.samples_seen)
+            if keeper.stopped_by is not None:
+                self.message = self._stop_message(is_saved)
+            if failure is not None:
+                status = "unsaved" if status == "finished" and not is_saved else status
+                if is_saved:  # an earlier one failed, or a name could not be moved
+                    self._tell(failure)
+                else:
+                    self.message = f"{self.message or 'the last state is lost'}: {failure}"
+        return self._summary(status)
+
+    def _train(self) -> None:
+        progress, backend = self.progress, self.backend
+        if progress.owes_evaluation:
+            self._evaluate_and_log()
+        self.model.train()
+        clock = time.perf_counter()
+        while not self._is_done() and self.keeper.stopped_by is None:
+            batch_size = self.plan.batch_size(progress.samples_seen)
+            values = self.plan.at(progress.samples_seen, self.clock)
+            losses = self._loss_sum.clone()
+            try:
+                grad_norm = self.update(batch_size, values)
+            except UnreadableError:
+                self._loss_sum = losses
+                discard_batch_statistics(self.batch_norms)
+                raise
+            except NonFiniteError as error:
+                self._loss_sum = losses
+                discard_batch_statistics(self.batch_norms)
+                if not self._skips(error, batch_size):
+                    progress, clock = self.progress, time.perf_counter()
+                    continue
+                grad_norm = math.nan
+            backend.align_buffers(self.bare_model, search=self._unaligned)
+            self._unaligned = False
+            progress.samples_seen += batch_size
+            progress.step += 1
+
+            done = self._is_done()
+            if not done and self.meter is not None:
+                self._follow_noise(self.meter, batch_size)
+            if done or progress.step % self.run.log.every_updates == 0:
+                clock = self._log(values, batch_size, grad_norm, clock)
+            paused = time.perf_counter()
+            if done or self._crossed(self.run.evaluate.every_epochs, batch_size):
+                self._evaluate_and_log()
+            if (failure := self.keeper.failure()) is not None:
+                self._tell(f"{failure}; training goes on")
+            if (shortage := self.loader.shortage()) is not None:
+                self._tell(shortage)
+            every = self.run.checkpoint.every_epochs
+            at_epoch = every is not None and self._crossed(every, batch_size)
+            if not done and self.keeper.is_due(progress.step, self.stop.reason(), at_epoch):
+                self.save()
+            clock += time.perf_counter() - paused
+
+    @property
+    def clock(self) -> float:
+        """Samples that count towards the end of the run: those seen, or AdaScale's where it has a clock of its own."""
+        clock = None if self.meter is None else self.meter.clock
+        return self.progress.samples_seen if clock is None else clock
+
+    def _is_done(self) -> bool:
+        return self.clock >= self.plan.total_samples
+
+    def update(self, batch_size: int, values: Row) -> float:
+        """Do one update of a global batch; return the gradient's norm.
+
+        Args:
+            batch_size: B.
+            values: the optimizer's arguments; AdaScale's gain is multiplied into the learning rate.
+
+        Raises:
+            NonFiniteError: if it was not finite; no weight was changed then.
+            UnreadableError: at samples that cannot be read, where the run stops at them or none is left; likewise.
+        """
+        backend, run = self.backend, self.run
+        attendance = Attendance(batch_size, self._num_units(batch_size), self.tracked != "micro_batch")
+        squared = run.squared_samples(batch_size) if self.tracked == "sample" else batch_size
+        backend.begin_update(batch_size, attendance.num_units, self.progress.step)
+        for micro_batch, is_last in self.loader.next(batch_size):
+            attendance.add(micro_batch)
+            if is_last and self._counts_samples:
+                self._note_unreadable(attendance.call(backend), self.progress.samples_seen + batch_size)
+            idle = micro_batch.num_samples == 0
+            with backend.accumulate(sync=is_last, idle=idle), self._choice(micro_batch, batch_size, squared):
+                backend.backward(self.loss_sum(micro_batch) / batch_size)
+        num_samples, num_units = attendance.num_samples, attendance.num_units  # what came
+        if hasattr(self.optimizer, "set_batch"):  # Quench needs it without squares too
+            self.optimizer.set_batch(num_samples, num_units, backend.world_size)
+        if isinstance(self.optimizer, AdaptiveOptimizer):
+            self.optimizer.squares_all = squared == batch_size
+        if self.tracked is not None and squared == batch_size:  # or squares may be zero beside a gradient that is not
+            self._check(partial(backend.check_statistics, self.bare_model, num_units))
+        limit = run.optimizer.max_grad_norm
+        of_reference = limit is not None and run.clips_reference()
+        if self.meter is not None or of_reference:
+            sums = backend.noise_sums(self.bare_model)
+            if self.meter is not None:
+                values["lr"] *= self.meter.update(sums, num_samples, num_units, backend.world_size)
+            if limit is not None and of_reference:
+                kappa = num_samples / run.batch.reference_size
+                limit *= reference_norm_ratio(sums, num_units, num_units / backend.world_size, kappa)
+        set_hyperparameters(self.optimizer, values)
+        grad_norm = backend.step(self.optimizer, limit)
+        commit_batch_statistics(self.batch_norms, backend.sum)
+        self.progress.loss_samples += num_samples
+        self.progress.skipped_in_a_row = 0
+        return grad_norm
+
+    def _choice(self, micro_batch: MicroBatch, batch_size: int, count: int) -> AbstractContextManager[None]:
+        """Choose the samples of a micro-batch that are squared: the same of an update whatever ranks and micro-batches."""
+        if count == batch_size:
+            return nullcontext()
+        chosen = micro_batch.rows(evenly_spaced(batch_size, count, micro_batch.places))
+        return chosen_samples(chosen, batch_size / count)
+
+    def _note_unreadable(self, missing: list[str], samples: int) -> None:
+        """Tell of samples that are left out of what is done after so many, or raise where the run stops at them."""
+        event = note(missing, self.progress.unreadable, getattr(self.run.data, "corrupt", "skip") == "stop")
+        if event is not None:
+            self.observer.log({**self._clock_row(), "samples": samples, "event": event})
+
+    def _num_units(self, batch_size: int) -> float:
+        """Return how many independent units an update's squares are of."""
+        if self.tracked != "micro_batch":
+            return float(batch_size)
+        return self.sampler.num_units(batch_size)
+
+    def _follow_noise(self, meter: NoiseMeter, batch_size: int) -> None:
+        """Change the batch size where the measured noise asks for it, on every rank alike."""
+        progress = self.progress
+        full = self.plan.full_batch_size(progress.samples_seen - batch_size)
+        size = meter.next_batch_size(full, progress.samples_seen, progress.samples_seen - batch_size)
+        if size != full:
+            whole = meter.noise.whole
+            self._change_batch(size)
+            self._start_loader()
+            self._tell(
+                f"batch size {full:,} → {size:,}: the critical batch size is {whole.noise_scale:,.0f} samples "
+                f"(99 % band {whole.low:,.0f} to {whole.high:,.0f})"
+            )
+        if (warning := meter.warning(full, progress.samples_seen)) is not None:
+            self._tell(warning)
+
+    def _change_batch(self, size: int) -> None:
+        self.plan = replace(self.plan, growth=(*self.plan.growth, (self.progress.samples_seen, size)))
+
+    def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
+        """Return the sum of the samples' losses, for the backward pass, and count it for the log."""
+        if micro_batch.num_samples == 0:
+            return self._idle_loss(micro_batch)
+        with self.backend.autocast():
+            outputs = self.model(micro_batch.inputs)
+            loss = self.source.task.losses(outputs, micro_batch.targets).sum()
+        self._loss_sum += loss.detach()
+        return loss
+
+    def _idle_loss(self, micro_batch: MicroBatch) -> Tensor:
+        """Return a loss of zero with a gradient of zero: the rank has no sample, but takes part in the reduction.
+
+        In evaluation mode, so that the stand-in sample enters no batch statistics.
+        """
+        self.model.eval()
+        with self.backend.autocast():
+            loss = self.source.task.losses(self.model(micro_batch.inputs), micro_batch.targets).sum() * 0.0
+        self.model.train()
+        return loss
+
+    def evaluate(self) -> tuple[Row, list[str]]:
+        """Return the exact mean loss, and accuracy, over the whole validation set, and what of it could not be read."""
+        size, loader, backend = self.run.evaluate.batch_size, self.run.loader, self.backend
+        backend.align_buffers(self.bare_model, search=True)
+        return evaluate(self.bare_model, self.source, backend, size, loader, backend.dtype)
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of where the run stands, unless there is one; every rank takes part."""
+        progress, backend = self.progress, self.backend
+        if self.keeper.has(progress.samples_seen):
+            return
+        now = time.perf_counter()
+        progress.seconds += now - self._started
+        self._started = now
+        backend.align_buffers(self.bare_model, search=True)
+        tensors = {
+            **backend.state(self.bare_model, self.optimizer),
+            **random_state(backend.rank),
+            f"loss_sum.{backend.rank}": self._loss_sum,
+        }
+        share = max(piece.stop - piece.start for piece in self.sampler.pieces(self.plan.batch_size_at_start))
+        state = {
+            "progress": asdict(progress),
+            "config": self.run.model_dump(mode="json"),
+            "num_train": len(self.source.train),
+            **({} if self.data is None else {"data": self.data}),
+            "world_size": backend.world_size,
+            "micro_size": share,
+            "engine": backend.describe(),
+            "groups": group_state(self.optimizer),
+            "growth": self.plan.growth,
+            "noise": None if self.meter is None else self.meter.state_dict(),
+            "versions": {name: version(name) for name in ("largebatch", "torch")},
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        self.observer.sync()  # a checkpoint must not outlive the rows before it
+        self.keeper.save(progress.samples_seen, tensors, state)
+
+    def restore(self, found: Found, rollbacks: int | None = None) -> None:
+        """Continue from a checkpoint, whatever number of ranks wrote it; every rank takes part.
+
+        Args:
+            found: the checkpoint.
+            rollbacks: number of the return to it that this is; None for a resumed run.
+        """
+        path, state, backend = found.path, found.state, self.backend
+        backend.load_state(path, self.bare_model, self.optimizer)
+        load_group_state(self.optimizer, state["groups"])
+        known = {field.name for field in fields(Progress)}
+        self.progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
+        if rollbacks is not None:
+            self.progress.rollbacks = rollbacks
+        if self.meter is not None:
+            self.meter.start_at(self.progress.samples_seen)
+            if state.get("noise"):
+                self.meter.load_state_dict(state["noise"])
+        if self.meter is not None and self.run.batch.growth == "adaptive":
+            self.plan = replace(self.plan, growth=tuple((samples, size) for samples, size in state.get("growth", ())))
+            size = self.plan.full_batch_size(self.progress.samples_seen)
+            within = min(max(size, self.meter.smallest), self.meter.largest)
+            if size != within:  # a branch has other limits
+                self._change_batch(within)
+        self.keeper.restart(self.progress.step, self.progress.samples_seen, path)
+        if self.run.batch.micro_size is None and backend.world_size < state["world_size"]:
+            self.micro_size = state["micro_size"]  # what is known to fit a rank
+        # Losses that wait for the next row: each rank its own, or the first one all where ranks came or went.
+        losses = read_tensors(path, [name for name in tensor_metadata(path) if name.startswith("loss_sum.")])
+        if backend.world_size == state["world_size"]:
+            self._loss_sum.copy_(losses[f"loss_sum.{backend.rank}"])
+        else:
+            self._loss_sum.fill_(float(sum(losses.values())) if backend.rank == 0 else 0.0)
+        self._start_loader()
+        load_random_state(path, backend.rank)  # after the loader, which draws a seed for its workers
+
+    def _skips(self, error: NonFiniteError, batch_size: int) -> bool:
+        """Deal with a non-finite gradient as the config says: True skips the update, False went back to a checkpoint.
+
+        Raises:
+            Diverged: if the run cannot go on.
+        """
+        progress, configured = self.progress, self.run.optimizer.non_finite
+        what, choice = describe(error, progress), choose(configured, progress)
+        if choice == "skip":
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            # With the samples that it is counted with: a run that resumes before them forgets the row with the rest.
+            samples = progress.samples_seen + batch_size
+            self.observer.log(
+                {**self._clock_row(), "samples": samples, "event": f"{what}; skipped, {progress.skipped} in all"}
+            )
+            return True
+        if choice == "roll_back" and self._roll_back(what):
+            return False
+        place = None
+        if self.folder is not None:
+            self.save()
+            place = CheckpointFolder(self.folder / "checkpoints").place(progress.samples_seen)
+        raise Diverged(last_words(what, configured, progress, place)) from error
+
+    def _roll_back(self, what: str) -> bool:
+        """Continue from the newest checkpoint with other samples; return whether there is one."""
+        if self.folder is None:
+            return False
+        self.keeper.wait()
+        self.backend.barrier()
+        found = None
+        if self.backend.rank == 0:
+            with suppress(UserError):  # all of them are damaged
+                found, _ = find_checkpoint("auto", self.folder)
+        found = self.backend.share(found)
+        if found is None:
+            return False
+        seconds = self.progress.seconds
+        self.restore(found, self.progress.rollbacks + 1)
+        self.progress.seconds = seconds
+        self.optimizer.zero_grad()  # squares that were still adding up, and are NaN
+        self.observer.rewind(self.progress.samples_seen)
+        self._tell(f"{what}; back at {self.progress.samples_seen} samples ({found.path}), with other samples from here")
+        return True
+
+    def _tell(self, event: str) -> None:
+        self.observer.log({**self._clock_row(), "event": event})
+
+    def _crossed(self, every_epochs: float, batch_size: int) -> bool:
+        """Return whether the last update passed a multiple of so many epochs."""
+        every = every_epochs * self.plan.samples_per_epoch
+        return self.progress.samples_seen // every > (self.progress.samples_seen - batch_size) // every
+
+    def _clock_row(self) -> Row:
+        epoch = self.progress.samples_seen / self.plan.samples_per_epoch
+        row = {"step": self.progress.step, "samples": self.progress.samples_seen, "epoch": round(epoch, 6)}
+        return row if self.meter is None or self.meter.clock is None else {**row, "clock_samples": self.meter.clock}
+
+    def _log(self, values: Row, batch_size: int, grad_norm: float, clock: float) -> float:
+        """Hand a row about the updates since the last one to the observer; return the time from which the next one counts."""
+        progress = self.progress
+        loss = float(self.backend.sum(self._loss_sum)) / progress.loss_samples if progress.loss_samples else math.nan
+        now = time.perf_counter()
+        progress.train_seconds += now - clock
+        row = {
+            **self._clock_row(),
+            "loss": loss,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
+            "batch_size": batch_size,
+            "temperature": temperature(values["lr"], batch_size, values.get("momentum", 0.0)),
+            "grad_norm": grad_norm,
+            "samples_per_second": (progress.samples_seen - progress.row_samples) / (now - clock),
+        }
+        if progress.skipped:
+            row["skipped"] = progress.skipped
+        if progress.unreadable:
+            row["unreadable"] = len(progress.unreadable)
+        if self.meter is not None:
+            row |= self.meter.row(batch_size)
+        progress.loss = loss
+        self._loss_sum.zero_()
+        progress.loss_samples, progress.row_samples = 0, progress.samples_seen
+        self.observer.log(row)
+        return now
+
+    def _evaluate_and_log(self) -> None:
+        progress = self.progress
+        progress.owes_evaluation = True
+        scores, missing = self.evaluate()
+        self._note_unreadable(missing, progress.samples_seen)
+        progress.owes_evaluation = False
+        progress.val_loss, progress.val_accuracy = scores["val_loss"], scores.get("val_accuracy")
+        if progress.val_accuracy is not None:
+            progress.best_val_accuracy = max(progress.best_val_accuracy or 0.0, progress.val_accuracy)
+        val_loss = scores["val_loss"]
+        if math.isfinite(val_loss) and (progress.best_val_loss is None or val_loss < progress.best_val_loss):
+            progress.best_val_loss = val_loss
+            self.keeper.note_best()
+        if self.meter is not None:
+            scores["noise_scale_by_layer"] = self.meter.by_layer()
+        self.observer.log({**self._clock_row(), **scores})
+
+    def _saved_at_a_stop(self) -> str:
+        """Save where the run stands, and say how it goes on from samples that cannot be read. A collective."""
+        advice = (
+            "put whole files in their places (and add --checkpoint.same_data false), or leave them out "
+            "with --data.corrupt skip"
+        )
+        if self.folder is None:
+            return advice
+        self.save()
+        failure, is_saved = self.keeper.close(self.progress.samples_seen)
+        kept = f"everything up to update {self.progress.step} is in {self.folder}" if is_saved else f"{failure}"
+        return f"{kept}; {advice}, then continue with --resume auto --out {self.folder}"
+
+    def _stop_message(self, is_saved: bool) -> str:
+        why = {"interrupted": "interrupted", "signal": "stopped by a signal", "time_limit": "time limit reached"}
+        message = f"{why[self.keeper.stopped_by or 'interrupted']} after update {self.progress.step}"
+        if is_saved:
+            message += f"; everything is in {self.folder}: continue with --resume auto --out {self.folder}"
+        return message
+
+    def _summary(self, status: str) -> Summary:
+        progress = self.progress
+        progress.seconds += time.perf_counter() - self._started
+        shared = {field.name: getattr(progress, field.name) for field in fields(Standing)}
+        return Summary(
+            **shared,
+            status=status,
+            updates=progress.step,
+            samples=progress.samples_seen,
+            epochs=progress.samples_seen / self.plan.samples_per_epoch,
+            samples_per_second=progress.row_samples / progress.train_seconds if progress.train_seconds > 0 else 0.0,
+            world_size=self.backend.world_size,
+            message=self.message,
+            stopped_by=self.keeper.stopped_by,
+        )
