@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
+from inspect import signature
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -14,6 +15,11 @@ from largebatch.section import Coefficient, Count, NonNegative, Positive, Sectio
 NAME = Field(description="Optimizer: sgd, lars, adagrad, rmsprop, adam, adamw, lamb or quench.")
 
 
+def _default(optimizer_class: Callable[..., torch.optim.Optimizer], name: str) -> Any:
+    """Return the default that an optimizer's constructor has for an argument."""
+    return signature(optimizer_class).parameters[name].default
+
+
 def _half_or_one(value: float) -> float:
     if value not in (0.5, 1.0):
         raise ValueError("0.5 or 1")
@@ -23,6 +29,8 @@ def _half_or_one(value: float) -> float:
 class OptimizerBase(Section):
     """What every optimizer has."""
 
+    optimizer_class: ClassVar[Callable[..., torch.optim.Optimizer]]
+    """What it builds: its constructor has the defaults, and takes what the section adds to the common fields."""
     takes_rule: ClassVar[bool] = True
     """Whether a scaling rule carries its learning rate to another batch size."""
 
@@ -51,9 +59,19 @@ class OptimizerBase(Section):
         names = ("momentum", "betas", "alpha", "eps")
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
-    @abstractmethod
     def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
-        """Return the optimizer over parameter groups, which carry their weight decay."""
+        """Return the optimizer, made from the fields of this section that its constructor takes.
+
+        Args:
+            groups: parameter groups, which carry their weight decay.
+            reference_size: batch size at which the values were tuned.
+        """
+        known = signature(self.optimizer_class).parameters
+        own = (name for name in type(self).model_fields if name in known and name != "weight_decay")
+        values = {name: getattr(self, name) for name in own}
+        if "reference_batch_size" in known:
+            values["reference_batch_size"] = reference_size
+        return self.optimizer_class(groups, **values)
 
 
 class AdaptiveBase(OptimizerBase):
@@ -67,12 +85,14 @@ class AdaptiveBase(OptimizerBase):
 class SGDConfig(OptimizerBase):
     """Stochastic gradient descent."""
 
+    optimizer_class: ClassVar = optim.SGD
+
     name: Annotated[Literal["sgd"], NAME] = "sgd"
-    momentum: Coefficient = 0.0
+    momentum: Coefficient = _default(optim.SGD, "momentum")
     """Momentum tuned at the reference batch size."""
-    nesterov: bool = False
+    nesterov: bool = _default(optim.SGD, "nesterov")
     """Nesterov's look-ahead momentum."""
-    form: Literal["sum", "velocity", "average"] = "sum"
+    form: Literal["sum", "velocity", "average"] = _default(optim.SGD, "form")
     """Where the learning rate enters: sum (torch.optim), velocity (inside v), average (running average of gradients)."""
 
     @model_validator(mode="after")
@@ -83,152 +103,113 @@ class SGDConfig(OptimizerBase):
             )
         return self
 
-    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
-        """Return the optimizer."""
-        return optim.SGD(groups, self.lr, self.momentum, nesterov=self.nesterov, form=self.form)
-
 
 class LARSConfig(OptimizerBase):
     """LARS: a layer's step follows the length of its weights (You et al. 2017)."""
 
-    name: Annotated[Literal["lars"], NAME] = "lars"
-    momentum: Coefficient = 0.9
-    """Momentum tuned at the reference batch size; the learning rate enters the buffer."""
-    trust_coefficient: Positive = 1e-3
-    """How far a layer may move, relative to its length, at a learning rate of 1."""
-    adapt_norm_and_bias: bool = False
-    """Adapt norms and biases too; else their rate is lr itself."""
+    optimizer_class: ClassVar = optim.LARS
 
-    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
-        """Return the optimizer."""
-        return optim.LARS(
-            groups,
-            self.lr,
-            self.momentum,
-            trust_coefficient=self.trust_coefficient,
-            adapt_norm_and_bias=self.adapt_norm_and_bias,
-        )
+    name: Annotated[Literal["lars"], NAME] = "lars"
+    momentum: Coefficient = _default(optim.LARS, "momentum")
+    """Momentum tuned at the reference batch size; the learning rate enters the buffer."""
+    trust_coefficient: Positive = _default(optim.LARS, "trust_coefficient")
+    """How far a layer may move, relative to its length, at a learning rate of 1."""
+    adapt_norm_and_bias: bool = _default(optim.LARS, "adapt_norm_and_bias")
+    """Adapt norms and biases too; else their rate is lr itself."""
 
 
 class AdagradConfig(AdaptiveBase):
     """Adagrad."""
 
-    name: Annotated[Literal["adagrad"], NAME] = "adagrad"
-    eps: NonNegative = 1e-10
-    """Added to the root of the second moment."""
+    optimizer_class: ClassVar = optim.Adagrad
 
-    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
-        """Return the optimizer."""
-        return optim.Adagrad(groups, self.lr, self.eps, reference_batch_size=reference_size)
+    name: Annotated[Literal["adagrad"], NAME] = "adagrad"
+    eps: NonNegative = _default(optim.Adagrad, "eps")
+    """Added to the root of the second moment."""
 
 
 class RMSPropConfig(AdaptiveBase):
     """RMSProp."""
 
-    name: Annotated[Literal["rmsprop"], NAME] = "rmsprop"
-    alpha: Coefficient = 0.99
-    """Coefficient of the running average of squares, at the reference batch size."""
-    momentum: Coefficient = 0.0
-    """Heavy-ball momentum at the reference batch size."""
-    eps: NonNegative = 1e-8
-    """Added to the root of the second moment."""
-    centered: bool = False
-    """Divide by the standard deviation instead of the root of the second moment."""
-    exponent: Annotated[float, AfterValidator(_half_or_one)] = 0.5
-    """Power of the second moment that divides the gradient."""
-    bias_correction: Literal["none", "running_mean"] = "none"
-    """none as published, or running_mean: weights 1/min(t, N)."""
+    optimizer_class: ClassVar = optim.RMSProp
 
-    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
-        """Return the optimizer."""
-        return optim.RMSProp(
-            groups,
-            self.lr,
-            self.alpha,
-            self.eps,
-            momentum=self.momentum,
-            centered=self.centered,
-            exponent=self.exponent,
-            bias_correction=self.bias_correction,
-            reference_batch_size=reference_size,
-        )
+    name: Annotated[Literal["rmsprop"], NAME] = "rmsprop"
+    alpha: Coefficient = _default(optim.RMSProp, "alpha")
+    """Coefficient of the running average of squares, at the reference batch size."""
+    momentum: Coefficient = _default(optim.RMSProp, "momentum")
+    """Heavy-ball momentum at the reference batch size."""
+    eps: NonNegative = _default(optim.RMSProp, "eps")
+    """Added to the root of the second moment."""
+    centered: bool = _default(optim.RMSProp, "centered")
+    """Divide by the standard deviation instead of the root of the second moment."""
+    exponent: Annotated[float, AfterValidator(_half_or_one)] = _default(optim.RMSProp, "exponent")
+    """Power of the second moment that divides the gradient."""
+    bias_correction: Literal["none", "running_mean"] = _default(optim.RMSProp, "bias_correction")
+    """none as published, or running_mean: weights 1/min(t, N)."""
 
 
 class AdamBase(AdaptiveBase):
     """What Adam and what is built on it have."""
 
-    betas: tuple[Coefficient, Coefficient] = (0.9, 0.999)
+    betas: tuple[Coefficient, Coefficient] = _default(optim.Adam, "betas")
     """Coefficients of the two running averages at the reference batch size."""
-    bias_correction: Literal["published", "running_mean"] = "published"
+    bias_correction: Literal["published", "running_mean"] = _default(optim.Adam, "bias_correction")
     """published: divide by 1 - beta^t; running_mean: weights 1/min(t, N)."""
 
 
 class AdamConfig(AdamBase):
-    """Adam, with L2 weight decay (adam) or a decoupled one (adamw)."""
+    """Adam (Kingma and Ba 2015), whose weight decay is a term of the gradient."""
 
-    name: Annotated[Literal["adam", "adamw"], NAME] = "adamw"
-    eps: NonNegative = 1e-8
+    optimizer_class: ClassVar = optim.Adam
+
+    name: Annotated[Literal["adam"], NAME] = "adam"
+    eps: NonNegative = _default(optim.Adam, "eps")
     """Added to the root of the second moment."""
 
-    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
-        """Return the optimizer."""
-        cls = optim.AdamW if self.name == "adamw" else optim.Adam
-        return cls(
-            groups,
-            self.lr,
-            self.betas,
-            self.eps,
-            bias_correction=self.bias_correction,
-            reference_batch_size=reference_size,
-        )
+
+class AdamWConfig(AdamBase):
+    """AdamW: Adam with a decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    optimizer_class: ClassVar = optim.AdamW
+
+    name: Annotated[Literal["adamw"], NAME] = "adamw"
+    eps: NonNegative = _default(optim.AdamW, "eps")
+    """Added to the root of the second moment."""
 
 
 class LAMBConfig(AdamBase):
     """LAMB: AdamW's direction, with a step that follows the length of a layer's weights (You et al. 2020)."""
 
-    name: Annotated[Literal["lamb"], NAME] = "lamb"
-    eps: NonNegative = 1e-6
-    """Added to the root of the second moment."""
-    adapt_norm_and_bias: bool = False
-    """Adapt norms and biases too; else they follow AdamW."""
+    optimizer_class: ClassVar = optim.LAMB
 
-    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
-        """Return the optimizer."""
-        return optim.LAMB(
-            groups,
-            self.lr,
-            self.betas,
-            self.eps,
-            bias_correction=self.bias_correction,
-            reference_batch_size=reference_size,
-            adapt_norm_and_bias=self.adapt_norm_and_bias,
-        )
+    name: Annotated[Literal["lamb"], NAME] = "lamb"
+    eps: NonNegative = _default(optim.LAMB, "eps")
+    """Added to the root of the second moment."""
+    adapt_norm_and_bias: bool = _default(optim.LAMB, "adapt_norm_and_bias")
+    """Adapt norms and biases too; else they follow AdamW."""
 
 
 class QuenchConfig(OptimizerBase):
     """Quenching SGD: each element's own batch size Bstar and rate, from its own noise (McAllester, TTIC 31230)."""
 
+    optimizer_class: ClassVar = optim.Quench
     takes_rule: ClassVar[bool] = False
 
     name: Annotated[Literal["quench"], NAME] = "quench"
     lr: Positive
     """lambda_eta, coefficient of the rate: 1/(32*L) in the theory, with L the largest curvature; the same at any batch size."""
-    K: Count = 4096
+    K: Count = _default(optim.Quench, "K")
     """Samples at the start of which only averages are taken, several times the batch size."""
-    lambda_B: Positive = 16.0
+    lambda_B: Positive = _default(optim.Quench, "lambda_B")
     """Coefficient of Bstar; 16 in the theory."""
-    eps: Positive = 1e-8
+    eps: Positive = _default(optim.Quench, "eps")
     """Added to the squared gradient in Bstar, so in the unit of that square."""
-    sigma2: Literal["average", "sample"] = "average"
+    sigma2: Literal["average", "sample"] = _default(optim.Quench, "sigma2")
     """Variance of a sample's gradient: from the spread of batch means, or exact from the squares of samples' gradients."""
 
     def reference_values(self) -> dict[str, Any]:
         """Return nothing: Bstar and eta/B are per sample."""
         return {}
 
-    def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
-        """Return the optimizer."""
-        return optim.Quench(groups, self.lr, self.K, self.lambda_B, self.eps, self.sigma2)
 
-
-OPTIMIZERS = (SGDConfig, LARSConfig, AdagradConfig, RMSPropConfig, AdamConfig, LAMBConfig, QuenchConfig)
+OPTIMIZERS = (SGDConfig, LARSConfig, AdagradConfig, RMSPropConfig, AdamConfig, AdamWConfig, LAMBConfig, QuenchConfig)

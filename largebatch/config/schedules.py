@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Annotated, Literal
+from inspect import signature
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,139 +12,149 @@ from largebatch.scaling import schedules
 from largebatch.scaling.schedules import Realization, Schedule
 from largebatch.section import NonNegative, Positive, Section
 
+NAME = Field(
+    description="Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."
+)
+Factor = Annotated[float, Field(ge=0, lt=1)]
+
 
 class ScheduleBase(Section):
     """What every schedule has."""
 
-    name: str
-    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    schedule_class: ClassVar[type[Schedule]]
+    """What it builds: a dataclass whose fields are those of the section, with samples in place of epochs."""
+
+    name: Annotated[str, NAME]
     epochs: Positive
     """Length of the run in epochs."""
     realize: Realization = "lr"
     """A falling temperature falls by the lr, by a growing batch, or by batch_then_lr (Smith et al. 2018)."""
 
-    @abstractmethod
-    def build(self, samples_per_epoch: int) -> Schedule:
-        """Return the factor of the temperature as a function of samples seen."""
-
     def total_samples(self, samples_per_epoch: int) -> int:
         """Return the samples of the whole run."""
         return round(self.epochs * samples_per_epoch)
+
+    def build(self, samples_per_epoch: int) -> Schedule:
+        """Return the factor of the temperature as a function of samples seen.
+
+        Raises:
+            UserError: if part of the schedule lies beyond the end of the run.
+        """
+        values: dict[str, Any] = {"total_samples": self.total_samples(samples_per_epoch)}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if name.endswith("_epochs"):
+                name, value = name.removesuffix("_epochs") + "_samples", self._samples(value, samples_per_epoch)
+            values[name] = value
+        known = signature(self.schedule_class).parameters
+        return self.schedule_class(**{name: value for name, value in values.items() if name in known})
+
+    def _samples(self, epochs: Any, samples_per_epoch: int) -> int | tuple[int, ...]:
+        return max(1, round(epochs * samples_per_epoch))
 
 
 class ConstantConfig(ScheduleBase):
     """A constant temperature."""
 
-    name: Literal["constant"] = "constant"
-    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    schedule_class: ClassVar = schedules.Constant
 
-    def build(self, samples_per_epoch: int) -> Schedule:
-        """Return the schedule."""
-        return schedules.Constant()
+    name: Annotated[Literal["constant"], NAME] = "constant"
 
 
 class StepConfig(ScheduleBase):
     """Steps at milestones."""
 
-    name: Literal["step"]
-    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    schedule_class: ClassVar = schedules.Step
+
+    name: Annotated[Literal["step"], NAME]
     milestones_epochs: list[Positive]
     """Epochs after which the temperature is multiplied by the factor."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Factor at each milestone."""
 
-    def build(self, samples_per_epoch: int) -> Schedule:
-        """Return the schedule."""
-        milestones = tuple(round(epoch * samples_per_epoch) for epoch in self.milestones_epochs)
+    def _samples(self, epochs: Any, samples_per_epoch: int) -> tuple[int, ...]:
+        milestones = tuple(round(epoch * samples_per_epoch) for epoch in epochs)
         if list(milestones) != sorted(set(milestones)):
-            raise UserError(f"schedule.milestones_epochs: expected rising epochs, got {self.milestones_epochs}")
+            raise UserError(f"schedule.milestones_epochs: expected rising epochs, got {epochs}")
         if milestones and milestones[-1] >= self.total_samples(samples_per_epoch):
             raise UserError(
-                f"schedule.milestones_epochs: {self.milestones_epochs[-1]:g} lies at or past the end of the run "
+                f"schedule.milestones_epochs: {epochs[-1]:g} lies at or past the end of the run "
                 f"(schedule.epochs: {self.epochs:g}) and would never be reached"
             )
-        return schedules.Step(milestones, self.factor)
+        return milestones
 
 
-class DecayConfig(ScheduleBase):
-    """A fall over the whole run: linear, or polynomial, or along a cosine."""
+class LinearConfig(ScheduleBase):
+    """A linear fall over the whole run."""
 
-    name: Literal["linear", "cosine"]
-    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
-    final: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    schedule_class: ClassVar = schedules.Polynomial
+
+    name: Annotated[Literal["linear"], NAME]
+    final: Factor = 0.0
     """Factor of the temperature at the end."""
 
-    def build(self, samples_per_epoch: int) -> Schedule:
-        """Return the schedule."""
-        total = self.total_samples(samples_per_epoch)
-        return (
-            schedules.Cosine(total, self.final)
-            if self.name == "cosine"
-            else schedules.Polynomial(total, 1.0, self.final)
-        )
+
+class CosineConfig(ScheduleBase):
+    """A fall along half a cosine over the whole run."""
+
+    schedule_class: ClassVar = schedules.Cosine
+
+    name: Annotated[Literal["cosine"], NAME]
+    final: Factor = 0.0
+    """Factor of the temperature at the end."""
 
 
 class PolynomialConfig(ScheduleBase):
     """A polynomial fall over the whole run."""
 
-    name: Literal["polynomial"]
-    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    schedule_class: ClassVar = schedules.Polynomial
+
+    name: Annotated[Literal["polynomial"], NAME]
     power: Positive = 2.0
     """Power of the remaining share of the run."""
-    final: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    final: Factor = 0.0
     """Factor of the temperature at the end."""
-
-    def build(self, samples_per_epoch: int) -> Schedule:
-        """Return the schedule."""
-        return schedules.Polynomial(self.total_samples(samples_per_epoch), self.power, self.final)
 
 
 class InverseSqrtConfig(ScheduleBase):
     """Constant, then falling as the inverse square root of samples."""
 
-    name: Literal["inverse_sqrt"]
-    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    schedule_class: ClassVar = schedules.InverseSqrt
+
+    name: Annotated[Literal["inverse_sqrt"], NAME]
     timescale_epochs: Positive = 1.0
     """Epochs before the fall begins."""
-
-    def build(self, samples_per_epoch: int) -> Schedule:
-        """Return the schedule."""
-        return schedules.InverseSqrt(max(1, round(self.timescale_epochs * samples_per_epoch)))
 
 
 class RobbinsMonroConfig(ScheduleBase):
     """1 / (1 + s/tau)^p, which satisfies the classical conditions for convergence."""
 
-    name: Literal["robbins_monro"]
-    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    schedule_class: ClassVar = schedules.RobbinsMonro
+
+    name: Annotated[Literal["robbins_monro"], NAME]
     timescale_epochs: Positive = 1.0
     """tau in epochs."""
     power: Annotated[float, Field(gt=0.5, le=1)] = 1.0
     """p in (1/2, 1]."""
 
-    def build(self, samples_per_epoch: int) -> Schedule:
-        """Return the schedule."""
-        return schedules.RobbinsMonro(max(1, round(self.timescale_epochs * samples_per_epoch)), self.power)
-
 
 class TrapezoidConfig(ScheduleBase):
     """Stable, then a linear fall at the end; the warm-up section gives the rising edge."""
 
-    name: Literal["trapezoid"]
-    """Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."""
+    schedule_class: ClassVar = schedules.Trapezoid
+
+    name: Annotated[Literal["trapezoid"], NAME]
     decay_epochs: Positive
     """Length of the fall at the end."""
-    final: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    final: Factor = 0.0
     """Factor of the temperature at the end."""
 
-    def build(self, samples_per_epoch: int) -> Schedule:
-        """Return the schedule."""
-        if self.decay_epochs > self.epochs:
+    def _samples(self, epochs: Any, samples_per_epoch: int) -> int | tuple[int, ...]:
+        if epochs > self.epochs:
             raise UserError(
-                f"schedule.decay_epochs: expected at most schedule.epochs ({self.epochs:g}), got {self.decay_epochs:g}"
+                f"schedule.decay_epochs: expected at most schedule.epochs ({self.epochs:g}), got {epochs:g}"
             )
-        decay = max(1, round(self.decay_epochs * samples_per_epoch))
-        return schedules.Trapezoid(self.total_samples(samples_per_epoch), decay, self.final)
+        return super()._samples(epochs, samples_per_epoch)
 
 
 class WarmupConfig(Section):
@@ -167,7 +177,8 @@ class WarmupConfig(Section):
 SCHEDULES = (
     ConstantConfig,
     StepConfig,
-    DecayConfig,
+    LinearConfig,
+    CosineConfig,
     PolynomialConfig,
     InverseSqrtConfig,
     RobbinsMonroConfig,
