@@ -115,12 +115,12 @@ def by_trainer(case: Case, source: Source, backend: Backend, updates: int, folde
     """Train with the trainer; return the seconds its loop took."""
     run = config(case, updates, len(source.train))
     plan, _ = build_plan(run, len(source.train), backend.world_size)
-    observer = JsonLines(folder / f"metrics-{backend.rank}.jsonl")
-    trainer = Trainer(run, source, build_model(run, source.task), plan, backend, observer, None)
+    logger = JsonLines(folder / f"metrics-{backend.rank}.jsonl")
+    trainer = Trainer(run, source, build_model(run, source.task), plan, backend, logger, None)
     started = time.perf_counter()
     summary = trainer.train()
     seconds = time.perf_counter() - started
-    observer.close()
+    logger.close()
     assert summary.updates == updates, summary
     return seconds
 

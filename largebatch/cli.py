@@ -203,11 +203,11 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         console.print(describe_settings(run), highlight=False)
         return 0
     if known.command == "plan":
-        from largebatch.planner.resolve import describe_plan, say_warnings
+        from largebatch.planner.resolve import describe_plan, print_warnings
 
         if known.world_size < 1:
             raise UserError(f"--world-size: expected at least 1 rank, got {known.world_size}")
-        say_warnings(console, warnings)
+        print_warnings(console, warnings)
         describe_plan(run, known.world_size, console)
         return 0
 
@@ -230,9 +230,9 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         folder = default_folder(known.config.stem) if is_default else run_folder_of(known.resume)
     result = train(run, folder, console, warnings=tuple(warnings), resume=known.resume, may_rename=is_default)
     if known.command == "noise" and result.folder is not None:
-        from largebatch.reporting.tables import say_noise
+        from largebatch.reporting.tables import print_noise
 
-        say_noise(console, result.folder)
+        print_noise(console, result.folder)
     if result.summary.message and result.folder is not None:
         print(f"largebatch: {result.summary.status}: {result.summary.message}", file=sys.stderr)
     if result.summary.stopped_by == "time_limit" and is_under_torchrun():

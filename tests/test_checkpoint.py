@@ -930,7 +930,7 @@ def test_a_signal_to_all_processes_leaves_the_loaders_workers_at_work(number, co
 
 def test_a_second_ctrl_c_stops_at_once_and_costs_the_last_updates_only(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stopping, "IMPATIENCE_SECONDS", -1.0)
-    monkeypatch.setattr(stopping.Agreement, "ask", lambda *_: (None, False))  # the first one is not heard in time
+    monkeypatch.setattr(stopping.StopCoordinator, "ask", lambda *_: (None, False))  # the first one is not heard in time
     assert train_signalled(tmp_path, tmp_path / "whole", {}, **{"checkpoint.every_epochs": 0.5}) == 0
     assert (
         train_signalled(

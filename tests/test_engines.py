@@ -101,7 +101,7 @@ def trajectory(rank, world_size, run):
     plan, _ = build_plan(run, len(source.train), world_size)
     backend = create_backend(run.backend, run.precision, Ranks(rank, rank, world_size))
     trainer = Trainer(run, source, model, plan, backend, Rows(), None)
-    rows = trainer.observer
+    rows = trainer.logger
     summary = trainer.train()
     assert summary.status == "finished", summary.message
     state = backend.state(trainer.bare_model, trainer.optimizer)

@@ -19,7 +19,7 @@ from largebatch.errors import UserError
 from largebatch.noise.estimator import reference_norm_ratio
 from largebatch.optim import AdamW, param_groups
 from largebatch.optim.averages import Moment
-from largebatch.planner.resolve import build_plan, say_plan
+from largebatch.planner.resolve import build_plan, print_plan
 from largebatch.reporting.loggers import read_metrics
 from largebatch.scaling.rules import micro_batches_needed
 from largebatch.training.run import build_model, train
@@ -75,7 +75,7 @@ def test_the_plan_says_how_passes_are_cut(capsys):
     plan, _ = build_plan(run, 1438)
     assert run.second_moment() == "micro_batch" and plan.least_units == 2
     model = build_model(run, run.data.load(0).task)
-    say_plan(Console(width=300), run, model, plan, "data", 1)
+    print_plan(Console(width=300), run, model, plan, "data", 1)
     printed = capsys.readouterr().out
     assert "from the squared gradients of 2 micro-batches" in printed and "cut into 2 passes of 100" in printed
     assert "1 x 100 x 2" in printed

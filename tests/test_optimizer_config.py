@@ -36,8 +36,8 @@ def _train_on_rank(rank, world_size, run):
     model = build_model(run, source.task)
     plan, _ = build_plan(run, len(source.train), world_size)
     backend = create_backend(run.backend, run.precision, Ranks(rank, rank, world_size))
-    observer = type("Rows", (), {"log": lambda self, row: rows.append(row)})()
-    Trainer(run, source, model, plan, backend, observer, None).train()
+    logger = type("Rows", (), {"log": lambda self, row: rows.append(row)})()
+    Trainer(run, source, model, plan, backend, logger, None).train()
     backend.close()
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
 

@@ -67,8 +67,8 @@ def train_failing(rank, world_size, folder, step, kind, victim, number, flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("largebatch.reporting.plots.plot_run", lambda *_: None)
         patch.setattr(owner, name, call)
-        tell = trainer.Trainer._tell
-        patch.setattr(trainer.Trainer, "_tell", lambda self, event: (told.append(event), tell(self, event)))
+        tell = trainer.Trainer._log_event
+        patch.setattr(trainer.Trainer, "_log_event", lambda self, event: (told.append(event), tell(self, event)))
         summary = train(digits(**OFTEN | flags), folder, ranks=Ranks(rank, rank, world_size)).summary
     return summary.status, summary.message, told
 

@@ -166,14 +166,14 @@ def test_squares_in_bfloat16_move_the_weights_by_their_rounding(rank_pool, tmp_p
 
 def _final_weights(rank, world_size, run, folder):
     from largebatch.distributed import create_backend
-    from largebatch.reporting.loggers import Observers
+    from largebatch.reporting.loggers import Loggers
     from largebatch.training.trainer import Trainer
 
     source = run.data.load(run.seed)
     model = build_model(run, source.task)
     plan, _ = build_plan(run, len(source.train), world_size)
     backend = create_backend(run.backend, run.precision, Ranks(rank, rank, world_size))
-    Trainer(run, source, model, plan, backend, Observers(), None).train()
+    Trainer(run, source, model, plan, backend, Loggers(), None).train()
     backend.close()
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -321,7 +321,7 @@ def test_every_rank_stops_at_one_ranks_nan(rank_pool, tmp_path):
 
 def test_a_checkpoint_restores_model_and_optimizer(tmp_path):
     from largebatch.distributed import create_backend
-    from largebatch.reporting.loggers import Observers
+    from largebatch.reporting.loggers import Loggers
     from largebatch.training.trainer import Trainer
 
     run = digits(**{"optimizer.name": "adamw", "optimizer.lr": 1e-3})
@@ -330,7 +330,7 @@ def test_a_checkpoint_restores_model_and_optimizer(tmp_path):
         source = run.data.load(run.seed)
         plan, _ = build_plan(run, len(source.train))
         backend = create_backend(run.backend, run.precision, Ranks())
-        return Trainer(run, source, build_model(run, source.task), plan, backend, Observers(), tmp_path, found)
+        return Trainer(run, source, build_model(run, source.task), plan, backend, Loggers(), tmp_path, found)
 
     trained = trainer()
     trained.train()

@@ -8,7 +8,7 @@ from test_trainer import digits
 from largebatch.checkpoint.folder import CheckpointFolder
 from largebatch.distributed import Ranks
 from largebatch.errors import UserError
-from largebatch.reporting.loggers import JsonLines, Observers, WandB, _wandb_rows
+from largebatch.reporting.loggers import JsonLines, Loggers, WandB, _wandb_rows
 from largebatch.training.run import train
 
 wandb = pytest.importorskip("wandb")
@@ -29,13 +29,13 @@ def row(samples, **values):
 
 def part_of(folder, done, *counts):
     """Log rows behind a checkpoint after so many samples."""
-    observers = Observers([JsonLines(folder / "metrics.jsonl"), WandB(RUN, folder, "name")])
-    observers.rewind(done)
+    loggers = Loggers([JsonLines(folder / "metrics.jsonl"), WandB(RUN, folder, "name")])
+    loggers.rewind(done)
     for samples in counts:
-        observers.log(row(samples))
+        loggers.log(row(samples))
         if samples % 50 == 0:
-            observers.log({"step": samples // 10, "samples": samples, "val_loss": 2.0 / samples})
-    observers.close()
+            loggers.log({"step": samples // 10, "samples": samples, "val_loss": 2.0 / samples})
+    loggers.close()
 
 
 def cut(folder, share):
@@ -64,14 +64,14 @@ def test_a_resumed_run_goes_on_behind_what_is_kept(share, tmp_path):
 
 def test_a_run_that_returns_to_a_checkpoint_keeps_both_ways(tmp_path):
     """The rows after the return have samples that were there before: their steps go on, their axis is the samples."""
-    observers = Observers([JsonLines(tmp_path / "metrics.jsonl"), WandB(RUN, tmp_path, "name")])
-    observers.rewind(0)
+    loggers = Loggers([JsonLines(tmp_path / "metrics.jsonl"), WandB(RUN, tmp_path, "name")])
+    loggers.rewind(0)
     for samples in (10, 20, 30):
-        observers.log(row(samples))
-    observers.rewind(10)
+        loggers.log(row(samples))
+    loggers.rewind(10)
     for samples in (20, 30):
-        observers.log(row(samples))
-    observers.close()
+        loggers.log(row(samples))
+    loggers.close()
     cut(tmp_path, 1.0)
     part_of(tmp_path, 20, 30, 40)  # and is resumed
     assert [(each["_step"], each["samples"]) for each in kept(tmp_path)] == [

@@ -210,7 +210,7 @@ class Backend(Protocol):
         """Wait for every rank."""
         ...
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank; it must be picklable."""
         ...
 

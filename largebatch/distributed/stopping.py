@@ -77,7 +77,7 @@ class StopRequest:
         return "time_limit" if self.deadline is not None and time.monotonic() >= self.deadline else None
 
 
-class Agreement:
+class StopCoordinator:
     """Lets ranks decide alike, at the same update, what each of them knows by itself: a signal, a clock.
 
     Args:

@@ -270,7 +270,7 @@ def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -
         raise UserError(f"batch.max_size: expected at least batch.size {run.batch.size}, got {run.batch.max_size}")
 
 
-def say_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str, world_size: int) -> None:
+def print_plan(console: Console, run: Run, model: nn.Module, plan: Plan, data: str, world_size: int) -> None:
     """Print what is trained on what, and the plan's two tables.
 
     Args:
@@ -361,7 +361,7 @@ def _squared_for(run: Run) -> str:
     return "second moments" if run.second_moment() else "the gradient noise"
 
 
-def say_warnings(console: Console, warnings: Iterable[str]) -> None:
+def print_warnings(console: Console, warnings: Iterable[str]) -> None:
     """Print what a user should know."""
     for warning in warnings:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
@@ -397,10 +397,10 @@ def describe_plan(run: Run, world_size: int, console: Console) -> None:
         model = run.model.build(task)
     plan, warnings = build_plan(run, num_train, world_size, norm_group_size(model))
     check_single_samples(run, task, plan, world_size, norm_group_size(model))
-    say_plan(console, run, model, plan, f"{num_train:,} training samples{where}", world_size)
+    print_plan(console, run, model, plan, f"{num_train:,} training samples{where}", world_size)
     verdict = "satisfies" if plan.schedule.robbins_monro else "does not satisfy"
     console.print(
         f"schedule '{run.schedule.name}' {verdict} the classical conditions for convergence: {plan.schedule.why}",
         highlight=False,
     )
-    say_warnings(console, warnings)
+    print_warnings(console, warnings)

@@ -310,31 +310,31 @@ class Lenient:
             self._try(self.tracker.close)
 
 
-class Observers:
-    """Hands each row to several observers."""
+class Loggers:
+    """Hands each row to several loggers."""
 
-    def __init__(self, observers: Iterable[Any] = ()) -> None:
-        self.observers = list(observers)
+    def __init__(self, loggers: Iterable[Any] = ()) -> None:
+        self.loggers = list(loggers)
 
     def log(self, row: Row) -> None:
         """Pass a row on."""
-        for observer in self.observers:
-            observer.log(row)
+        for logger in self.loggers:
+            logger.log(row)
 
     def sync(self) -> None:
-        """Let every observer see that its rows are on the disk."""
-        for observer in self.observers:
-            observer.sync()
+        """Let every logger see that its rows are on the disk."""
+        for logger in self.loggers:
+            logger.sync()
 
     def rewind(self, samples: int) -> None:
-        """Let every observer forget the rows after so many samples."""
-        for observer in self.observers:
-            observer.rewind(samples)
+        """Let every logger forget the rows after so many samples."""
+        for logger in self.loggers:
+            logger.rewind(samples)
 
     def close(self) -> None:
-        """Close every observer."""
-        for observer in self.observers:
-            observer.close()
+        """Close every logger."""
+        for logger in self.loggers:
+            logger.close()
 
 
 def check_trackers(config: LogConfig) -> None:

@@ -10,7 +10,7 @@ from largebatch.distributed.stopping import Reason
 from largebatch.reporting.loggers import Row
 
 
-class Observer(Protocol):
+class Logger(Protocol):
     """Whoever wants to see the rows of a run: metrics.jsonl, a progress bar, a tracker."""
 
     def log(self, row: Row) -> None:
@@ -31,7 +31,7 @@ class Observer(Protocol):
 
 
 @dataclass(kw_only=True)
-class Standing:
+class RunMetrics:
     """What a running and an ended run both say of themselves.
 
     Args:
@@ -56,7 +56,7 @@ class Standing:
 
 
 @dataclass(kw_only=True)
-class Summary(Standing):
+class Summary(RunMetrics):
     """What a run came to.
 
     Args:
@@ -86,7 +86,7 @@ class Summary(Standing):
 
 
 @dataclass(kw_only=True)
-class Progress(Standing):
+class Progress(RunMetrics):
     """Where a run stands; with the weights, the optimizer and the random numbers, all that a checkpoint needs.
 
     Args:

@@ -186,7 +186,7 @@ def noise_table(rows: list[Row], by_layer: dict[str, float | None], batch_size: 
     return table
 
 
-def say_noise(console: Console, folder: Path) -> None:
+def print_noise(console: Console, folder: Path) -> None:
     """Print what a run measured of its gradient noise."""
     updates, evaluations = read_metrics(folder / "metrics.jsonl")
     if not updates:

@@ -21,7 +21,7 @@ from largebatch.distributed import Backend, Ranks, create_backend, launched_rank
 from largebatch.errors import UserError
 from largebatch.models import norm_group_size
 from largebatch.planner.resolve import build_plan
-from largebatch.reporting.loggers import Observers
+from largebatch.reporting.loggers import Loggers
 from largebatch.section import Section
 from largebatch.training.run import build_model
 from largebatch.training.trainer import Trainer
@@ -74,7 +74,7 @@ def time_updates(run: Run, source: Source, backend: Backend, updates: int) -> li
     plan, _ = build_plan(run, len(source.train), backend.world_size, norm_group_size(model))
     size = run.batch.size
     plan = replace(plan, total_samples=(WARMUP_UPDATES + updates + 1) * size)  # whatever the config's length
-    trainer = Trainer(run, source, model, plan, backend, Observers(), None)
+    trainer = Trainer(run, source, model, plan, backend, Loggers(), None)
     trainer.model.train()
     gc.collect()  # models hold themselves in cycles; the one before must not count in the peak
     if backend.device.type == "cuda":

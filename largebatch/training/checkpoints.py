@@ -12,10 +12,10 @@ from largebatch.checkpoint.folder import CheckpointFolder, samples_of
 from largebatch.checkpoint.writer import CheckpointWriter
 from largebatch.config.schema import Run
 from largebatch.distributed import Backend
-from largebatch.distributed.stopping import Agreement, Reason
+from largebatch.distributed.stopping import Reason, StopCoordinator
 
 
-class Keeper:
+class CheckpointManager:
     """Says when a checkpoint is due and when the run is to stop, and hands checkpoints to their writer.
 
     Args:
@@ -27,7 +27,7 @@ class Keeper:
 
     def __init__(self, run: Run, backend: Backend, samples_per_epoch: int, folder: Path | None) -> None:
         self.config, self.backend = run.checkpoint, backend
-        self.agreement = Agreement(backend.sum, backend.rank, backend.world_size)
+        self.coordinator = StopCoordinator(backend.sum, backend.rank, backend.world_size)
         self.stopped_by: Reason | None = None
         self._due, self._best_due = False, False
         self._saved_time, self._saved_samples = time.monotonic(), -1
@@ -50,7 +50,7 @@ class Keeper:
         is_own = self.writer is not None and path.resolve().parent == self.writer.folder.path.resolve()
         self._saved_samples = samples_seen if is_own else -1
         self._due = not is_own  # a branch has a checkpoint of its own from its beginning
-        self.agreement.restart(step)
+        self.coordinator.restart(step)
 
     def interrupt(self) -> None:
         """Note a second Ctrl-C: the update is half done, so what was saved before it is no longer where the run stands."""
@@ -70,7 +70,7 @@ class Keeper:
         """
         every = self.config.every_minutes
         overdue = every is not None and time.monotonic() - self._saved_time >= 60.0 * every
-        agreed, asked_to_save = self.agreement.ask(step, stop, overdue)
+        agreed, asked_to_save = self.coordinator.ask(step, stop, overdue)
         self._due = self._due or asked_to_save or at_epoch
         self.stopped_by = agreed
         return agreed is not None or self._due or self._best_due
@@ -100,7 +100,7 @@ class Keeper:
         if self.writer is None:
             return None, False
         self.writer.close()
-        failure, saved = self.backend.share((self.writer.failure(), self.writer.saved))
+        failure, saved = self.backend.broadcast((self.writer.failure(), self.writer.saved))
         if failure is None:
             return None, self._saved_samples == samples_seen
         return failure, saved is not None and samples_of(saved) == samples_seen

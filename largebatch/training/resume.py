@@ -42,7 +42,7 @@ ALLOWED_CHANGES = (
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A checkpoint to continue from, and its state.json."""
 
     path: Path
@@ -93,7 +93,7 @@ def _differing(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     return [key for key in keys if key in BOUND or not _is_under(key, FREE)]
 
 
-def find_checkpoint(resume: str, folder: Path) -> tuple[Found | None, tuple[str, ...]]:
+def find_checkpoint(resume: str, folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
     """Return where a run continues, or None where it begins, and what its user should know.
 
     Args:
@@ -111,11 +111,13 @@ def find_checkpoint(resume: str, folder: Path) -> tuple[Found | None, tuple[str,
         problems = find_problems(path)
         if problems:
             raise UserError(f"--resume: {path} is damaged: {'; '.join(problems)}")
-        return Found(path, read_run_state(path)), ()
+        return Checkpoint(path, read_run_state(path)), ()
     checkpoints = CheckpointFolder(path / CHECKPOINTS)
     newest, damaged = checkpoints.newest_whole()
     if newest is not None:
-        return Found(newest, read_run_state(newest)), tuple(f"{line}; the one before it is used" for line in damaged)
+        return Checkpoint(newest, read_run_state(newest)), tuple(
+            f"{line}; the one before it is used" for line in damaged
+        )
     if damaged:
         raise UserError(f"--resume: no checkpoint of {path} is whole: {damaged[0]}")
     if resume != "auto":
@@ -150,7 +152,7 @@ def check_config(run: Run, config: Mapping[str, Any], where: Path, is_branch: bo
     return [f"{key} {saved[key]} there, {own[key]} here" for key in changed]
 
 
-def _check_data(run: Run, found: Found, data: Mapping[str, Any]) -> tuple[str, ...]:
+def _check_data(run: Run, found: Checkpoint, data: Mapping[str, Any]) -> tuple[str, ...]:
     """Refuse to continue on other data, or return what to tell of it where the config says so.
 
     Raises:
@@ -182,7 +184,7 @@ def _check_data(run: Run, found: Found, data: Mapping[str, Any]) -> tuple[str, .
 
 def choose_checkpoint(
     run: Run, resume: str, folder: Path, data: Mapping[str, Any]
-) -> tuple[Found | None, tuple[str, ...]]:
+) -> tuple[Checkpoint | None, tuple[str, ...]]:
     """Return `find_checkpoint` for a run that may continue from it, in a folder that may take it.
 
     Args:

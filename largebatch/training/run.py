@@ -26,15 +26,15 @@ from largebatch.distributed.watch import cause_of
 from largebatch.errors import LostRankError, LostWorkerError, SharedError, UserError
 from largebatch.models import FactoryModel, norm_group_size
 from largebatch.moments import track, verify
-from largebatch.planner.resolve import build_plan, check_single_samples, say_plan, say_warnings
-from largebatch.reporting.loggers import Observers, check_trackers, create_trackers
+from largebatch.planner.resolve import build_plan, check_single_samples, print_plan, print_warnings
+from largebatch.reporting.loggers import Loggers, check_trackers, create_trackers
 from largebatch.reporting.progress import Summary
 from largebatch.reporting.tables import create_progress, summary_table
 from largebatch.scaling.plan import Plan
 from largebatch.section import within_memory
 from largebatch.task import Task
 from largebatch.training.agreement import difference, show_checkpoint, show_model, show_run
-from largebatch.training.resume import Found, choose_checkpoint
+from largebatch.training.resume import Checkpoint, choose_checkpoint
 from largebatch.training.run_folder import check_folder
 from largebatch.training.trainer import Trainer
 
@@ -127,10 +127,10 @@ def train(
     # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
     own_seed = int(np.random.SeedSequence([run.seed, ranks.rank + 1]).generate_state(1)[0])
     seed_generators(own_seed)
-    observers, is_lost, workers = Observers(), False, ExitStack()
+    loggers, is_lost, workers = Loggers(), False, ExitStack()
     with ExitStack() as held:
         try:
-            folder = backend.share(folder)  # one by the clock may differ by rank
+            folder = backend.broadcast(folder)  # one by the clock may differ by rank
             is_new = folder_here is not None and (may_rename or not folder_here.exists())
             if folder_here is not None and not is_new:
                 held.enter_context(locked(folder_here, _lock_wait()))
@@ -142,21 +142,21 @@ def train(
                 data = (
                     f"{len(source.train):,} training and {len(source.val):,} validation samples; {backend.describe()}"
                 )
-                say_plan(console, run, model, plan, data, ranks.world_size)
-                say_warnings(console, (*warnings, *source.notes, *plan_warnings, *notes))
+                print_plan(console, run, model, plan, data, ranks.world_size)
+                print_warnings(console, (*warnings, *source.notes, *plan_warnings, *notes))
             folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
             folder_here = None if folder_here is None else folder
-            trainer = Trainer(run, source, model, plan, backend, observers, folder, found, known)
+            trainer = Trainer(run, source, model, plan, backend, loggers, folder, found, known)
             workers.callback(trainer.loader.close)
             done = trainer.progress.samples_seen
             if folder_here is not None:
                 _write_config(folder_here, run)
-                observers.observers += create_trackers(run, folder_here, _teller(console))
-                observers.rewind(done)
+                loggers.loggers += create_trackers(run, folder_here, _teller(console))
+                loggers.rewind(done)
             if console is not None:
-                for line in _resumption(found, trainer, run):
+                for line in _resume_lines(found, trainer, run):
                     console.print(line, highlight=False)
-                observers.observers.append(create_progress(console, plan.total_samples, trainer.clock))
+                loggers.loggers.append(create_progress(console, plan.total_samples, trainer.clock))
             summary = trainer.train()
             plan = trainer.plan  # with the changes of an adaptive batch
             del trainer
@@ -180,13 +180,13 @@ def train(
             raise LostRankError(f"{backend.watch.explain(cause_of(error))}; {_what_is_kept(folder)}") from error
         finally:
             workers.close()
-            observers.close()
+            loggers.close()
             if not is_lost:  # a group that has lost a rank cannot be left in good order
                 backend.close()
         if folder_here is not None:
             pictures = _write_results(folder_here, run, summary, plan)
             if console is not None:
-                say_warnings(console, pictures)
+                print_warnings(console, pictures)
     if console is not None:
         console.print(summary_table(summary.as_dict(), str(folder_here) if folder_here else None))
     return Result(summary, folder_here)
@@ -194,7 +194,7 @@ def train(
 
 def _teller(console: Console | None) -> Callable[[str], None]:
     """Return what prints a warning."""
-    return lambda line: None if console is None else say_warnings(console, (line,))
+    return lambda line: None if console is None else print_warnings(console, (line,))
 
 
 def _verify_squares(run: Run, model: nn.Module, source: Source, backend: Backend) -> tuple[str, ...]:
@@ -258,7 +258,7 @@ def _what_is_kept(folder: Path | None) -> str:
 
 def _agree_on_checkpoint(
     run: Run, folder: Path | None, resume: str, data: dict[str, Any], backend: Backend, meeting: Meeting
-) -> tuple[Found | None, tuple[str, ...]]:
+) -> tuple[Checkpoint | None, tuple[str, ...]]:
     """Return the checkpoint that rank 0 chose, on every rank, and what it noticed.
 
     Raises:
@@ -266,7 +266,7 @@ def _agree_on_checkpoint(
     """
     if resume == "never" or folder is None:
         return None, ()
-    found: Found | None = None
+    found: Checkpoint | None = None
     notes: tuple[str, ...] = ()
     error: UserError | None = None
     if backend.rank == 0:
@@ -275,7 +275,7 @@ def _agree_on_checkpoint(
             CheckpointFolder(folder / "checkpoints").clean()
         except UserError as raised:
             error = raised
-    found, notes, error = backend.share((found, notes, error))
+    found, notes, error = backend.broadcast((found, notes, error))
     if error is not None:
         raise SharedError(str(error))
     if found is None:
@@ -285,7 +285,7 @@ def _agree_on_checkpoint(
     return found, notes
 
 
-def _resumption(found: Found | None, trainer: Trainer, run: Run) -> list[str]:
+def _resume_lines(found: Checkpoint | None, trainer: Trainer, run: Run) -> list[str]:
     """Return what a resumed run says before it goes on."""
     if found is None:
         return []
@@ -324,7 +324,7 @@ def _agree_on_folder(
             folder = _claim(folder, may_rename, held)
         except UserError as raised:
             error = raised
-    folder, error = backend.share((folder, error))
+    folder, error = backend.broadcast((folder, error))
     if error is not None:
         raise SharedError(str(error))
     return folder

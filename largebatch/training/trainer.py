@@ -37,15 +37,15 @@ from largebatch.moments import FirstUpdates, chosen_samples
 from largebatch.noise.estimator import reference_norm_ratio
 from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.optim.adaptive import AdaptiveOptimizer
-from largebatch.reporting.progress import Observer, Progress, Row, Standing, Summary
+from largebatch.reporting.progress import Logger, Progress, Row, RunMetrics, Summary
 from largebatch.scaling.plan import Plan
 from largebatch.scaling.rules import temperature
 from largebatch.training.attendance import Attendance, note
-from largebatch.training.checkpoints import Keeper
+from largebatch.training.checkpoints import CheckpointManager
 from largebatch.training.divergence import Diverged, choose, describe, last_words
 from largebatch.training.evaluation import evaluate
 from largebatch.training.metering import NoiseMeter
-from largebatch.training.resume import Found, find_checkpoint
+from largebatch.training.resume import Checkpoint, find_checkpoint
 
 
 class Trainer:
@@ -57,7 +57,7 @@ class Trainer:
         model: the model, built on every rank from the same seed.
         plan: batch size and hyper-parameters as functions of samples seen.
         backend: the engine.
-        observer: takes the rows; on every rank, which may ignore them.
+        logger: takes the rows; on every rank, which may ignore them.
         folder: run folder, for checkpoints; None writes none.
         found: checkpoint to continue from; None begins.
         data: digest of the source, for checkpoints; None keeps none.
@@ -70,17 +70,17 @@ class Trainer:
         model: nn.Module,
         plan: Plan,
         backend: Backend,
-        observer: Observer,
+        logger: Logger,
         folder: Path | None,
-        found: Found | None = None,
+        found: Checkpoint | None = None,
         data: dict[str, Any] | None = None,
     ) -> None:
-        self.run, self.source, self.plan, self.backend, self.observer, self.folder = (
+        self.run, self.source, self.plan, self.backend, self.logger, self.folder = (
             run,
             source,
             plan,
             backend,
-            observer,
+            logger,
             folder,
         )
         self.data = data
@@ -100,7 +100,7 @@ class Trainer:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
         self.meter = NoiseMeter(run, plan, backend.squared_names(model)) if run.measures_noise() else None
         self._started = time.perf_counter()
-        self.keeper = Keeper(run, backend, plan.samples_per_epoch, folder)
+        self.checkpoints = CheckpointManager(run, backend, plan.samples_per_epoch, folder)
         device, dtype, timeout = backend.device, backend.dtype, backend.timeout_seconds
         # The library's own sets give every sample a target.
         known = source.task.known if isinstance(run.data, FactoryData) and source.task.can_ignore else None
@@ -136,7 +136,7 @@ class Trainer:
 
     def train(self) -> Summary:
         """Run the plan to its end, or to where it is stopped; return what it came to."""
-        status, keeper = "finished", self.keeper
+        status, checkpoints = "finished", self.checkpoints
         with StopRequest(self.run.checkpoint.time_limit_minutes) as self.stop:
             try:
                 self._train()
@@ -147,22 +147,22 @@ class Trainer:
             except KeyboardInterrupt:
                 if self.backend.world_size > 1:  # the other ranks are no longer in step
                     raise
-                keeper.interrupt()
+                checkpoints.interrupt()
             except Exception as error:
                 if not is_communication(error):
-                    keeper.wait()  # a checkpoint that was begun is still worth having
+                    checkpoints.wait()  # a checkpoint that was begun is still worth having
                 raise
-            if keeper.stopped_by is not None:
-                status = "interrupted" if keeper.stopped_by == "interrupted" else "preempted"
+            if checkpoints.stopped_by is not None:
+                status = "interrupted" if checkpoints.stopped_by == "interrupted" else "preempted"
             if status == "finished":
                 self.save()
-            failure, is_saved = keeper.close(self.progress.samples_seen)
-            if keeper.stopped_by is not None:
+            failure, is_saved = checkpoints.close(self.progress.samples_seen)
+            if checkpoints.stopped_by is not None:
                 self.message = self._stop_message(is_saved)
             if failure is not None:
                 status = "unsaved" if status == "finished" and not is_saved else status
                 if is_saved:  # an earlier one failed, or a name could not be moved
-                    self._tell(failure)
+                    self._log_event(failure)
                 else:
                     self.message = f"{self.message or 'the last state is lost'}: {failure}"
         return self._summary(status)
@@ -173,7 +173,7 @@ class Trainer:
             self._evaluate_and_log()
         self.model.train()
         clock = time.perf_counter()
-        while not self._is_done() and self.keeper.stopped_by is None:
+        while not self._is_done() and self.checkpoints.stopped_by is None:
             batch_size = self.plan.batch_size(progress.samples_seen)
             values = self.plan.at(progress.samples_seen, self.clock)
             losses = self._loss_sum.clone()
@@ -203,13 +203,13 @@ class Trainer:
             paused = time.perf_counter()
             if done or self._crossed(self.run.evaluate.every_epochs, batch_size):
                 self._evaluate_and_log()
-            if (failure := self.keeper.failure()) is not None:
-                self._tell(f"{failure}; training goes on")
+            if (failure := self.checkpoints.failure()) is not None:
+                self._log_event(f"{failure}; training goes on")
             if (shortage := self.loader.shortage()) is not None:
-                self._tell(shortage)
+                self._log_event(shortage)
             every = self.run.checkpoint.every_epochs
             at_epoch = every is not None and self._crossed(every, batch_size)
-            if not done and self.keeper.is_due(progress.step, self.stop.reason(), at_epoch):
+            if not done and self.checkpoints.is_due(progress.step, self.stop.reason(), at_epoch):
                 self.save()
             clock += time.perf_counter() - paused
 
@@ -278,7 +278,7 @@ class Trainer:
         """Tell of samples that are left out of what is done after so many, or raise where the run stops at them."""
         event = note(missing, self.progress.unreadable, getattr(self.run.data, "corrupt", "skip") == "stop")
         if event is not None:
-            self.observer.log({**self._clock_row(), "samples": samples, "event": event})
+            self.logger.log({**self._clock_row(), "samples": samples, "event": event})
 
     def _num_units(self, batch_size: int) -> float:
         """Return how many independent units an update's squares are of."""
@@ -295,12 +295,12 @@ class Trainer:
             whole = meter.noise.whole
             self._change_batch(size)
             self._start_loader()
-            self._tell(
+            self._log_event(
                 f"batch size {full:,} → {size:,}: the critical batch size is {whole.noise_scale:,.0f} samples "
                 f"(99 % band {whole.low:,.0f} to {whole.high:,.0f})"
             )
         if (warning := meter.warning(full, progress.samples_seen)) is not None:
-            self._tell(warning)
+            self._log_event(warning)
 
     def _change_batch(self, size: int) -> None:
         self.plan = replace(self.plan, growth=(*self.plan.growth, (self.progress.samples_seen, size)))
@@ -335,7 +335,7 @@ class Trainer:
     def save(self) -> None:
         """Begin to write a checkpoint of where the run stands, unless there is one; every rank takes part."""
         progress, backend = self.progress, self.backend
-        if self.keeper.has(progress.samples_seen):
+        if self.checkpoints.has(progress.samples_seen):
             return
         now = time.perf_counter()
         progress.seconds += now - self._started
@@ -361,10 +361,10 @@ class Trainer:
             "versions": {name: version(name) for name in ("largebatch", "torch")},
             "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        self.observer.sync()  # a checkpoint must not outlive the rows before it
-        self.keeper.save(progress.samples_seen, tensors, state)
+        self.logger.sync()  # a checkpoint must not outlive the rows before it
+        self.checkpoints.save(progress.samples_seen, tensors, state)
 
-    def restore(self, found: Found, rollbacks: int | None = None) -> None:
+    def restore(self, found: Checkpoint, rollbacks: int | None = None) -> None:
         """Continue from a checkpoint, whatever number of ranks wrote it; every rank takes part.
 
         Args:
@@ -388,7 +388,7 @@ class Trainer:
             within = min(max(size, self.meter.smallest), self.meter.largest)
             if size != within:  # a branch has other limits
                 self._change_batch(within)
-        self.keeper.restart(self.progress.step, self.progress.samples_seen, path)
+        self.checkpoints.restart(self.progress.step, self.progress.samples_seen, path)
         if self.run.batch.micro_size is None and backend.world_size < state["world_size"]:
             self.micro_size = state["micro_size"]  # what is known to fit a rank
         # Losses that wait for the next row: each rank its own, or the first one all where ranks came or went.
@@ -413,7 +413,7 @@ class Trainer:
             progress.skipped_in_a_row += 1
             # With the samples that it is counted with: a run that resumes before them forgets the row with the rest.
             samples = progress.samples_seen + batch_size
-            self.observer.log(
+            self.logger.log(
                 {**self._clock_row(), "samples": samples, "event": f"{what}; skipped, {progress.skipped} in all"}
             )
             return True
@@ -429,25 +429,27 @@ class Trainer:
         """Continue from the newest checkpoint with other samples; return whether there is one."""
         if self.folder is None:
             return False
-        self.keeper.wait()
+        self.checkpoints.wait()
         self.backend.barrier()
         found = None
         if self.backend.rank == 0:
             with suppress(UserError):  # all of them are damaged
                 found, _ = find_checkpoint("auto", self.folder)
-        found = self.backend.share(found)
+        found = self.backend.broadcast(found)
         if found is None:
             return False
         seconds = self.progress.seconds
         self.restore(found, self.progress.rollbacks + 1)
         self.progress.seconds = seconds
         self.optimizer.zero_grad()  # squares that were still adding up, and are NaN
-        self.observer.rewind(self.progress.samples_seen)
-        self._tell(f"{what}; back at {self.progress.samples_seen} samples ({found.path}), with other samples from here")
+        self.logger.rewind(self.progress.samples_seen)
+        self._log_event(
+            f"{what}; back at {self.progress.samples_seen} samples ({found.path}), with other samples from here"
+        )
         return True
 
-    def _tell(self, event: str) -> None:
-        self.observer.log({**self._clock_row(), "event": event})
+    def _log_event(self, event: str) -> None:
+        self.logger.log({**self._clock_row(), "event": event})
 
     def _crossed(self, every_epochs: float, batch_size: int) -> bool:
         """Return whether the last update passed a multiple of so many epochs."""
@@ -460,7 +462,7 @@ class Trainer:
         return row if self.meter is None or self.meter.clock is None else {**row, "clock_samples": self.meter.clock}
 
     def _log(self, values: Row, batch_size: int, grad_norm: float, clock: float) -> float:
-        """Hand a row about the updates since the last one to the observer; return the time from which the next one counts."""
+        """Hand a row about the updates since the last one to the logger; return the time from which the next one counts."""
         progress = self.progress
         loss = float(self.backend.sum(self._loss_sum)) / progress.loss_samples if progress.loss_samples else math.nan
         now = time.perf_counter()
@@ -483,7 +485,7 @@ class Trainer:
         progress.loss = loss
         self._loss_sum.zero_()
         progress.loss_samples, progress.row_samples = 0, progress.samples_seen
-        self.observer.log(row)
+        self.logger.log(row)
         return now
 
     def _evaluate_and_log(self) -> None:
@@ -498,10 +500,10 @@ class Trainer:
         val_loss = scores["val_loss"]
         if math.isfinite(val_loss) and (progress.best_val_loss is None or val_loss < progress.best_val_loss):
             progress.best_val_loss = val_loss
-            self.keeper.note_best()
+            self.checkpoints.note_best()
         if self.meter is not None:
             scores["noise_scale_by_layer"] = self.meter.by_layer()
-        self.observer.log({**self._clock_row(), **scores})
+        self.logger.log({**self._clock_row(), **scores})
 
     def _saved_at_a_stop(self) -> str:
         """Save where the run stands, and say how it goes on from samples that cannot be read. A collective."""
@@ -512,13 +514,13 @@ class Trainer:
         if self.folder is None:
             return advice
         self.save()
-        failure, is_saved = self.keeper.close(self.progress.samples_seen)
+        failure, is_saved = self.checkpoints.close(self.progress.samples_seen)
         kept = f"everything up to update {self.progress.step} is in {self.folder}" if is_saved else f"{failure}"
         return f"{kept}; {advice}, then continue with --resume auto --out {self.folder}"
 
     def _stop_message(self, is_saved: bool) -> str:
         why = {"interrupted": "interrupted", "signal": "stopped by a signal", "time_limit": "time limit reached"}
-        message = f"{why[self.keeper.stopped_by or 'interrupted']} after update {self.progress.step}"
+        message = f"{why[self.checkpoints.stopped_by or 'interrupted']} after update {self.progress.step}"
         if is_saved:
             message += f"; everything is in {self.folder}: continue with --resume auto --out {self.folder}"
         return message
@@ -526,7 +528,7 @@ class Trainer:
     def _summary(self, status: str) -> Summary:
         progress = self.progress
         progress.seconds += time.perf_counter() - self._started
-        shared = {field.name: getattr(progress, field.name) for field in fields(Standing)}
+        shared = {field.name: getattr(progress, field.name) for field in fields(RunMetrics)}
         return Summary(
             **shared,
             status=status,
@@ -536,5 +538,5 @@ class Trainer:
             samples_per_second=progress.row_samples / progress.train_seconds if progress.train_seconds > 0 else 0.0,
             world_size=self.backend.world_size,
             message=self.message,
-            stopped_by=self.keeper.stopped_by,
+            stopped_by=self.checkpoints.stopped_by,
         )
