@@ -83,7 +83,9 @@ def time_updates(run: Run, source: Source, backend: Backend, updates: int) -> li
     for _ in range(WARMUP_UPDATES + updates):
         backend.barrier()
         started = time.perf_counter()
-        trainer.update(size, plan.at(0))  # its last act is to read the gradient's norm, so the device is done
+        trainer.step(
+            size, plan.at(0), trainer.progress
+        )  # its last act is to read the gradient's norm, so the device is done
         seconds.append(time.perf_counter() - started)
         trainer.progress.step += 1
     return seconds[WARMUP_UPDATES:]

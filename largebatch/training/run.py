@@ -147,7 +147,7 @@ def train(
             folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
             folder_here = None if folder_here is None else folder
             trainer = Trainer(run, source, model, plan, backend, loggers, folder, found, known)
-            workers.callback(trainer.loader.close)
+            workers.callback(trainer.step.loader.close)
             done = trainer.progress.samples_seen
             if folder_here is not None:
                 _write_config(folder_here, run)

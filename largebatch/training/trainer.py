@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from largebatch.checkpoint.folder import CheckpointFolder
 from largebatch.config.schema import Run
-from largebatch.data import FactoryData, Source
-from largebatch.data.loader import MicroBatch, TrainLoader
-from largebatch.data.sampler import PlanSampler, evenly_spaced
-from largebatch.data.source import may_miss
+from largebatch.data import Source
 from largebatch.distributed import Backend, NonFiniteError, is_communication
 from largebatch.distributed.state import (
     group_state,
@@ -32,20 +26,16 @@ from largebatch.distributed.state import (
 )
 from largebatch.distributed.stopping import StopRequest
 from largebatch.errors import UnreadableError, UserError
-from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
-from largebatch.moments import FirstUpdates, chosen_samples
-from largebatch.noise.estimator import reference_norm_ratio
-from largebatch.optim import param_groups, set_hyperparameters
-from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.reporting.progress import Logger, Progress, Row, RunMetrics, Summary
 from largebatch.scaling.plan import Plan
-from largebatch.scaling.rules import temperature
-from largebatch.training.attendance import Attendance, note
+from largebatch.training.attendance import note
 from largebatch.training.checkpoints import CheckpointManager
 from largebatch.training.divergence import Diverged, choose, describe, last_words
 from largebatch.training.evaluation import evaluate
+from largebatch.training.log import RunLog
 from largebatch.training.metering import NoiseMeter
 from largebatch.training.resume import Checkpoint, find_checkpoint
+from largebatch.training.step import TrainStep
 
 
 class Trainer:
@@ -75,64 +65,28 @@ class Trainer:
         found: Checkpoint | None = None,
         data: dict[str, Any] | None = None,
     ) -> None:
-        self.run, self.source, self.plan, self.backend, self.logger, self.folder = (
+        self.run, self.source, self.plan, self.backend, self.folder, self.data = (
             run,
             source,
             plan,
             backend,
-            logger,
             folder,
+            data,
         )
-        self.data = data
-        self.tracked = run.tracked()
-        self._check = FirstUpdates()
-        self._unaligned = True
-        if self.tracked is not None:
-            backend.track(model, self.tracked, getattr(run.model, "fallback", ()))
-        self.bare_model = model
-        self.model, self.optimizer = backend.prepare(model, self._build_optimizer)
-        if run.second_moment() is not None:
-            backend.use_squares(self.optimizer)
-        self.batch_norms = batch_norms(model)
+        self.logger, self.bare_model = logger, model
+        self.step = TrainStep(run, source, model, plan, backend, self._note_missing)
+        self.model, self.optimizer, self.meter = self.step.model, self.step.optimizer, self.step.meter
+        self.log = RunLog(logger, self.meter, plan.samples_per_epoch)
         self.micro_size = run.batch.micro_size
         self.progress = Progress()
         self.message: str | None = None
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
-        self.meter = NoiseMeter(run, plan, backend.squared_names(model)) if run.measures_noise() else None
+        self._unaligned = True
         self._started = time.perf_counter()
         self.checkpoints = CheckpointManager(run, backend, plan.samples_per_epoch, folder)
-        device, dtype, timeout = backend.device, backend.dtype, backend.timeout_seconds
-        # The library's own sets give every sample a target.
-        known = source.task.known if isinstance(run.data, FactoryData) and source.task.can_ignore else None
-        self._counts_samples = known is not None or may_miss(source.train)
-        self.loader = TrainLoader(source.train, run.loader, device, dtype, timeout, source.task.check, known)
         if found is None:
-            self._start_loader()
+            self.step.begin(plan, self.progress, self.micro_size)
         else:
             self.restore(found)
-
-    def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        config, squares = self.run.optimizer, self.run.second_moment() is not None
-        groups = param_groups(model, config.weight_decay, config.decay_norm_and_bias, squares)
-        return config.build(groups, self.run.batch.reference_size)
-
-    def _start_loader(self) -> None:
-        """Begin to load samples at where the run stands."""
-        seed, rollbacks = self.run.seed, self.progress.rollbacks
-        if rollbacks:  # other samples than those that led to where the run came back from
-            seed = int(np.random.SeedSequence([seed, rollbacks]).generate_state(1, np.uint64)[0] >> 1)
-        self.sampler = PlanSampler(
-            self.plan,
-            len(self.source.train),
-            seed,
-            self.backend.rank,
-            self.backend.world_size,
-            self.micro_size,
-            norm_group_size(self.bare_model),
-            self.progress.samples_seen,
-            self.plan.least_units,
-        )
-        self.loader.begin(self.sampler)
 
     def train(self) -> Summary:
         """Run the plan to its end, or to where it is stopped; return what it came to."""
@@ -162,56 +116,58 @@ class Trainer:
             if failure is not None:
                 status = "unsaved" if status == "finished" and not is_saved else status
                 if is_saved:  # an earlier one failed, or a name could not be moved
-                    self._log_event(failure)
+                    self.log.event(self.progress, failure)
                 else:
                     self.message = f"{self.message or 'the last state is lost'}: {failure}"
         return self._summary(status)
 
     def _train(self) -> None:
-        progress, backend = self.progress, self.backend
+        progress, log = self.progress, self.log
         if progress.owes_evaluation:
-            self._evaluate_and_log()
+            self._evaluate()
         self.model.train()
-        clock = time.perf_counter()
+        log.stopwatch.lap()
         while not self._is_done() and self.checkpoints.stopped_by is None:
             batch_size = self.plan.batch_size(progress.samples_seen)
             values = self.plan.at(progress.samples_seen, self.clock)
-            losses = self._loss_sum.clone()
             try:
-                grad_norm = self.update(batch_size, values)
-            except UnreadableError:
-                self._loss_sum = losses
-                discard_batch_statistics(self.batch_norms)
-                raise
+                grad_norm = self.step(batch_size, values, progress)
             except NonFiniteError as error:
-                self._loss_sum = losses
-                discard_batch_statistics(self.batch_norms)
                 if not self._skips(error, batch_size):
-                    progress, clock = self.progress, time.perf_counter()
+                    progress = self.progress  # of the checkpoint that the run went back to
+                    log.stopwatch.lap()
                     continue
                 grad_norm = math.nan
-            backend.align_buffers(self.bare_model, search=self._unaligned)
+            self.backend.align_buffers(self.bare_model, search=self._unaligned)
             self._unaligned = False
             progress.samples_seen += batch_size
             progress.step += 1
-
             done = self._is_done()
             if not done and self.meter is not None:
                 self._follow_noise(self.meter, batch_size)
             if done or progress.step % self.run.log.every_updates == 0:
-                clock = self._log(values, batch_size, grad_norm, clock)
-            paused = time.perf_counter()
-            if done or self._crossed(self.run.evaluate.every_epochs, batch_size):
-                self._evaluate_and_log()
-            if (failure := self.checkpoints.failure()) is not None:
-                self._log_event(f"{failure}; training goes on")
-            if (shortage := self.loader.shortage()) is not None:
-                self._log_event(shortage)
-            every = self.run.checkpoint.every_epochs
-            at_epoch = every is not None and self._crossed(every, batch_size)
-            if not done and self.checkpoints.is_due(progress.step, self.stop.reason(), at_epoch):
-                self.save()
-            clock += time.perf_counter() - paused
+                log.update(progress, self._take_losses(), values, batch_size, grad_norm)
+            with log.stopwatch.paused():
+                if done or self._crossed(self.run.evaluate.every_epochs, batch_size):
+                    self._evaluate()
+                self._maybe_save(batch_size, done)
+
+    def _take_losses(self) -> float:
+        """Return the sum of the losses of all ranks since the last row, and begin the next. A collective."""
+        total = float(self.backend.sum(self.step.losses))
+        self.step.losses.zero_()
+        return total
+
+    def _maybe_save(self, batch_size: int, done: bool) -> None:
+        """Save where a checkpoint is due, and find out whether the run is to stop."""
+        if (failure := self.checkpoints.failure()) is not None:
+            self.log.event(self.progress, f"{failure}; training goes on")
+        if (shortage := self.step.loader.shortage()) is not None:
+            self.log.event(self.progress, shortage)
+        every = self.run.checkpoint.every_epochs
+        at_epoch = every is not None and self._crossed(every, batch_size)
+        if not done and self.checkpoints.is_due(self.progress.step, self.stop.reason(), at_epoch):
+            self.save()
 
     @property
     def clock(self) -> float:
@@ -222,69 +178,11 @@ class Trainer:
     def _is_done(self) -> bool:
         return self.clock >= self.plan.total_samples
 
-    def update(self, batch_size: int, values: Row) -> float:
-        """Do one update of a global batch; return the gradient's norm.
-
-        Args:
-            batch_size: B.
-            values: the optimizer's arguments; AdaScale's gain is multiplied into the learning rate.
-
-        Raises:
-            NonFiniteError: if it was not finite; no weight was changed then.
-            UnreadableError: at samples that cannot be read, where the run stops at them or none is left; likewise.
-        """
-        backend, run = self.backend, self.run
-        attendance = Attendance(batch_size, self._num_units(batch_size), self.tracked != "micro_batch")
-        squared = run.squared_samples(batch_size) if self.tracked == "sample" else batch_size
-        backend.begin_update(batch_size, attendance.num_units, self.progress.step)
-        for micro_batch, is_last in self.loader.next(batch_size):
-            attendance.add(micro_batch)
-            if is_last and self._counts_samples:
-                self._note_unreadable(attendance.call(backend), self.progress.samples_seen + batch_size)
-            idle = micro_batch.num_samples == 0
-            with backend.accumulate(sync=is_last, idle=idle), self._choice(micro_batch, batch_size, squared):
-                backend.backward(self.loss_sum(micro_batch) / batch_size)
-        num_samples, num_units = attendance.num_samples, attendance.num_units  # what came
-        if hasattr(self.optimizer, "set_batch"):  # Quench needs it without squares too
-            self.optimizer.set_batch(num_samples, num_units, backend.world_size)
-        if isinstance(self.optimizer, AdaptiveOptimizer):
-            self.optimizer.squares_all = squared == batch_size
-        if self.tracked is not None and squared == batch_size:  # or squares may be zero beside a gradient that is not
-            self._check(partial(backend.check_statistics, self.bare_model, num_units))
-        limit = run.optimizer.max_grad_norm
-        of_reference = limit is not None and run.clips_reference()
-        if self.meter is not None or of_reference:
-            sums = backend.noise_sums(self.bare_model)
-            if self.meter is not None:
-                values["lr"] *= self.meter.update(sums, num_samples, num_units, backend.world_size)
-            if limit is not None and of_reference:
-                kappa = num_samples / run.batch.reference_size
-                limit *= reference_norm_ratio(sums, num_units, num_units / backend.world_size, kappa)
-        set_hyperparameters(self.optimizer, values)
-        grad_norm = backend.step(self.optimizer, limit)
-        commit_batch_statistics(self.batch_norms, backend.sum)
-        self.progress.loss_samples += num_samples
-        self.progress.skipped_in_a_row = 0
-        return grad_norm
-
-    def _choice(self, micro_batch: MicroBatch, batch_size: int, count: int) -> AbstractContextManager[None]:
-        """Choose the samples of a micro-batch that are squared: the same of an update whatever ranks and micro-batches."""
-        if count == batch_size:
-            return nullcontext()
-        chosen = micro_batch.rows(evenly_spaced(batch_size, count, micro_batch.places))
-        return chosen_samples(chosen, batch_size / count)
-
-    def _note_unreadable(self, missing: list[str], samples: int) -> None:
+    def _note_missing(self, missing: list[str], samples: int) -> None:
         """Tell of samples that are left out of what is done after so many, or raise where the run stops at them."""
         event = note(missing, self.progress.unreadable, getattr(self.run.data, "corrupt", "skip") == "stop")
         if event is not None:
-            self.logger.log({**self._clock_row(), "samples": samples, "event": event})
-
-    def _num_units(self, batch_size: int) -> float:
-        """Return how many independent units an update's squares are of."""
-        if self.tracked != "micro_batch":
-            return float(batch_size)
-        return self.sampler.num_units(batch_size)
+            self.log.event(self.progress, event, samples)
 
     def _follow_noise(self, meter: NoiseMeter, batch_size: int) -> None:
         """Change the batch size where the measured noise asks for it, on every rank alike."""
@@ -294,37 +192,17 @@ class Trainer:
         if size != full:
             whole = meter.noise.whole
             self._change_batch(size)
-            self._start_loader()
-            self._log_event(
+            self.step.begin(self.plan, self.progress, self.micro_size)
+            self.log.event(
+                self.progress,
                 f"batch size {full:,} → {size:,}: the critical batch size is {whole.noise_scale:,.0f} samples "
-                f"(99 % band {whole.low:,.0f} to {whole.high:,.0f})"
+                f"(99 % band {whole.low:,.0f} to {whole.high:,.0f})",
             )
         if (warning := meter.warning(full, progress.samples_seen)) is not None:
-            self._log_event(warning)
+            self.log.event(self.progress, warning)
 
     def _change_batch(self, size: int) -> None:
         self.plan = replace(self.plan, growth=(*self.plan.growth, (self.progress.samples_seen, size)))
-
-    def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
-        """Return the sum of the samples' losses, for the backward pass, and count it for the log."""
-        if micro_batch.num_samples == 0:
-            return self._idle_loss(micro_batch)
-        with self.backend.autocast():
-            outputs = self.model(micro_batch.inputs)
-            loss = self.source.task.losses(outputs, micro_batch.targets).sum()
-        self._loss_sum += loss.detach()
-        return loss
-
-    def _idle_loss(self, micro_batch: MicroBatch) -> Tensor:
-        """Return a loss of zero with a gradient of zero: the rank has no sample, but takes part in the reduction.
-
-        In evaluation mode, so that the stand-in sample enters no batch statistics.
-        """
-        self.model.eval()
-        with self.backend.autocast():
-            loss = self.source.task.losses(self.model(micro_batch.inputs), micro_batch.targets).sum() * 0.0
-        self.model.train()
-        return loss
 
     def evaluate(self) -> tuple[Row, list[str]]:
         """Return the exact mean loss, and accuracy, over the whole validation set, and what of it could not be read."""
@@ -344,9 +222,9 @@ class Trainer:
         tensors = {
             **backend.state(self.bare_model, self.optimizer),
             **random_state(backend.rank),
-            f"loss_sum.{backend.rank}": self._loss_sum,
+            f"loss_sum.{backend.rank}": self.step.losses,
         }
-        share = max(piece.stop - piece.start for piece in self.sampler.pieces(self.plan.batch_size_at_start))
+        share = max(piece.stop - piece.start for piece in self.step.sampler.pieces(self.plan.batch_size_at_start))
         state = {
             "progress": asdict(progress),
             "config": self.run.model_dump(mode="json"),
@@ -394,10 +272,10 @@ class Trainer:
         # Losses that wait for the next row: each rank its own, or the first one all where ranks came or went.
         losses = read_tensors(path, [name for name in tensor_metadata(path) if name.startswith("loss_sum.")])
         if backend.world_size == state["world_size"]:
-            self._loss_sum.copy_(losses[f"loss_sum.{backend.rank}"])
+            self.step.losses.copy_(losses[f"loss_sum.{backend.rank}"])
         else:
-            self._loss_sum.fill_(float(sum(losses.values())) if backend.rank == 0 else 0.0)
-        self._start_loader()
+            self.step.losses.fill_(float(sum(losses.values())) if backend.rank == 0 else 0.0)
+        self.step.begin(self.plan, self.progress, self.micro_size)
         load_random_state(path, backend.rank)  # after the loader, which draws a seed for its workers
 
     def _skips(self, error: NonFiniteError, batch_size: int) -> bool:
@@ -413,9 +291,7 @@ class Trainer:
             progress.skipped_in_a_row += 1
             # With the samples that it is counted with: a run that resumes before them forgets the row with the rest.
             samples = progress.samples_seen + batch_size
-            self.logger.log(
-                {**self._clock_row(), "samples": samples, "event": f"{what}; skipped, {progress.skipped} in all"}
-            )
+            self.log.event(progress, f"{what}; skipped, {progress.skipped} in all", samples)
             return True
         if choice == "roll_back" and self._roll_back(what):
             return False
@@ -443,56 +319,22 @@ class Trainer:
         self.progress.seconds = seconds
         self.optimizer.zero_grad()  # squares that were still adding up, and are NaN
         self.logger.rewind(self.progress.samples_seen)
-        self._log_event(
-            f"{what}; back at {self.progress.samples_seen} samples ({found.path}), with other samples from here"
+        self.log.event(
+            self.progress,
+            f"{what}; back at {self.progress.samples_seen} samples ({found.path}), with other samples from here",
         )
         return True
-
-    def _log_event(self, event: str) -> None:
-        self.logger.log({**self._clock_row(), "event": event})
 
     def _crossed(self, every_epochs: float, batch_size: int) -> bool:
         """Return whether the last update passed a multiple of so many epochs."""
         every = every_epochs * self.plan.samples_per_epoch
         return self.progress.samples_seen // every > (self.progress.samples_seen - batch_size) // every
 
-    def _clock_row(self) -> Row:
-        epoch = self.progress.samples_seen / self.plan.samples_per_epoch
-        row = {"step": self.progress.step, "samples": self.progress.samples_seen, "epoch": round(epoch, 6)}
-        return row if self.meter is None or self.meter.clock is None else {**row, "clock_samples": self.meter.clock}
-
-    def _log(self, values: Row, batch_size: int, grad_norm: float, clock: float) -> float:
-        """Hand a row about the updates since the last one to the logger; return the time from which the next one counts."""
-        progress = self.progress
-        loss = float(self.backend.sum(self._loss_sum)) / progress.loss_samples if progress.loss_samples else math.nan
-        now = time.perf_counter()
-        progress.train_seconds += now - clock
-        row = {
-            **self._clock_row(),
-            "loss": loss,
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
-            "batch_size": batch_size,
-            "temperature": temperature(values["lr"], batch_size, values.get("momentum", 0.0)),
-            "grad_norm": grad_norm,
-            "samples_per_second": (progress.samples_seen - progress.row_samples) / (now - clock),
-        }
-        if progress.skipped:
-            row["skipped"] = progress.skipped
-        if progress.unreadable:
-            row["unreadable"] = len(progress.unreadable)
-        if self.meter is not None:
-            row |= self.meter.row(batch_size)
-        progress.loss = loss
-        self._loss_sum.zero_()
-        progress.loss_samples, progress.row_samples = 0, progress.samples_seen
-        self.logger.log(row)
-        return now
-
-    def _evaluate_and_log(self) -> None:
+    def _evaluate(self) -> None:
         progress = self.progress
         progress.owes_evaluation = True
         scores, missing = self.evaluate()
-        self._note_unreadable(missing, progress.samples_seen)
+        self._note_missing(missing, progress.samples_seen)
         progress.owes_evaluation = False
         progress.val_loss, progress.val_accuracy = scores["val_loss"], scores.get("val_accuracy")
         if progress.val_accuracy is not None:
@@ -501,9 +343,7 @@ class Trainer:
         if math.isfinite(val_loss) and (progress.best_val_loss is None or val_loss < progress.best_val_loss):
             progress.best_val_loss = val_loss
             self.checkpoints.note_best()
-        if self.meter is not None:
-            scores["noise_scale_by_layer"] = self.meter.by_layer()
-        self.logger.log({**self._clock_row(), **scores})
+        self.log.evaluation(progress, scores)
 
     def _saved_at_a_stop(self) -> str:
         """Save where the run stands, and say how it goes on from samples that cannot be read. A collective."""

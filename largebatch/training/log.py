@@ -1,0 +1,101 @@
+"""The rows of a run: what an update, an evaluation or an event tells the loggers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from largebatch.reporting.progress import Logger, Progress, Row
+from largebatch.scaling.rules import temperature
+from largebatch.training.metering import NoiseMeter
+
+
+class Stopwatch:
+    """Wall time between rows, without what is paused."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of the block."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap, and begin the next."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds
+
+
+class RunLog:
+    """Writes rows that begin with where the run stands.
+
+    Args:
+        logger: takes the rows.
+        meter: the noise of the gradient, where it is measured.
+        samples_per_epoch: samples of an epoch.
+    """
+
+    def __init__(self, logger: Logger, meter: NoiseMeter | None, samples_per_epoch: int) -> None:
+        self.logger, self.meter, self.samples_per_epoch = logger, meter, samples_per_epoch
+        self.stopwatch = Stopwatch()
+
+    def _place(self, progress: Progress, samples: int | None = None) -> Row:
+        epoch = progress.samples_seen / self.samples_per_epoch
+        samples = progress.samples_seen if samples is None else samples
+        row = {"step": progress.step, "samples": samples, "epoch": round(epoch, 6)}
+        clock = None if self.meter is None else self.meter.clock
+        return row if clock is None else {**row, "clock_samples": clock}
+
+    def event(self, progress: Progress, text: str, samples: int | None = None) -> None:
+        """Write what happened.
+
+        Args:
+            progress: where the run stands.
+            text: a sentence.
+            samples: samples that the row is counted with, where they are not those seen: a run that resumes before them
+                forgets the row with the rest.
+        """
+        self.logger.log({**self._place(progress, samples), "event": text})
+
+    def evaluation(self, progress: Progress, scores: Row) -> None:
+        """Write what an evaluation found."""
+        if self.meter is not None:
+            scores = {**scores, "noise_scale_by_layer": self.meter.by_layer()}
+        self.logger.log({**self._place(progress), **scores})
+
+    def update(self, progress: Progress, losses: float, values: Row, batch_size: int, grad_norm: float) -> None:
+        """Write a row about the updates since the last one, and begin to count the next.
+
+        Args:
+            progress: where the run stands.
+            losses: sum of the losses of all samples since the last row, over all ranks.
+            values: the optimizer's arguments in the last update.
+            batch_size: its batch size.
+            grad_norm: its gradient's norm.
+        """
+        seconds = self.stopwatch.lap()
+        progress.train_seconds += seconds
+        progress.loss = losses / progress.loss_samples if progress.loss_samples else math.nan
+        row = {
+            **self._place(progress),
+            "loss": progress.loss,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
+            "batch_size": batch_size,
+            "temperature": temperature(values["lr"], batch_size, values.get("momentum", 0.0)),
+            "grad_norm": grad_norm,
+            "samples_per_second": (progress.samples_seen - progress.row_samples) / seconds,
+        }
+        if progress.skipped:
+            row["skipped"] = progress.skipped
+        if progress.unreadable:
+            row["unreadable"] = len(progress.unreadable)
+        if self.meter is not None:
+            row |= self.meter.row(batch_size)
+        progress.loss_samples, progress.row_samples = 0, progress.samples_seen
+        self.logger.log(row)

@@ -1,0 +1,189 @@
+"""One update: forward and backward passes over the micro-batches of a global batch, and the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from largebatch.config.schema import Run
+from largebatch.data import FactoryData, Source
+from largebatch.data.loader import MicroBatch, TrainLoader
+from largebatch.data.sampler import PlanSampler, evenly_spaced
+from largebatch.data.source import may_miss
+from largebatch.distributed import Backend, NonFiniteError
+from largebatch.errors import UnreadableError
+from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
+from largebatch.moments import FirstUpdates, chosen_samples
+from largebatch.noise import reference_norm_ratio
+from largebatch.optim import param_groups, set_hyperparameters
+from largebatch.optim.adaptive import AdaptiveOptimizer
+from largebatch.reporting.progress import Progress, Row
+from largebatch.scaling.plan import Plan
+from largebatch.training.attendance import Attendance
+from largebatch.training.metering import NoiseMeter
+
+
+class TrainStep:
+    """Holds what an update needs: the model and its optimizer on their engine, and the loader of samples.
+
+    Args:
+        run: the config.
+        source: training samples, and the task.
+        model: the model, built on every rank from the same seed.
+        plan: the plan that the run begins with.
+        backend: the engine.
+        note_missing: is told, before an update's last pass, which of its samples cannot be read; may raise to stop at them.
+
+    Attributes:
+        losses: float64 scalar, the sum of the samples' losses on this rank since the last row of the log.
+        meter: the noise of the gradient, where it is measured.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        source: Source,
+        model: nn.Module,
+        plan: Plan,
+        backend: Backend,
+        note_missing: Callable[[list[str], int], None],
+    ) -> None:
+        self.run, self.source, self.backend, self.note_missing = run, source, backend, note_missing
+        self.tracked = run.tracked()
+        self._check = FirstUpdates()
+        if self.tracked is not None:
+            backend.track(model, self.tracked, getattr(run.model, "fallback", ()))
+        self.bare_model = model
+        self.model, self.optimizer = backend.prepare(model, self._build_optimizer)
+        if run.second_moment() is not None:
+            backend.use_squares(self.optimizer)
+        self.batch_norms = batch_norms(model)
+        self.meter = NoiseMeter(run, plan, backend.squared_names(model)) if run.measures_noise() else None
+        self.losses = torch.zeros((), dtype=torch.float64, device=backend.device)
+        device, dtype, timeout = backend.device, backend.dtype, backend.timeout_seconds
+        # The library's own sets give every sample a target.
+        known = source.task.known if isinstance(run.data, FactoryData) and source.task.can_ignore else None
+        self._counts_samples = known is not None or may_miss(source.train)
+        self.loader = TrainLoader(source.train, run.loader, device, dtype, timeout, source.task.check, known)
+
+    def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        config, squares = self.run.optimizer, self.run.second_moment() is not None
+        groups = param_groups(model, config.weight_decay, config.decay_norm_and_bias, squares)
+        return config.build(groups, self.run.batch.reference_size)
+
+    def begin(self, plan: Plan, progress: Progress, micro_size: int | None) -> None:
+        """Begin to load samples at where the run stands.
+
+        Args:
+            plan: batch sizes from there on.
+            progress: where the run stands.
+            micro_size: most samples of a forward pass; None for a rank's whole part of the batch.
+        """
+        seed = self.run.seed
+        if progress.rollbacks:  # other samples than those that led to where the run came back from
+            seed = int(np.random.SeedSequence([seed, progress.rollbacks]).generate_state(1, np.uint64)[0] >> 1)
+        self.sampler = PlanSampler(
+            plan,
+            len(self.source.train),
+            seed,
+            self.backend.rank,
+            self.backend.world_size,
+            micro_size,
+            norm_group_size(self.bare_model),
+            progress.samples_seen,
+            plan.least_units,
+        )
+        self.loader.begin(self.sampler)
+
+    def __call__(self, batch_size: int, values: Row, progress: Progress) -> float:
+        """Do one update of a global batch; return the gradient's norm.
+
+        Args:
+            batch_size: B.
+            values: the optimizer's arguments; AdaScale's gain is multiplied into the learning rate.
+            progress: where the run stands; takes the number of samples whose losses were counted.
+
+        Raises:
+            NonFiniteError: if the gradient was not finite; no weight was changed then.
+            UnreadableError: at samples that cannot be read, where the run stops at them or none is left; likewise.
+        """
+        losses = self.losses.clone()
+        try:
+            return self._update(batch_size, values, progress)
+        except (NonFiniteError, UnreadableError):
+            self.losses = losses
+            discard_batch_statistics(self.batch_norms)
+            raise
+
+    def _update(self, batch_size: int, values: Row, progress: Progress) -> float:
+        backend, run = self.backend, self.run
+        announced = self.sampler.num_units(batch_size) if self.tracked == "micro_batch" else float(batch_size)
+        attendance = Attendance(batch_size, announced, self.tracked != "micro_batch")
+        squared = run.squared_samples(batch_size) if self.tracked == "sample" else batch_size
+        backend.begin_update(batch_size, announced, progress.step)
+        for micro_batch, is_last in self.loader.next(batch_size):
+            attendance.add(micro_batch)
+            if is_last and self._counts_samples:
+                self.note_missing(attendance.call(backend), progress.samples_seen + batch_size)
+            idle = micro_batch.num_samples == 0
+            with backend.accumulate(sync=is_last, idle=idle), self._choice(micro_batch, batch_size, squared):
+                backend.backward(self.loss_sum(micro_batch) / batch_size)
+        num_samples, num_units = attendance.num_samples, attendance.num_units  # what came
+        self._announce(num_samples, num_units, all_squared=squared == batch_size)
+        limit = run.optimizer.max_grad_norm
+        of_reference = limit is not None and run.clips_reference()
+        if self.meter is not None or of_reference:
+            sums = backend.noise_sums(self.bare_model)
+            if self.meter is not None:
+                values["lr"] *= self.meter.update(sums, num_samples, num_units, backend.world_size)
+            if limit is not None and of_reference:
+                kappa = num_samples / run.batch.reference_size
+                limit *= reference_norm_ratio(sums, num_units, num_units / backend.world_size, kappa)
+        set_hyperparameters(self.optimizer, values)
+        grad_norm = backend.step(self.optimizer, limit)
+        commit_batch_statistics(self.batch_norms, backend.sum)
+        progress.loss_samples += num_samples
+        progress.skipped_in_a_row = 0
+        return grad_norm
+
+    def _announce(self, num_samples: int, num_units: float, all_squared: bool) -> None:
+        """Set the batch size of the coming step, and check the squares at the first ones of whose samples all were squared."""
+        if hasattr(self.optimizer, "set_batch"):  # Quench needs it without squares too
+            self.optimizer.set_batch(num_samples, num_units, self.backend.world_size)
+        if isinstance(self.optimizer, AdaptiveOptimizer):
+            self.optimizer.squares_all = all_squared
+        if self.tracked is not None and all_squared:  # or squares may be zero beside a gradient that is not
+            self._check(partial(self.backend.check_statistics, self.bare_model, num_units))
+
+    def _choice(self, micro_batch: MicroBatch, batch_size: int, count: int) -> AbstractContextManager[None]:
+        """Choose the samples of a micro-batch that are squared: the same of an update whatever ranks and micro-batches."""
+        if count == batch_size:
+            return nullcontext()
+        chosen = micro_batch.rows(evenly_spaced(batch_size, count, micro_batch.places))
+        return chosen_samples(chosen, batch_size / count)
+
+    def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
+        """Return the sum of the samples' losses, for the backward pass, and count it for the log."""
+        if micro_batch.num_samples == 0:
+            return self._idle_loss(micro_batch)
+        with self.backend.autocast():
+            outputs = self.model(micro_batch.inputs)
+            loss = self.source.task.losses(outputs, micro_batch.targets).sum()
+        self.losses += loss.detach()
+        return loss
+
+    def _idle_loss(self, micro_batch: MicroBatch) -> Tensor:
+        """Return a loss of zero with a gradient of zero: the rank has no sample, but takes part in the reduction.
+
+        In evaluation mode, so that the stand-in sample enters no batch statistics.
+        """
+        self.model.eval()
+        with self.backend.autocast():
+            loss = self.source.task.losses(self.model(micro_batch.inputs), micro_batch.targets).sum() * 0.0
+        self.model.train()
+        return loss
