@@ -31,3 +31,12 @@ def test_links(path):
 def test_named_files_are_there():
     for path in re.findall(r"(?:configs|launch|docs|largebatch|tests)/[\w./]+\.(?:yaml|sh|md|py)", README):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["trainer.py", "step.py"])
+def test_the_loop_is_quoted_as_it_stands(name):
+    path = f"largebatch/training/{name}"
+    quoted = re.search(rf"\]\({path}\)\)?:?\n\n```python\n(.*?)```", README, re.S)[1]
+    code = [line.strip() for line in (ROOT / path).read_text().splitlines()]
+    lines = [line.strip() for line in quoted.splitlines()]
+    assert any(code[start : start + len(lines)] == lines for start in range(len(code)))

@@ -2,7 +2,8 @@
 
 Every tensor has one name whatever engine holds it: ``model.NAME`` as in the model's own state_dict, and
 ``optimizer.NAME.SLOT`` for the slots of parameter NAME. Tensors are whole, or DTensors of which each rank writes its
-shard; reading reshards them to whatever the reading run has. So a checkpoint knows nothing of ranks or engines.
+shard; reading reshards them to whatever the reading run has. So a checkpoint can be loaded on any number of ranks and by
+any engine.
 """
 
 from __future__ import annotations

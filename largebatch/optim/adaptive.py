@@ -1,7 +1,7 @@
 """Adagrad, RMSProp, Adam and AdamW: gradients divided by a root of their running second moment.
 
-Each update rule is a pure function on lists of tensors (foreach) under its formula; the classes walk the groups. State keys
-are ``exp_avg`` and ``exp_avg_sq`` throughout, and ``p.grad`` is left as it was found.
+Each update rule is one function that updates lists of tensors in place (foreach), under its formula; the classes walk the
+groups. State keys are ``exp_avg`` and ``exp_avg_sq`` throughout, and ``p.grad`` is left as it was found.
 """
 
 from __future__ import annotations
