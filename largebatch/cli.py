@@ -203,7 +203,7 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         console.print(describe_settings(run), highlight=False)
         return 0
     if known.command == "plan":
-        from largebatch.planner.resolve import describe_plan, print_warnings
+        from largebatch.planner.show import describe_plan, print_warnings
 
         if known.world_size < 1:
             raise UserError(f"--world-size: expected at least 1 rank, got {known.world_size}")

@@ -165,7 +165,7 @@ SINGLE = {
 
 @pytest.mark.parametrize("case", SINGLE)
 def test_a_batch_norm_that_would_meet_one_sample_is_refused_before_the_run(case):
-    from largebatch.planner.resolve import check_single_samples
+    from largebatch.planner.checks import check_single_samples
 
     flags, world_size, size = SINGLE[case]
     task = Task("classification", (1, 8, 8), 10)

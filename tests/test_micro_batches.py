@@ -19,7 +19,8 @@ from largebatch.errors import UserError
 from largebatch.noise.estimator import reference_norm_ratio
 from largebatch.optim import AdamW, param_groups
 from largebatch.optim.averages import Moment
-from largebatch.planner.resolve import build_plan, print_plan
+from largebatch.planner.resolve import build_plan
+from largebatch.planner.show import print_plan
 from largebatch.reporting.loggers import read_metrics
 from largebatch.scaling.rules import micro_batches_needed
 from largebatch.training.run import build_model, train

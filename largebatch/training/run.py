@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from largebatch.checkpoint.folder import LOCK, CheckpointFolder, locked, replace_text
+from largebatch.checkpoint.folder import CheckpointFolder, locked, replace_text
 from largebatch.config.schema import Run
 from largebatch.data import Source, digest, seed_generators
 from largebatch.data.sampler import SampleKeys
@@ -26,7 +25,9 @@ from largebatch.distributed.watch import cause_of
 from largebatch.errors import LostRankError, LostWorkerError, SharedError, UserError
 from largebatch.models import FactoryModel, norm_group_size
 from largebatch.moments import track, verify
-from largebatch.planner.resolve import build_plan, check_single_samples, print_plan, print_warnings
+from largebatch.planner.checks import check_single_samples
+from largebatch.planner.resolve import build_plan
+from largebatch.planner.show import print_plan, print_warnings
 from largebatch.reporting.loggers import Loggers, check_trackers, create_trackers
 from largebatch.reporting.progress import Summary
 from largebatch.reporting.tables import create_progress, summary_table
@@ -35,7 +36,7 @@ from largebatch.section import within_memory
 from largebatch.task import Task
 from largebatch.training.agreement import difference, show_checkpoint, show_model, show_run
 from largebatch.training.resume import Checkpoint, choose_checkpoint
-from largebatch.training.run_folder import check_folder
+from largebatch.training.run_folder import check_folder, claim, lock_wait
 from largebatch.training.trainer import Trainer
 
 
@@ -103,15 +104,85 @@ def train(
     """
     ranks = launched_ranks() if ranks is None else ranks
     ranks = replace(ranks, timeout_seconds=run.backend.timeout_seconds)
-    if ranks.rank != 0:
-        folder_here, console = None, None
-    else:
-        folder_here = folder
+    folder_here, console = (folder, console) if ranks.rank == 0 else (None, None)
     meeting = Meeting(ranks)
+    ready = _prepare(run, folder, source, resume, may_rename, ranks, meeting)
+    source, model, plan = ready.source, ready.model, ready.plan
+    backend = ready.open_backend()
+    # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
+    seed_generators(int(np.random.SeedSequence([run.seed, ranks.rank + 1]).generate_state(1)[0]))
+    loggers = Loggers()
+    with ExitStack() as held:
+        with _told(backend, lambda: _what_is_kept(folder)) as opened:
+            opened.callback(loggers.close)
+            folder = backend.broadcast(folder)  # one by the clock may differ by rank
+            is_new = folder_here is not None and (may_rename or not folder_here.exists())
+            if folder_here is not None and not is_new:
+                held.enter_context(locked(folder_here, lock_wait()))
+                check_folder(folder_here, resume != "never")  # again: another run may have come and gone
+            found, notes = _agree_on_checkpoint(run, folder, resume, ready.digest, backend, meeting)
+            if found is None:
+                notes += _verify_squares(run, model, source, backend)
+            if console is not None:
+                data = (
+                    f"{len(source.train):,} training and {len(source.val):,} validation samples; {backend.describe()}"
+                )
+                print_plan(console, run, model, plan, data, ranks.world_size)
+                print_warnings(console, (*warnings, *source.notes, *ready.warnings, *notes))
+            folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
+            folder_here = None if folder_here is None else folder
+            trainer = Trainer(run, source, model, plan, backend, loggers, folder, found, ready.digest)
+            opened.callback(trainer.step.loader.close)  # the workers, before anything else is closed
+            if folder_here is not None:
+                _write_config(folder_here, run)
+                loggers.loggers += create_trackers(run, folder_here, _teller(console))
+                loggers.rewind(trainer.progress.samples_seen)
+            if console is not None:
+                for line in _resume_lines(found, trainer, run):
+                    console.print(line, highlight=False)
+                loggers.loggers.append(create_progress(console, plan.total_samples, trainer.clock))
+            summary = trainer.train()
+            plan = trainer.plan  # with the changes of an adaptive batch
+            del trainer
+        if folder_here is not None:
+            pictures = _write_results(folder_here, run, summary, plan)
+            if console is not None:
+                print_warnings(console, pictures)
+    if console is not None:
+        console.print(summary_table(summary.as_dict(), str(folder_here) if folder_here else None))
+    return Result(summary, folder_here)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What the ranks have agreed on before any of them opens its engine."""
+
+    source: Source
+    digest: dict[str, Any]
+    model: nn.Module
+    plan: Plan
+    warnings: list[str]
+    open_backend: Callable[[], Backend]
+
+
+def _prepare(
+    run: Run,
+    folder: Path | None,
+    source: Source | None,
+    resume: str,
+    may_rename: bool,
+    ranks: Ranks,
+    meeting: Meeting,
+) -> _Ready:
+    """Load the data, build the model and the plan, and see that all ranks have the same.
+
+    Raises:
+        UserError: for what the user can mend; on every rank.
+    """
     with meeting.agree("config", difference) as shown:
         shown.update(show_run(run, resume, folder))
-        if folder_here is not None and not may_rename:
-            check_folder(folder_here, resume != "never")
+        if ranks.rank == 0 and folder is not None and not may_rename:
+            check_folder(folder, resume != "never")
         check_trackers(run.log)
     with meeting.agree("data and the model", difference) as shown:
         if source is None:
@@ -120,76 +191,44 @@ def train(
         shown["data"] = known = digest(source, run.loader)
         model = build_model(run, source.task)
         shown.update(show_model(model))
-        plan, plan_warnings = build_plan(run, len(source.train), ranks.world_size, norm_group_size(model))
-        check_single_samples(run, source.task, plan, ranks.world_size, norm_group_size(model))
+        group_size = norm_group_size(model)
+        plan, warnings = build_plan(run, len(source.train), ranks.world_size, group_size)
+        check_single_samples(run, source.task, plan, ranks.world_size, group_size)
         open_backend = choose_backend(run.backend, run.precision, replace(ranks, store=meeting.store))
-    backend = open_backend()
-    # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
-    own_seed = int(np.random.SeedSequence([run.seed, ranks.rank + 1]).generate_state(1)[0])
-    seed_generators(own_seed)
-    loggers, is_lost, workers = Loggers(), False, ExitStack()
-    with ExitStack() as held:
-        try:
-            folder = backend.broadcast(folder)  # one by the clock may differ by rank
-            is_new = folder_here is not None and (may_rename or not folder_here.exists())
-            if folder_here is not None and not is_new:
-                held.enter_context(locked(folder_here, _lock_wait()))
-                check_folder(folder_here, resume != "never")  # again: another run may have come and gone
-            found, notes = _agree_on_checkpoint(run, folder, resume, known, backend, meeting)
-            if found is None:
-                notes += _verify_squares(run, model, source, backend)
-            if console is not None:
-                data = (
-                    f"{len(source.train):,} training and {len(source.val):,} validation samples; {backend.describe()}"
-                )
-                print_plan(console, run, model, plan, data, ranks.world_size)
-                print_warnings(console, (*warnings, *source.notes, *plan_warnings, *notes))
-            folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
-            folder_here = None if folder_here is None else folder
-            trainer = Trainer(run, source, model, plan, backend, loggers, folder, found, known)
-            workers.callback(trainer.step.loader.close)
-            done = trainer.progress.samples_seen
-            if folder_here is not None:
-                _write_config(folder_here, run)
-                loggers.loggers += create_trackers(run, folder_here, _teller(console))
-                loggers.rewind(done)
-            if console is not None:
-                for line in _resume_lines(found, trainer, run):
-                    console.print(line, highlight=False)
-                loggers.loggers.append(create_progress(console, plan.total_samples, trainer.clock))
-            summary = trainer.train()
-            plan = trainer.plan  # with the changes of an adaptive batch
-            del trainer
-        except SharedError:
+    return _Ready(source, known, model, plan, warnings, open_backend)
+
+
+@contextmanager
+def _told(backend: Backend, what_is_kept: Callable[[], str]) -> Iterator[ExitStack]:
+    """Tell the other ranks what ends this one, and say of a lost rank or worker what is kept.
+
+    Yields a stack of what to close at the end, the last first; the engine is closed after all of it.
+    """
+    is_lost, opened = False, ExitStack()
+    try:
+        yield opened
+    except SharedError:
+        raise
+    except UserError as error:
+        error.everywhere = False  # a broken sample, say, which one rank alone has met
+        backend.watch.report(str(error), is_own=True)
+        raise
+    except LostWorkerError as error:
+        backend.watch.report(str(error), is_own=True)
+        raise LostWorkerError(f"{error}; {what_is_kept()}") from error
+    except SystemExit as error:  # of the model's or the data's own code
+        backend.watch.report(f"its code exits (code {error.code})", is_own=True)
+        raise
+    except Exception as error:
+        if backend.world_size == 1 or not is_communication(error):
+            backend.watch.report(f"{type(error).__name__}: {cause_of(error)}", is_own=True)
             raise
-        except UserError as error:
-            error.everywhere = False  # a broken sample, say, which one rank alone has met
-            backend.watch.report(str(error), is_own=True)
-            raise
-        except LostWorkerError as error:
-            backend.watch.report(str(error), is_own=True)
-            raise LostWorkerError(f"{error}; {_what_is_kept(folder)}") from error
-        except SystemExit as error:  # of the model's or the data's own code
-            backend.watch.report(f"its code exits (code {error.code})", is_own=True)
-            raise
-        except Exception as error:
-            if ranks.world_size == 1 or not is_communication(error):
-                backend.watch.report(f"{type(error).__name__}: {cause_of(error)}", is_own=True)
-                raise
-            is_lost = True
-            raise LostRankError(f"{backend.watch.explain(cause_of(error))}; {_what_is_kept(folder)}") from error
-        finally:
-            workers.close()
-            loggers.close()
-            if not is_lost:  # a group that has lost a rank cannot be left in good order
-                backend.close()
-        if folder_here is not None:
-            pictures = _write_results(folder_here, run, summary, plan)
-            if console is not None:
-                print_warnings(console, pictures)
-    if console is not None:
-        console.print(summary_table(summary.as_dict(), str(folder_here) if folder_here else None))
-    return Result(summary, folder_here)
+        is_lost = True
+        raise LostRankError(f"{backend.watch.explain(cause_of(error))}; {what_is_kept()}") from error
+    finally:
+        opened.close()
+        if not is_lost:  # a group that has lost a rank cannot be left in good order
+            backend.close()
 
 
 def _teller(console: Console | None) -> Callable[[str], None]:
@@ -225,8 +264,6 @@ def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> tupl
     Raises:
         UserError: if the weights or the summary cannot be written.
     """
-    from largebatch.reporting.plots import plot_run  # matplotlib takes its time, and every rank comes by here
-
     try:
         if summary.status == "finished":
             last = CheckpointFolder(folder / "checkpoints").place(summary.samples)
@@ -241,7 +278,7 @@ def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> tupl
     largest = plan.largest_batch()
     title = f"{folder.resolve().name}:  batch {run.batch.reference_size:,} → {largest:,}, {run.optimizer.name}"
     try:
-        from largebatch.reporting.plots import plot_run
+        from largebatch.reporting.plots import plot_run  # matplotlib takes its time, and every rank comes by here
 
         plot_run(folder, title, plan.samples_per_epoch)
     except Exception as error:  # a picture fails no run
@@ -304,12 +341,6 @@ def _resume_lines(found: Checkpoint | None, trainer: Trainer, run: Run) -> list[
     return lines
 
 
-def _lock_wait() -> float:
-    """Return how long to wait for a run folder: what a launcher ended may still be dying when it starts the job again."""
-    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return 30.0 if any(count not in ("0", "") for count in counts) else 2.0
-
-
 def _agree_on_folder(
     folder: Path | None, is_new: bool, may_rename: bool, held: ExitStack, backend: Backend
 ) -> Path | None:
@@ -321,49 +352,13 @@ def _agree_on_folder(
     error: UserError | None = None
     if is_new and folder is not None:
         try:
-            folder = _claim(folder, may_rename, held)
+            folder = claim(folder, may_rename, held)
         except UserError as raised:
             error = raised
     folder, error = backend.broadcast((folder, error))
     if error is not None:
         raise SharedError(str(error))
     return folder
-
-
-def _claim(folder: Path, may_rename: bool, held: ExitStack) -> Path:
-    place, number = folder, 1
-    while True:
-        try:
-            _make_parents(place)
-            place.mkdir()  # of two runs that begin together, one alone makes it
-            break
-        except FileExistsError as error:
-            if not may_rename:
-                raise UserError(f"--out: {folder} was begun by another run just now; name another folder") from error
-            number += 1
-            place = folder.with_name(f"{folder.name}-{number}")
-        except OSError as error:
-            raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
-    held.callback(_remove_unused, place)
-    held.enter_context(locked(place, 0.0))
-    if (place / "config.yaml").exists():  # begun and ended by a run that came between
-        raise UserError(f"--out: {place} was begun by another run just now; name another folder")
-    return place
-
-
-def _make_parents(place: Path) -> None:
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UserError(f"--out: cannot write to {place} (a folder above it is a file)") from error
-
-
-def _remove_unused(folder: Path) -> None:
-    """Remove a run folder into which nothing was written."""
-    with suppress(OSError):
-        if [path.name for path in folder.iterdir()] == [LOCK]:
-            (folder / LOCK).unlink()
-            folder.rmdir()
 
 
 def _write_config(folder: Path, run: Run) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from largebatch.checkpoint.folder import (
     LOCK,
     STATE,
     CheckpointFolder,
+    locked,
     read_mapping,
     read_state,
     samples_of,
@@ -132,3 +134,55 @@ def _is_checkpoint(path: Path) -> bool:
     except UserError:
         return False
     return True
+
+
+def lock_wait() -> float:
+    """Return how long to wait for a run folder: what a launcher ended may still be dying when it starts the job again."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return 30.0 if any(count not in ("0", "") for count in counts) else 2.0
+
+
+def claim(folder: Path, may_rename: bool, held: ExitStack) -> Path:
+    """Make a new run folder, and lock it; return it.
+
+    Args:
+        folder: the run folder.
+        may_rename: whether it may get a number behind its name where another run has taken it.
+        held: takes the lock, and removes the folder at the end if nothing was written into it.
+
+    Raises:
+        UserError: if another run has made it, or it cannot be made.
+    """
+    place, number = folder, 1
+    while True:
+        try:
+            _make_parents(place)
+            place.mkdir()  # of two runs that begin together, one alone makes it
+            break
+        except FileExistsError as error:
+            if not may_rename:
+                raise UserError(f"--out: {folder} was begun by another run just now; name another folder") from error
+            number += 1
+            place = folder.with_name(f"{folder.name}-{number}")
+        except OSError as error:
+            raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
+    held.callback(_remove_unused, place)
+    held.enter_context(locked(place, 0.0))
+    if (place / "config.yaml").exists():  # begun and ended by a run that came between
+        raise UserError(f"--out: {place} was begun by another run just now; name another folder")
+    return place
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a run folder into which nothing was written."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+
+
+def _make_parents(place: Path) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"--out: cannot write to {place} (a folder above it is a file)") from error

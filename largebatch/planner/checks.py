@@ -1,0 +1,250 @@
+"""What is refused of a config whose sections do not go together; rules of one section stand in its validator."""
+
+from __future__ import annotations
+
+import torch
+
+from largebatch.config.schema import Run
+from largebatch.data.sampler import smallest_micro_batch
+from largebatch.distributed import check_engine
+from largebatch.errors import UserError
+from largebatch.models import FactoryModel
+from largebatch.scaling.plan import Plan
+from largebatch.task import Task
+
+# At a thousand updates a second a run of more would take 31 years.
+MOST_UPDATES = 10**12
+
+
+def check_run(run: Run, num_train: int, world_size: int, group_size: int) -> None:
+    """Refuse what does not go together, before there is a plan.
+
+    Args:
+        run: the config.
+        num_train: samples in the training set.
+        world_size: ranks.
+        group_size: samples that a normalisation layer takes its statistics over.
+
+    Raises:
+        UserError: that says what was expected, and what to do.
+    """
+    check_engine(run.backend, run.precision)
+    run.reference()
+    if run.schedule.total_samples(num_train) < 1:
+        raise UserError(
+            f"schedule.epochs: {run.schedule.epochs:g} epochs of {num_train} samples are less than one sample"
+        )
+    _check_rule(run)
+    _check_batches(run, num_train, world_size, group_size)
+    _check_noise(run)
+    _check_growth(run, num_train)
+    if run.backend.squares_every > 1:
+        _check_squares_every(run)
+    _check_optimizer(run, num_train)
+    _check_units(run, group_size)
+    if run.warmup.name != "none" and run.warmup.epochs == 0:
+        raise UserError(f"warmup.epochs: '{run.warmup.name}' needs a length > 0, got 0")
+
+
+def check_plan(run: Run, plan: Plan, least: int) -> None:
+    """Refuse a plan that no run can follow.
+
+    Args:
+        run: the config.
+        plan: its plan.
+        least: samples of the smallest batch that the ranks can share.
+
+    Raises:
+        UserError: that says what was expected, and what to do.
+    """
+    fewest = plan.total_samples // max(1, max(run.batch.size, run.batch.max_size or run.batch.size))
+    if fewest > MOST_UPDATES:
+        raise UserError(
+            f"schedule.epochs: {run.schedule.epochs:g} epochs of {plan.samples_per_epoch:,} samples are {fewest:.3g} updates "
+            f"or more; no run has more than {MOST_UPDATES:.0e}"
+        )
+    _check_batch_warmup(run, plan, least)
+
+
+def _check_rule(run: Run) -> None:
+    """Refuse a square-root rule where no square root is taken."""
+    if run.scaling.rule == "sqrt" and (
+        run.optimizer.name == "adagrad" or getattr(run.optimizer, "exponent", 0.5) != 0.5
+    ):
+        raise UserError(
+            f"scaling.rule: sqrt holds for a root of a running average of squares, which {run.optimizer.name} "
+            "as configured does not divide by; use linear with optimizer.second_moment micro_batch"
+        )
+
+
+def _check_growth(run: Run, num_train: int) -> None:
+    """Refuse a batch that grows in place of a falling rate where it cannot."""
+    realize, size = run.schedule.realize, run.batch.size
+    if realize == "lr":
+        return
+    if run.scaling.rule == "none" and run.optimizer.takes_rule:
+        raise UserError(f"schedule.realize: '{realize}' needs a scaling.rule (linear or sqrt), got none")
+    if realize == "batch_then_lr" and run.batch.max_size is None:
+        raise UserError("batch.max_size: missing; schedule.realize batch_then_lr grows the batch up to it")
+    lowest = run.schedule.build(num_train)(run.schedule.total_samples(num_train) - 1)
+    if run.batch.max_size is None and (lowest <= 0 or size / lowest > num_train):
+        raise UserError(
+            f"schedule.realize: the batch would grow past the {num_train} training samples; "
+            "set batch.max_size with batch_then_lr, or raise the schedule's final factor"
+        )
+
+
+def _check_optimizer(run: Run, num_train: int) -> None:
+    """Refuse an optimizer that would take no step, or one that turns weights around."""
+    still, total = getattr(run.optimizer, "K", 0), run.schedule.total_samples(num_train)  # quench, before it steps
+    if still >= total:
+        raise UserError(
+            f"optimizer.K: the run's {total} samples end before {run.optimizer.name} takes its first step, after {still}; "
+            "lower it to several times the batch size"
+        )
+    step = run.reference().at(run.batch.size)["lr"] * run.optimizer.weight_decay
+    if run.optimizer.name == "adamw" and step >= 1:
+        raise UserError(
+            f"optimizer.weight_decay: with the learning rate of batch size {run.batch.size:,} every update would take "
+            f"{step:.3g} of each weight, and turn its sign; expected less than 1"
+        )
+
+
+def _check_units(run: Run, group_size: int) -> None:
+    """Refuse an update of one sample, or one micro-batch, where its squares are to tell the noise."""
+    size = run.batch.size
+    # At the reference batch itself the squares have no part in Adam's second moment; Quench's sigma2 has no reference.
+    has_part = run.batch.reference_size > 1 or not run.optimizer.takes_rule
+    if run.second_moment() == "sample" and size < 2 and has_part:
+        key, plain = ("second_moment", "batch") if run.optimizer.takes_rule else ("sigma2", "average")
+        raise UserError(
+            f"batch.size: optimizer.{key} sample needs at least 2 samples an update, got {size}; raise it, or set "
+            f"optimizer.{key} {plain}"
+        )
+    if run.tracked() == "micro_batch" and size <= group_size:
+        key, way_out = "noise.per", "set noise.measure false"
+        if run.second_moment():
+            key, way_out = "optimizer.second_moment", "set optimizer.second_moment batch"
+        what = f"group of {group_size} samples that a norm takes its statistics over" if group_size > 1 else "sample"
+        raise UserError(
+            f"{key}: micro_batch needs 2 micro-batches of an update or more over all ranks, got batch.size {size}, one {what}; "
+            f"raise batch.size to {2 * group_size}, or {way_out}"
+        )
+
+
+def check_single_samples(run: Run, task: Task, plan: Plan, world_size: int, group_size: int) -> None:
+    """Refuse batch norms of a model from elsewhere, left as they are, that would meet a forward pass of one sample.
+
+    Raises:
+        UserError: naming the size of the update's batch.
+    """
+    if not isinstance(run.model, FactoryModel) or run.model.norm_group_size is not None:
+        return
+    options = world_size, run.batch.micro_size, group_size, plan.least_units
+    size = next((size for size in plan.batch_sizes() if smallest_micro_batch(size, *options) == 1), None)
+    if size is None:
+        return
+    dtype = torch.int64 if task.kind == "language_modeling" else None
+    try:
+        with torch.device("meta"), torch.no_grad():
+            run.model.build(task).train()(torch.zeros(1, *task.sample_shape, dtype=dtype))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            return
+    except Exception:  # it does more than a model without values can: the run will show
+        return
+    else:
+        return
+    raise UserError(
+        f"model.norm_group_size: null leaves batch norms that need two samples a forward pass, and an update of {size:,} "
+        f"samples has one of a single sample on {world_size} rank{'s' if world_size > 1 else ''}; set a norm_group_size, or "
+        "another batch.size, batch.micro_size or schedule.epochs"
+    )
+
+
+def _check_squares_every(run: Run) -> None:
+    """Refuse what needs the squares of every update."""
+    why = ""
+    if run.measures_noise():
+        why = "the measured noise is of every update"
+    elif run.tracked() == "sample":
+        why = "squares of samples are taken in every update; it is for optimizer.second_moment micro_batch"
+    elif run.precision == "fp16" or run.optimizer.non_finite == "skip":
+        what = "precision fp16" if run.precision == "fp16" else "optimizer.non_finite skip"
+        why = f"{what} goes on after a gradient that is not finite, which a variance that is kept would carry along"
+    if why:
+        raise UserError(f"backend.squares_every: got {run.backend.squares_every}, expected 1: {why}")
+
+
+def _check_noise(run: Run) -> None:
+    """Refuse what cannot be had of the measured noise."""
+    if not run.measures_noise():
+        return
+    why = "noise.measure"
+    if run.batch.growth == "adaptive":
+        why = "batch.growth adaptive"
+        if run.scaling.rule not in ("linear", "sqrt") and run.optimizer.takes_rule:
+            raise UserError(
+                f"batch.growth: adaptive needs a scaling.rule that follows the batch (linear or sqrt), got {run.scaling.rule}"
+            )
+        if run.schedule.realize != "lr" or run.warmup.grows_batch():
+            raise UserError(
+                "batch.growth: adaptive decides the batch size by itself; schedule.realize and warmup.realize must be lr"
+            )
+    if run.scaling.rule == "adascale":
+        why = "scaling.rule adascale"
+        if run.schedule.realize != "lr" or run.warmup.grows_batch():
+            raise UserError(
+                "scaling.rule: adascale keeps the batch size; schedule.realize and warmup.realize must be lr"
+            )
+    if run.tracked() == "sample" and run.batch.size < 2:
+        raise UserError(f"batch.size: {why} needs at least 2 samples an update, got {run.batch.size}")
+
+
+def _check_batch_warmup(run: Run, plan: Plan, least: int) -> None:
+    """Refuse a batch size that cannot rise from where it is to begin."""
+    if not run.warmup.grows_batch():
+        return
+    if run.warmup.name != "gradual":
+        raise UserError(f"warmup.realize: batch needs warmup.name gradual, got {run.warmup.name}")
+    if plan.warmup.start <= 0:
+        raise UserError("warmup.start: a batch cannot begin at 0 samples; expected more than 0")
+    first = plan.full_batch_size(0)
+    if first < least:
+        raise UserError(
+            f"warmup.start: the batch would begin at {first} samples, which the ranks cannot share; "
+            f"the least is {least / run.batch.size:.4g} ({least} samples)"
+        )
+
+
+def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -> None:
+    """Refuse batch sizes that do not fit, with the nearest that does."""
+    step = group_size
+    for key, size in (("batch.size", run.batch.size), ("batch.max_size", run.batch.max_size)):
+        if size is None:
+            continue
+        least = step * world_size
+        most = num_train // step * step
+        nearest = min(max(round(size / step) * step, least), most)
+        if least > most:
+            raise UserError(
+                f"torchrun: {world_size} ranks need {least} samples an update; there are {num_train} to train on"
+            )
+        if size % step:
+            raise UserError(
+                f"{key}: expected a multiple of the norm's group of {step} samples, got {size}; try {nearest}"
+            )
+        if size < least:
+            raise UserError(
+                f"{key}: {size} cannot be split over {world_size} ranks of at least {step}; the nearest is {nearest}"
+            )
+        if size > most:
+            raise UserError(f"{key}: {size} is more than the {num_train} training samples; the nearest is {nearest}")
+    micro = run.batch.micro_size
+    if micro is not None and micro % step:
+        nearest = max(step, round(micro / step) * step)
+        raise UserError(
+            f"batch.micro_size: expected a multiple of the norm's group of {step} samples, got {micro}; try {nearest}"
+        )
+    if run.batch.max_size is not None and run.batch.max_size < run.batch.size:
+        raise UserError(f"batch.max_size: expected at least batch.size {run.batch.size}, got {run.batch.max_size}")
