@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from largebatch.data import ImageFolder, digest
-from largebatch.data.loader import LoaderConfig
+from largebatch.data.workers import LoaderConfig
 
 
 def make(folder: Path, num_files: int, num_classes: int) -> None:

@@ -14,7 +14,7 @@ from largebatch.checkpoint.folder import STATE, CheckpointFolder
 from largebatch.data import ImageFolder, Source, TensorSamples, Text, changed_parts, digest
 from largebatch.data.digest import _digest_of_tensor
 from largebatch.data.factory import MapSamples
-from largebatch.data.loader import LoaderConfig
+from largebatch.data.workers import LoaderConfig
 from largebatch.distributed import Ranks
 from largebatch.errors import UserError
 from largebatch.task import Task

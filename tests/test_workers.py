@@ -22,7 +22,7 @@ from jobs import (
 )
 
 from largebatch.checkpoint.folder import find_problems
-from largebatch.data.loader import LoaderConfig, _Batches, _Parcel
+from largebatch.data.workers import Batches, LoaderConfig, Parcel
 from largebatch.errors import UserError
 
 SECONDS = 10.0  # in which a run ends, whatever ended it
@@ -261,13 +261,13 @@ def test_workers_that_cannot_be_started_leave_none(monkeypatch):
     before = multiprocessing.active_children()
     monkeypatch.setattr(os, "fork", limited)
     with pytest.raises(UserError, match=r"worker processes could not be started .*ulimit -u"):
-        _Batches(range(16), [], LoaderConfig(num_workers=3), torch.device("cpu"), torch.float32, 5.0, lambda *_: None)
+        Batches(range(16), [], LoaderConfig(num_workers=3), torch.device("cpu"), torch.float32, 5.0, lambda *_: None)
     wait_until(lambda: multiprocessing.active_children() == before, 10, "no worker")
 
 
 def test_a_parcel_keeps_what_cannot_be_shared(monkeypatch):
     batch = (torch.arange(6, dtype=torch.bfloat16).view(2, 3), torch.tensor([0, 1]), {1: "why"})
-    shared = _Parcel(batch)
+    shared = Parcel(batch)
 
     def fail(*_):
         raise FileNotFoundError(2, "No usable temporary directory found")
@@ -275,7 +275,7 @@ def test_a_parcel_keeps_what_cannot_be_shared(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     with monkeypatch.context() as patch:
         patch.setattr(ForkingPickler, "dumps", fail)
-        kept, pinned = _Parcel(batch), _Parcel(batch).pin_memory()
+        kept, pinned = Parcel(batch), Parcel(batch).pin_memory()
     assert shared.shortage is None and "No usable temporary directory" in kept.shortage
     for parcel in (shared, kept, pinned):
         inputs, targets, missing = parcel.open()

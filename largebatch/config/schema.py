@@ -12,7 +12,7 @@ from largebatch.config import yaml_text
 from largebatch.config.optimizers import OPTIMIZERS, AdaptiveBase, OptimizerBase, QuenchConfig
 from largebatch.config.schedules import SCHEDULES, ScheduleBase, WarmupConfig
 from largebatch.data import SOURCES
-from largebatch.data.loader import LoaderConfig
+from largebatch.data.workers import LoaderConfig
 from largebatch.distributed import BackendConfig, Precision
 from largebatch.errors import UserError
 from largebatch.models import MODELS

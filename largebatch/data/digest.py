@@ -23,11 +23,12 @@ from torch import Tensor
 
 from largebatch.data.folder import FolderSamples
 from largebatch.data.images import ImageSamples
-from largebatch.data.loader import LoaderConfig, samples_twice
+from largebatch.data.loader import samples_twice
 from largebatch.data.seeding import random_states_kept
 from largebatch.data.source import Samples, Source, TensorSamples
 from largebatch.data.synthetic import SyntheticSamples
 from largebatch.data.text import TextSamples
+from largebatch.data.workers import LoaderConfig
 from largebatch.section import leaves
 from largebatch.task import Task
 

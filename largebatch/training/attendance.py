@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from largebatch.data.loader import MicroBatch
+from largebatch.data.workers import MicroBatch
 from largebatch.distributed import Backend
 from largebatch.errors import SharedError, UnreadableError, first_few
 

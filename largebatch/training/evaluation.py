@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from largebatch.data import Source
-from largebatch.data.loader import LoaderConfig, evaluation_batches
+from largebatch.data.loader import evaluation_batches
+from largebatch.data.workers import LoaderConfig
 from largebatch.distributed import Backend
 from largebatch.errors import UnreadableError, UserError, first_few
 from largebatch.training.attendance import everyones

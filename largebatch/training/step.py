@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from largebatch.config.schema import Run
 from largebatch.data import FactoryData, Source
-from largebatch.data.loader import MicroBatch, TrainLoader
+from largebatch.data.loader import TrainLoader
 from largebatch.data.sampler import PlanSampler, evenly_spaced
 from largebatch.data.source import may_miss
+from largebatch.data.workers import MicroBatch
 from largebatch.distributed import Backend, NonFiniteError
 from largebatch.errors import UnreadableError
 from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
