@@ -26,7 +26,7 @@ from largebatch.distributed.engine import Engine
 from largebatch.distributed.partitions import PARAMETER, Partitions, Piece
 from largebatch.distributed.route import ADVICE
 from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_into, read_tensors, tensor_metadata
-from largebatch.distributed.usage import Checkpoint
+from largebatch.distributed.usage import Used
 from largebatch.errors import SharedError, UserError
 from largebatch.moments import check_statistics, is_shadow
 from largebatch.optim import LAMB, LARS, is_shadow_group, scale_gradients
@@ -153,7 +153,7 @@ class DeepSpeed(Engine):
         with self.noting_use(sync, idle), saved:
             yield
 
-    def leave_alone(self, found: Checkpoint) -> None:
+    def leave_alone(self, found: Used) -> None:
         """Take their gradients, and their shadows', from parameters that no pass of the update used.
 
         Raises:

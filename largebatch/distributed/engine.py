@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.route import ADVICE, Route
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
-from largebatch.distributed.usage import Checkpoint, Usage, trained_parameters
+from largebatch.distributed.usage import Usage, Used, trained_parameters
 from largebatch.distributed.watch import RankWatch, open_group, open_store
 from largebatch.moments import check_statistics, is_shadow, shadows, track, tracked_parameters
 from largebatch.moments.presence import largest_gradient
@@ -212,7 +212,7 @@ class Engine(ABC):
     def fill_up(self, usage: Usage) -> None:  # noqa: B027  optional for an engine
         """Give zeros to the parameters that the pass did not reach, where the reduction waits for them."""
 
-    def leave_alone(self, found: Checkpoint) -> None:
+    def leave_alone(self, found: Used) -> None:
         """Take their gradients, and their shadows', from parameters that no pass of the update used."""
         for name in found.unused:
             for parameter in self.named_gradients[name]:

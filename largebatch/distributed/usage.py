@@ -23,7 +23,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Used:
     """What an update has used.
 
     Args:
@@ -78,7 +78,7 @@ class Usage:
         self.reached.clear()
         self.counts = counts
 
-    def collect(self, over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> Checkpoint:
+    def collect(self, over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> Used:
         """Return what the passes since the last call, of all ranks, have used; every rank takes part.
 
         Args:
@@ -92,7 +92,7 @@ class Usage:
         self._used.clear()
         self._touched.clear()
         places = list(zip(self.numbers, *totals, strict=True))
-        return Checkpoint(
+        return Used(
             unused=[name for name, used, _, _, _ in places if used == 0],
             parted=[name for name, _, touched, _, of in places if 0 < touched < of],
             early=[name for name, _, _, early, _ in places if early > 0],
