@@ -84,7 +84,7 @@ def test_what_a_user_can_mend_is_refused_before_the_run():
 def test_a_run_whose_tracker_cannot_write_finishes(tracker, tmp_path, monkeypatch, capsys):
     pytest.importorskip(tracker)
     kind = {"tensorboard": "TensorBoard", "wandb": "WandB"}[tracker]
-    monkeypatch.setattr(f"largebatch.tracking.{kind}", fails)
+    monkeypatch.setattr(f"largebatch.reporting.loggers.{kind}", fails)
     (tmp_path / "run.yaml").write_text(digits(**SHORT).to_yaml())
     words = ["--log.trackers", f"[{tracker}]", "--log.every_updates", "1"]
     assert main(["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out"), *words]) == 0

@@ -8,8 +8,9 @@ from test_deepspeed import _fresh_counters, needs_deepspeed
 from test_trainer import digits
 from torch.distributed.checkpoint.api import CheckpointException
 
+from largebatch.checkpoint import writer as saving
 from largebatch.checkpoint.folder import CheckpointFolder, find_problems
-from largebatch.distributed import Ranks, saving
+from largebatch.distributed import Ranks
 from largebatch.training.run import train
 
 OFTEN = {"checkpoint.every_minutes": None, "checkpoint.every_epochs": 0.25, "checkpoint.keep_last": 100,
@@ -50,7 +51,7 @@ STEPS = {
 
 def train_failing(rank, world_size, folder, step, kind, victim, number, flags):
     """Train with the save of this number failing in a step on one rank; return how it ended, and what rank 0 told."""
-    from largebatch.training import trainer
+    from largebatch.training.log import RunLog
 
     told, calls = [], []
     owner, name = STEPS[step]
@@ -67,8 +68,8 @@ def train_failing(rank, world_size, folder, step, kind, victim, number, flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("largebatch.reporting.plots.plot_run", lambda *_: None)
         patch.setattr(owner, name, call)
-        tell = trainer.Trainer._log_event
-        patch.setattr(trainer.Trainer, "_log_event", lambda self, event: (told.append(event), tell(self, event)))
+        tell = RunLog.event
+        patch.setattr(RunLog, "event", lambda self, _, text, *rest: (told.append(text), tell(self, _, text, *rest)))
         summary = train(digits(**OFTEN | flags), folder, ranks=Ranks(rank, rank, world_size)).summary
     return summary.status, summary.message, told
 
