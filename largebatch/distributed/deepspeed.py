@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
@@ -23,66 +22,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.engine import Engine
-from largebatch.distributed.partitions import PARAMETER, Partitions, Piece
+from largebatch.distributed.partitions import PARAMETER, Partitions, SteppedByGroup
 from largebatch.distributed.route import ADVICE
 from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_into, read_tensors, tensor_metadata
 from largebatch.distributed.usage import Used
 from largebatch.errors import SharedError, UserError
 from largebatch.moments import check_statistics, is_shadow
-from largebatch.optim import LAMB, LARS, is_shadow_group, scale_gradients
-
-
-class SteppedByGroup(torch.optim.Optimizer):
-    """Stands between DeepSpeed and an optimizer: DeepSpeed steps one partition of one group at a time.
-
-    The optimizer is shown the pieces of a partition, each a parameter or the part of it that lies here, so that it keeps
-    state and counts by parameter, and leaves alone one that had no gradient. It pairs a group with the group of shadows
-    before it: a partition of shadows waits, with its squares, for its weights' partition, which is laid out alike.
-
-    Args:
-        optimizer: the optimizer; its groups and state are shared.
-
-    Attributes:
-        partitions: where the pieces lie, once DeepSpeed has cut the parameters.
-        unused: the parameters without a gradient in the coming update.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        # Not Optimizer.__init__, which would take the parameters over: DeepSpeed only asks for these three.
-        self.inner = optimizer
-        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
-        self.all_groups = optimizer.param_groups
-        self.partitions: Partitions | None = None
-        self.unused: set[nn.Parameter] = set()
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget partitions of an update that was dropped, and start the next."""
-        self.waiting: deque[tuple[dict[str, Any], list[Piece]]] = deque()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do nothing: DeepSpeed clears gradients itself."""
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Step the one partition that DeepSpeed has put into the groups."""
-        assert self.partitions is not None
-        ((group, partition),) = [(g, p) for g in self.param_groups for p in g["params"]]
-        pieces = self.partitions.pieces_in(partition)
-        for piece in pieces:
-            piece.view.grad = None if piece.parameter in self.unused else piece.cut(partition.grad)
-        if is_shadow_group(group):
-            self.waiting.append((group, pieces))
-            return
-        parts = [(group, pieces)]
-        if self.waiting:
-            parts.insert(0, self.waiting.popleft())
-        self.inner.param_groups = [group | {"params": [piece.view for piece in pieces]} for group, pieces in parts]
-        try:
-            self.inner.step()
-        finally:
-            self.inner.param_groups = self.all_groups
-            for piece in [piece for _, pieces in parts for piece in pieces]:
-                piece.view.grad = None
+from largebatch.optim import LAMB, LARS, scale_gradients
 
 
 class DeepSpeed(Engine):

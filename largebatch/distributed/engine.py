@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
+from largebatch.distributed.buffers import copy_from_first, sums_of, write_out
 from largebatch.distributed.route import ADVICE, Route
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
 from largebatch.distributed.usage import Usage, Used, trained_parameters
@@ -27,23 +28,6 @@ from largebatch.optim import gradients_and_squares, scale_gradients
 # loses its digits, and the scale was halved thirty times.
 LEAST_SCALE = 2.0**-14
 SCALER = "engine.scaler."  # what fp16's loss scaling has come to, in a checkpoint
-
-
-MESSAGE_ELEMENTS = 2**22  # of weights that are copied from rank 0 at a time
-
-
-def _write_out(model: nn.Module) -> None:
-    """Give expanded buffers memory of their own: they cannot be written, from another rank or from a checkpoint."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
-                setattr(module, name, buffer.contiguous())
-
-
-def _sums(values: Tensor) -> Tensor:
-    """Return two sums in float64, the second weighted by place, that tell apart buffers of the same shape."""
-    flat = values.detach().reshape(-1).double().nan_to_num(0.0, 0.0, 0.0)
-    return torch.stack([flat.sum(), flat @ torch.linspace(1.0, 2.0, len(flat), dtype=flat.dtype, device=flat.device)])
 
 
 class Engine(ABC):
@@ -116,10 +100,12 @@ class Engine(ABC):
     def place(self, model: nn.Module) -> None:
         """Move a model to the device, with rank 0's weights and buffers on every rank."""
         model.to(self.device, self.dtype)
-        _write_out(model)
+        write_out(model)
         self._aligned = []
+        if self.world_size == 1:
+            return
         weights = (parameter for parameter in model.parameters() if not is_shadow(parameter))
-        self._copy_from_first([tensor.detach() for tensor in (*weights, *model.buffers())])
+        copy_from_first(self.device, [tensor.detach() for tensor in (*weights, *model.buffers())])
 
     def align_buffers(self, model: nn.Module, search: bool) -> None:
         """Give every rank rank 0's values of the buffers that were found to differ; between two updates.
@@ -133,32 +119,15 @@ class Engine(ABC):
         names = self._aligned
         if search:
             named = {name: buffer for name, buffer in model.named_buffers() if buffer.numel()}
-            sums = torch.stack([_sums(buffer) for buffer in named.values()] or [torch.zeros(2, dtype=torch.float64)])
-            sums = sums.to(self.device)
+            sums = sums_of(list(named.values())).to(self.device)
             first = sums.clone()
-            self._copy_from_first([first])
+            copy_from_first(self.device, [first])
             differ = self.sum((sums != first).any(dim=1).double()).tolist()
             names += [name for name, found in zip(named, differ, strict=False) if found and name not in names]
         if names:  # the same ones on every rank
-            _write_out(model)
+            write_out(model)
             held = dict(model.named_buffers())  # a model may have put other tensors there
-            self._copy_from_first([held[name].detach() for name in names])
-
-    @torch.no_grad()
-    def _copy_from_first(self, tensors: list[Tensor]) -> None:
-        """Copy rank 0's tensors to every rank, many in one message."""
-        if self.world_size == 1:
-            return
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            waiting = [tensor for tensor in tensors if tensor.dtype == dtype and tensor.numel()]
-            while waiting:
-                taken, elements = [waiting.pop(0)], 0
-                while waiting and (elements := elements + taken[-1].numel()) < MESSAGE_ELEMENTS:
-                    taken.append(waiting.pop(0))
-                flat = torch.cat([tensor.reshape(-1) for tensor in taken]).to(self.device)
-                dist.broadcast(flat.view(torch.uint8), 0)
-                for tensor, part in zip(taken, flat.split([tensor.numel() for tensor in taken]), strict=True):
-                    tensor.copy_(part.view(tensor.shape))
+            copy_from_first(self.device, [held[name].detach() for name in names])
 
     def track(self, model: nn.Module, per: Literal["sample", "micro_batch"], fallback: Iterable[str] = ()) -> None:
         """Let backward passes collect squared gradients; before `prepare`. Here as shadows, which the engine reduces."""

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from largebatch.errors import UserError
+from largebatch.moments import convolutions as _  # noqa: F401  whose rules are registered so
 from largebatch.moments import fallback, marks, operations, provenance, rules
 from largebatch.moments.aliasing import forward_squared, refuse_further_segment
 from largebatch.moments.marks import WHOLE, Batch, Rows, mark

@@ -7,7 +7,6 @@ convolutions, lookups, norms, and broadcasts such as position embeddings and sca
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ def rows_of(scope: Scope, tensor: Any, what: str = "its input") -> Rows:
     raise Refusal(f"{what} does not come from the batch")
 
 
-def _check_constant(scope: Scope, pair: tuple[Any, Any]) -> None:
+def check_constant(scope: Scope, pair: tuple[Any, Any]) -> None:
     """Raise where a weight or a bias was computed from the batch, as by a hypernetwork."""
     if any(isinstance(t, Tensor) and mark_of(scope.batch, t) is not None for t in pair):
         raise Refusal("its weight or bias comes from the batch")
@@ -85,7 +84,8 @@ def _flat(rows: Tensor) -> Tensor:
     return rows if rows.ndim == 3 else rows.reshape(rows.shape[0], -1, rows.shape[-1])
 
 
-def _arguments(names: str, args: Any, kwargs: Any) -> list[Any]:
+def arguments(names: str, args: Any, kwargs: Any) -> list[Any]:
+    """Return the arguments of a call in the order of their names, None for those that were not given."""
     given = dict(zip(names.split(), args, strict=False)) | kwargs
     return [given.get(name) for name in names.split()]
 
@@ -93,7 +93,7 @@ def _arguments(names: str, args: Any, kwargs: Any) -> list[Any]:
 def _linear(scope: Scope, output: Tensor, x: Tensor, weight: Any, bias: Any, is_transposed: bool) -> Tensor:
     """Y = x w^T + b, or x w + b."""
     found, of_weight, of_bias = rows_of(scope, x), scope.operand(weight), scope.operand(bias)
-    _check_constant(scope, (weight, bias))
+    check_constant(scope, (weight, bias))
     is_vector = weight.ndim == 1
     if weight.ndim > 2 or found.dim == x.ndim - 1 or x.ndim < 2:
         raise Refusal("its samples, or its weight, have other dimensions than (samples, .., features)")
@@ -118,7 +118,7 @@ def _linear(scope: Scope, output: Tensor, x: Tensor, weight: Any, bias: Any, is_
 @rule(F.linear)
 def linear(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """X w^T + b."""
-    x, weight, bias = _arguments("input weight bias", args, kwargs)
+    x, weight, bias = arguments("input weight bias", args, kwargs)
     return _linear(scope, func(*args, **kwargs), x, weight, bias, False)
 
 
@@ -127,110 +127,17 @@ def addmm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """B + x w."""
     if set(kwargs) - {"input", "mat1", "mat2"}:
         raise Refusal("it has factors, alpha or beta")
-    bias, x, weight = _arguments("input mat1 mat2", args, kwargs)
+    bias, x, weight = arguments("input mat1 mat2", args, kwargs)
     return _linear(scope, func(*args, **kwargs), x, weight, bias, True)
 
 
 @rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 def matmul(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """X w."""
-    x, weight = args if not kwargs else _arguments("input other", args, kwargs)
+    x, weight = args if not kwargs else arguments("input other", args, kwargs)
     if scope.operand(weight) is None:
         raise Refusal("the parameter stands on the left")
     return _linear(scope, func(*args, **kwargs), x, weight, None, True)
-
-
-# Small weight gradients leave a processor's threads idle unless several are made at once (64 -> 128 channels at 16 x 16: 4.2 ms
-# for 32 samples by fours, 8.1 ms one by one, two cores); from 256 -> 256 channels of 3 x 3 on a second sample only costs cache.
-FOLD_ELEMENTS = 1 << 18
-
-
-class Convolved(Use):
-    """Weight gradients of a convolution: d [samples, rows, o, ..] and x [samples, rows, i, ..]."""
-
-    def __init__(self, d: Tensor, x: Tensor, shape: torch.Size, options: tuple[Any, ...]):
-        self.d, self.x, self.shape, self.options = d, x, shape, options
-
-    def gradient(self, number: int) -> Tensor:
-        """Return one sample's."""
-        return self._gradients(self.d[number], self.x[number], 1)[0]
-
-    def squares(self, weight: float) -> Tensor:
-        """Fold some samples into the groups of one convolution at a time."""
-        count, rows = self.d.shape[:2]
-        step = math.ceil(FOLD_ELEMENTS / math.prod(self.shape)) if rows == 1 else 1
-        total = torch.zeros(self.shape, dtype=self.d.dtype, device=self.d.device)
-        for first in range(0, count, step):
-            d, x = (t[first : first + step].flatten(0, 1) for t in (self.d, self.x))
-            for grad in self._gradients(d, x, len(d) if rows == 1 else 1):
-                total.addcmul_(grad, grad, value=weight)
-        return total
-
-    def _gradients(self, d: Tensor, x: Tensor, folded: int) -> Tensor:
-        *options, groups = self.options
-        if folded > 1:
-            d, x = (t.reshape(1, -1, *t.shape[2:]) for t in (d, x))
-        weight = d.new_empty(1).expand(folded * self.shape[0], *self.shape[1:])
-        backward = torch.ops.aten.convolution_backward
-        _, grad, _ = backward(d, x, weight, None, *options, folded * groups, (False, True, False))
-        return grad.reshape(folded, *self.shape)
-
-
-def _tuple(value: Any, length: int) -> tuple[int, ...]:
-    return tuple(value) * (length // len(value)) if isinstance(value, (list, tuple)) else (value,) * length
-
-
-_TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
-
-
-@rule(torch.conv1d, torch.conv2d, torch.conv3d, *_TRANSPOSED)
-def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Convolutions, with zero padding given as numbers or by name, and transposed ones."""
-    names = "input weight bias stride padding dilation groups"
-    if func in _TRANSPOSED:
-        names = "input weight bias stride padding output_padding groups dilation"
-    values = dict(zip(names.split(), _arguments(names, args, kwargs), strict=True))
-    x, weight, bias = values["input"], values["weight"], values["bias"]
-    ndim = weight.ndim - 2
-    rows, of_weight, of_bias = rows_of(scope, x), scope.operand(weight), scope.operand(bias)
-    _check_constant(scope, (weight, bias))
-    if x.ndim != ndim + 2 or rows.dim not in (0, WHOLE):
-        raise Refusal("its samples do not lie along the first dimension")
-    default = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
-    numbers = {key: values.get(key) if values.get(key) is not None else start for key, start in default.items()}
-    if numbers["padding"] == "valid":
-        numbers["padding"] = 0
-    elif numbers["padding"] == "same":
-        spare = [d * (k - 1) for d, k in zip(_tuple(numbers["dilation"], ndim), weight.shape[2:], strict=True)]
-        if any(s % 2 for s in spare):
-            raise Refusal("an even window pads one more on the right than on the left")
-        numbers["padding"] = [s // 2 for s in spare]
-    stride, padding, dilation, extra = (_tuple(numbers[key], ndim) for key in default)
-    options = (stride, padding, dilation, func in _TRANSPOSED, extra, values["groups"] or 1)
-    shape = weight.shape
-    is_pointwise = weight[0, 0].numel() == 1 and not any(padding) and options[-1] == 1 and func not in _TRANSPOSED
-    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
-
-    def positions(t: Tensor) -> Tensor:
-        return t.reshape(len(t), -1, *t.shape[-ndim - 1 :])
-
-    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
-        d = wide(positions(scope.batch.take(grad, rows)), grad)
-        uses: list[tuple[Operand, Use]] = []
-        if of_weight is not None:
-            x = wide(positions(saved[0]), grad)
-            use: Use = Convolved(d, x, shape, options)
-            if is_pointwise:  # a linear map at each position
-                for at, step in enumerate(stride):
-                    x = x[(slice(None),) * (at + 3) + (slice(None, None, step),)]
-                use = Product(*(t.movedim(2, -1).flatten(1, -2) for t in (d, x)))
-            uses.append((of_weight, use))
-        if of_bias is not None:
-            uses.append((of_bias, Given(d.flatten(3).sum((1, 3)))))
-        return uses
-
-    saved = [scope.batch.take(x, rows)] if of_weight is not None else []
-    return tap(scope, func(*args, **kwargs), rows, operands, left, saved)
 
 
 class LookedUp(Use):
@@ -257,7 +164,7 @@ class LookedUp(Use):
 def embedding(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """Rows of a table by numbers from the batch."""
     names = "weight indices padding_idx scale_grad_by_freq sparse"
-    weight, index, padding, by_frequency, _ = _arguments(names, args, kwargs)
+    weight, index, padding, by_frequency, _ = arguments(names, args, kwargs)
     operand, rows = scope.operand(weight), rows_of(scope, index)
     if operand is None or by_frequency:
         raise Refusal("it scales gradients by how often rows occur in the batch")
@@ -286,7 +193,7 @@ def _norm(
     rows = rows_of(scope, x)
     weight, bias = (scope.operand(value) for value in pair)
     operands = [operand for operand in (weight, bias) if operand is not None]
-    _check_constant(scope, pair)
+    check_constant(scope, pair)
     shape = operands[0].tensor.shape
     if rows.dim != WHOLE and (rows.dim >= x.ndim - len(shape) if is_last else rows.dim != 0):
         raise Refusal("its samples lie along a dimension that is normalized, or not along the first")
@@ -313,7 +220,7 @@ def _norm(
 @rule(torch.layer_norm)
 def layer_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """Layer norm."""
-    x, shape, weight, bias, eps = _arguments("input normalized_shape weight bias eps", args, kwargs)
+    x, shape, weight, bias, eps = arguments("input normalized_shape weight bias eps", args, kwargs)
     eps = 1e-5 if eps is None else eps
     output = func(*args, **kwargs)
     return _norm(scope, output, x, (weight, bias), lambda x, _: F.layer_norm(x, shape, None, None, eps), is_last=True)
@@ -322,7 +229,7 @@ def layer_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
 @rule(torch.rms_norm)
 def rms_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """RMS norm."""
-    x, shape, weight, eps = _arguments("input normalized_shape weight eps", args, kwargs)
+    x, shape, weight, eps = arguments("input normalized_shape weight eps", args, kwargs)
     output = func(*args, **kwargs)
     return _norm(scope, output, x, (weight, None), lambda x, _: F.rms_norm(x, shape, None, eps), is_last=True)
 
@@ -330,7 +237,7 @@ def rms_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
 @rule(torch.group_norm)
 def group_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """Group norm."""
-    x, groups, weight, bias, eps = _arguments("input num_groups weight bias eps", args, kwargs)
+    x, groups, weight, bias, eps = arguments("input num_groups weight bias eps", args, kwargs)
     eps = 1e-5 if eps is None else eps
     output = func(*args, **kwargs)
     return _norm(scope, output, x, (weight, bias), lambda x, _: F.group_norm(x, groups, None, None, eps))
@@ -343,7 +250,7 @@ def batch_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     By those of the batch, xhat depends on the other samples; what a sample owes is its summand of the gradient.
     """
     names = "input weight bias running_mean running_var training momentum eps cudnn_enabled use_input_stats"
-    x, weight, bias, mean, var, by_batch, _, eps, _, by_input = _arguments(names, args, kwargs)
+    x, weight, bias, mean, var, by_batch, _, eps, _, by_input = arguments(names, args, kwargs)
     by_batch = by_batch if by_input is None else by_input
     if func is torch.instance_norm and by_batch:
         return _norm(scope, func(*args, **kwargs), x, (weight, bias), lambda x, _: F.instance_norm(x, eps=eps))
