@@ -243,7 +243,7 @@ def test_where_ranks_differ_is_told_in_few_words():
 def test_what_a_rank_shows_names_the_code_in_use():
     shown = show_run(digits(), "never", None)
     assert shown["versions"]["torch"] == torch.__version__
-    assert "largebatch.trainer" in shown["code"] and "test_agreement" in shown["code"]
+    assert "largebatch.training.trainer" in shown["code"] and "test_agreement" in shown["code"]
     assert not any(name.startswith(("torch.", "numpy", "pytest", "json")) for name in shown["code"])
     assert "data.path" not in shown["config"] and shown["config"]["backend.device"] in ("cpu", "cuda")
     one, two = (show_model(nn.Linear(3, 2, bias=bias))["model"] for bias in (False, True))

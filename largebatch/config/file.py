@@ -93,9 +93,12 @@ def _read_flag(key: str, text: FlagText, annotation: Any) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if takes_text:
             return str(text)
-        raise UserError(f"command line: --{key}: '{short(str(text))}' cannot be read as a YAML value") from error
+        problem = getattr(error, "problem", None)
+        why = f" ({short(problem)})" if problem else ""
+        raise UserError(f"command line: --{key}: '{short(str(text))}' cannot be read as a YAML value{why}") from error
     is_number = isinstance(value, int | float) and bool(kinds & {int, float})
-    if isinstance(value, str) or not takes_text or type(value) in kinds or is_number:
+    is_list = isinstance(value, list) and bool(kinds & {list, tuple})
+    if isinstance(value, str) or not takes_text or type(value) in kinds or is_number or is_list:
         return str(value) if isinstance(value, str) else value
     return str(text)
 
