@@ -36,6 +36,10 @@ from largebatch.reporting.tables import ProgressBar, ProgressLines, create_progr
 COMMAND = [sys.executable, "-m", "largebatch"]
 
 
+def slow(*cases):
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.fixture
 def start(tmp_path):
     """``start(stdout, preexec, seconds, words, **variables)`` begins a run of ``seconds`` an update; returns its process."""
@@ -93,7 +97,7 @@ def close(*descriptors):
     return lambda: [os.close(descriptor) for descriptor in descriptors]
 
 
-@pytest.mark.parametrize("what", ["reader gone", "both readers gone", "full", "closed", "all closed"])
+@pytest.mark.parametrize("what", ["reader gone", "closed", *slow("both readers gone", "full", "all closed")])
 def test_a_run_outlives_its_output(start, what):
     stdout = gone() if "gone" in what else os.open("/dev/full" if what == "full" else os.devnull, os.O_WRONLY)
     preexec = {"closed": close(1), "all closed": close(0, 1, 2)}.get(what)
@@ -129,7 +133,7 @@ def in_a_terminal(descriptor: int):
     return lambda: fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
 
 
-@pytest.mark.parametrize("what", ["shown elsewhere", "its own", "its own, under nohup"])
+@pytest.mark.parametrize("what", ["its own", *slow("shown elsewhere", "its own, under nohup")])
 def test_a_terminal_that_closes(start, what):
     ours, theirs = pty.openpty()
 
@@ -173,6 +177,7 @@ def test_a_job_in_a_scripts_background_does_not_hear_ctrl_c(start):
     assert_whole(start.out)
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_loses_nothing_of_its_runs(tmp_path):
     base = write_config(tmp_path, schedule={"epochs": 40}, checkpoint={"every_epochs": None})
     study = {"base": base.name, "seeds": [0], "variants": {"one": {}}}
@@ -290,7 +295,7 @@ LEFT_OVER = {
 }
 
 
-@pytest.mark.parametrize("where", LEFT_OVER)
+@pytest.mark.parametrize("where", ["a notebook", "C locale", *slow("no such backend", "ascii")])
 def test_a_run_bears_where_it_was_started(start, where):
     process = start(subprocess.PIPE, **LEFT_OVER[where])
     printed, said = process.communicate(timeout=150)

@@ -189,7 +189,10 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("kind", NAMES)
+QUICK = ("dollars", "a closing bracket", "bytes that are not UTF-8", "a new line")
+
+
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in NAMES])
 def test_a_run_folder_of_any_name(kind, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(digits(**SHORT).to_yaml())
     out = tmp_path / NAMES[kind]
