@@ -176,6 +176,32 @@ def data(ignored="half"):
         y[:64] = -100
     return TensorDataset(x[:64], y[:64]), TensorDataset(x[64:], y[64:]), Task("classification", (6,), 5)
 
+def likelihoods(outputs, targets):
+    return -outputs.gather(1, targets[:, None]).squeeze(1)
+
+def own():
+    train, val, _ = data("none")
+    return train, val, Task("classification", (6,), 5, loss=likelihoods)
+
+class Ways(torch.nn.Module):
+    # A second way makes something else of the samples without a target.
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)
+    def forward(self, x):
+        far = x[:, 0] > 1
+        out = self.first(x)
+        return torch.where(far[:, None], self.second(x), out) if bool(far.any()) else out
+
+def ways():
+    return Ways()
+
+def far_ignored():
+    train, val, task = data("none")
+    x, y = train.tensors
+    y[x[:, 0] > 1] = -100
+    return train, val, task
+
 class Exits(torch.utils.data.Dataset):
     def __len__(self):
         return 64
@@ -239,6 +265,42 @@ def test_an_update_without_a_target_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="every target of an update is ignored"):
         _ignoring(0, 1, tmp_path, tmp_path / "run", ignored="all")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("size", [8, 16])
+def test_what_samples_without_a_target_would_have_used_is_left_alone(engine, size, tmp_path, monkeypatch):
+    """Each is a micro-batch of its own here, and none of a second way's other samples has a target."""
+    (tmp_path / "ignoring.py").write_text(DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+    values = {
+        "data": {"name": "ignoring:far_ignored"}, "model": {"name": "ignoring:ways"}, "precision": "fp64",
+        "batch": {"reference_size": 8, "size": size, "micro_size": 1}, "backend": {"name": engine, "device": "cpu"},
+        "optimizer": {"name": "adamw", "lr": 0.1, "weight_decay": 0.5}, "schedule": {"name": "constant", "epochs": 1},
+    }  # fmt: skip
+    run = check_config(values)
+    train(run, tmp_path / "run")
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    initial = build_model(run, Task("classification", (6,), 5)).double().state_dict()
+    assert all(torch.equal(found[name], initial[name]) == name.startswith("second") for name in initial)
+
+
+def test_the_loss_of_half_precision_is_the_mean_of_the_samples(tmp_path, monkeypatch):
+    (tmp_path / "ignoring.py").write_text(DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+    values = {
+        "data": {"name": "ignoring:own"}, "model": {"name": "mlp", "hidden": []}, "precision": "bf16", "log": {"every_updates": 1},
+        "batch": {"reference_size": 64, "size": 64}, "optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"epochs": 1},
+    }  # fmt: skip
+    run = check_config(values)
+    train(run, tmp_path / "run")
+    source = run.data.load(run.seed)
+    model = build_model(run, source.task)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        losses = source.task.losses(model(source.train.inputs), source.train.targets)
+    assert losses.dtype == torch.bfloat16
+    row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0][0]
+    assert row["loss"] == pytest.approx(float(losses.double().mean()), rel=1e-6)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -88,6 +88,7 @@ class DataParallel(Engine):
             )
         called: nn.Module = torch.compile(model) if self.compile_model else model  # type: ignore[assignment]
         self._shadows = of_samples
+        self._trained = [p for p in model.parameters() if p.requires_grad]  # shadows among them
         if self.world_size == 1:
             return called, build_optimizer(model)
         self.note_use(model)
@@ -118,14 +119,25 @@ class DataParallel(Engine):
     @contextmanager
     def accumulate(self, sync: bool, idle: bool = False) -> Iterator[None]:
         """Run one micro-batch; DDP reduces gradients in the backward pass of the one with ``sync``, squares are after it."""
-        with nullcontext() if sync or self.wrapper is None else self.wrapper.no_sync(), self.noting_use(sync, idle):
+        reduced = nullcontext() if sync or self.wrapper is None else self.wrapper.no_sync()
+        without_trace = idle and self.world_size == 1  # no other rank waits for it
+        with reduced, self.noting_use(sync, idle), self._taken_back() if without_trace else nullcontext():
             yield
         if self.hooked is not None:
-            self.hooked.passes += 1
+            self.hooked.passes += not without_trace
         if sync and self.hooked is not None:
             self.hooked.reduce(self.world_size, self.factor)
         elif sync and self.world_size > 1 and self._shadows:
             self._reduce_shadows()
+
+    @contextmanager
+    def _taken_back(self) -> Iterator[None]:
+        """Run a pass that leaves no parameter a gradient, or squares, which had none."""
+        unused = [p for p in self._trained if p.grad is None]
+        with nullcontext() if self.hooked is None else self.hooked.paused():
+            yield
+        for parameter in unused:
+            parameter.grad = None
 
     def fill_up(self, usage: Usage) -> None:
         """Give zeros to the parameters that the pass did not reach: DDP waits for all of them.

@@ -52,7 +52,8 @@ class Engine(ABC):
         losses_finite: bool, whether this rank's losses since the last update were finite.
         named_gradients: the trained parameters by name, each with its shadow where it has one.
         route: compares which modules the ranks run; None where they may run any.
-        usage: tells which parameters took part in an update; None where torch leaves the others without a gradient.
+        usage: tells which parameters took part in an update; None on one process without an engine's own reduction, where torch
+            leaves the others without a gradient.
     """
 
     name = "engine"

@@ -95,12 +95,12 @@ class FullyShard(Engine):
                     gather_in(weight, self.half)
         model.register_forward_hook(_cut_after_evaluation)
         self.wrapper = model
+        usage = self.note_use(model, watch=False)
+        gathered = [(name, module) for name, module in model.named_modules() if module in {model, *modules}]
+        for name, module in gathered:
+            _watch_gathered(name, module, usage)
+            _reduce_unused(module)
         if self.world_size > 1:
-            usage = self.note_use(model, watch=False)
-            gathered = [(name, module) for name, module in model.named_modules() if module in {model, *modules}]
-            for name, module in gathered:
-                _watch_gathered(name, module, usage)
-                _reduce_unused(module)
             self.compare_routes([(name or "(the rest)", module) for name, module in gathered], ROUTE_ADVICE)
         return model, build_optimizer(model)
 
