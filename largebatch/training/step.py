@@ -174,7 +174,9 @@ class TrainStep:
             return self._idle_loss(micro_batch)
         with self.backend.autocast():
             outputs = self.model(micro_batch.inputs)
-            loss = self.source.task.losses(outputs, micro_batch.targets).sum()
+            losses = self.source.task.losses(outputs, micro_batch.targets)
+            # Autocast may leave a loss of one's own in 16 bits, of which a sum keeps three digits, or overflows.
+            loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
         self.losses += loss.detach()
         return loss
 
