@@ -35,6 +35,22 @@ class NormalHead(Affine):
     pass
 
 
+class UnitNormProjection(Affine):
+    pass
+
+
+class NormalizedNet(Affine):
+    pass
+
+
+class LayerNormLayer(nn.LayerNorm):
+    pass
+
+
+class PositionwiseEncoder(Affine):
+    pass
+
+
 class LearnedPositionalTable(nn.Embedding):
     pass
 
@@ -49,6 +65,12 @@ class Parts(nn.Module):
         self.layer_norm = nn.LayerNorm([4, 8, 8])
         self.group_norm, self.batch_norm, self.rms_norm = nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.RMSNorm((4, 8))
         self.own_norm, self.normed_linear, self.normal_head = RMSNormGated2d(4, 8), NormedLinear(4, 8), NormalHead(4, 8)
+        self.projection, self.net, self.feed_forward = (
+            UnitNormProjection(4, 8),
+            NormalizedNet(4, 8),
+            PositionwiseEncoder(4, 8),
+        )
+        self.norm_layer = LayerNormLayer(8)
         self.bias, self.q_bias, self.bias_table = parameter(1, 4, 1, 1), parameter(2, 4), parameter(9, 2)
         self.relative_attention_bias, self.users = nn.Embedding(9, 2), nn.Embedding(9, 2)
         self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
@@ -95,6 +117,7 @@ DECAYED = {
     *("normal_head.offset", "attention.in_proj_weight", "attention.out_proj.weight", "pos_proj.weight", "mixing"),
     *("positional_conv.weight", "recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "part.other.weight"),
     "parametrized.parametrizations.weight.original1",
+    *(f"{part}.{name}" for part in ("projection", "net", "feed_forward") for name in ("weight", "offset")),
 }
 
 

@@ -26,11 +26,12 @@ _MAPS = (
     nn.MultiheadAttention,
 )
 _NORM = re.compile(r"[Nn]orm(?!al(?!i[sz]))")  # no Normal
-_MAP = re.compile(r"Linear|Conv|Embed|Attention|Mlp|MLP|Head|Block")
+_MAP = re.compile(r"Linear|Conv|Embed|Attention|Mlp|MLP|Head|Block|Layer(?!Norm)|Net|Model|Proj|Encod|Decod|Former")
 _BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
 _TOKEN = re.compile(r"(^|_)tokens?(_\d+)?$|^(cls|class)_embed(ding)?$")
 _POSITION = re.compile(r"(^|_)(w?pe|pos|positions?|positional)(_|$)")
 _TABLE = re.compile(r"Embed|Encod")
+_POSITIONAL = re.compile(r"Position(?![Ww]ise)")  # what is position-wise is the same at every position
 _PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.(\w+)\.original(\d*)$")
 
 
@@ -93,7 +94,7 @@ def _role(name: str, parameter: Tensor, modules: dict[str, nn.Module]) -> str | 
     if _TOKEN.search(own):
         return "token"
     is_table = not is_map and any(_TABLE.search(kind) for kind in kinds)
-    if _POSITION.search(own) or (is_table and (_POSITION.search(holder) or any("Position" in kind for kind in kinds))):
+    if _POSITION.search(own) or (is_table and (_POSITION.search(holder) or any(map(_POSITIONAL.search, kinds)))):
         return "position embedding"
     is_weight = own.endswith("weight") or isinstance(owner, nn.RNNBase | nn.RNNCellBase)
     is_vector = parameter.dim() <= 1 or (sum(size > 1 for size in parameter.shape) <= 1 and not is_weight)
