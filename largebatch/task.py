@@ -108,6 +108,7 @@ class Task:
             if torch.is_grad_enabled() and outputs.requires_grad and not losses.requires_grad:
                 raise UserError("Task: loss has to be differentiable in the outputs; what it returned has no gradient")
             return losses
+        self._check_outputs(outputs)
         if self.kind == "regression":
             if {tuple(outputs.shape), tuple(targets.shape)} == {(len(outputs),), (len(outputs), 1)}:
                 outputs, targets = outputs.flatten(), targets.flatten()
@@ -145,6 +146,7 @@ class Task:
             if not bool(((right >= 0) & (right <= 1)).all()):
                 raise UserError("Task: correct has to return numbers from 0 to 1, how far each sample is right")
             return right.sum(dtype=torch.float64)
+        self._check_outputs(outputs)
         self._check_targets(outputs, targets)
         return _mean_of_known((outputs.argmax(dim=-1) == targets).to(torch.float64), targets).sum()
 
@@ -158,6 +160,15 @@ class Task:
         if not self.can_ignore:
             return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
         return _known(targets).reshape(len(targets), -1).any(dim=1)
+
+    def _check_outputs(self, outputs: object) -> None:
+        if isinstance(outputs, Tensor) and outputs.is_floating_point():
+            return
+        came = str(outputs.dtype).removeprefix("torch.") if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(
+            f"model.name: a task of {self.kind} takes one tensor of floating-point outputs, the model returned {came}; let it "
+            "return that tensor alone, or give the task a loss of your own, Task(loss=)"
+        )
 
     def _check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         places = 1 if self.kind == "classification" else 2

@@ -142,6 +142,66 @@ def test_code_that_fails_in_mid_run_is_one_line(case, workers, tmp_path, monkeyp
     assert code == 2 and re.search(line, said), said
 
 
+class Returning(nn.Module):
+    """A model whose outputs are made of a layer's by a function of it and them."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.layer, self.of = nn.Linear(64, 10), of
+
+    def forward(self, x):
+        return self.of(self, self.layer(x.flatten(1)))
+
+
+def replaced(model, outputs):
+    model.layer = nn.Linear(64, 10).to(outputs)
+    return model.layer(outputs.new_zeros(len(outputs), 64))
+
+
+RETURNED = {
+    "a tuple": (
+        lambda _, outputs: (outputs,),
+        r"one tensor of floating-point outputs, the model returned tuple; let it",
+    ),
+    "a dict": (lambda _, outputs: {"logits": outputs}, "the model returned dict"),
+    "nothing": (lambda *_: None, "the model returned NoneType"),
+    "complex numbers": (lambda _, outputs: outputs * 1j, "the model returned complex128"),
+    "whole numbers": (lambda _, outputs: outputs.long(), "the model returned int64"),
+    "detached outputs": (lambda _, outputs: outputs.detach(), "no gradient with respect to any parameter"),
+    "outputs of another layer": (replaced, "no parameter that the optimizer trains has a gradient"),
+}
+
+
+def returning(what):
+    return Returning(RETURNED[what][0])
+
+
+def switched_off():
+    torch.set_grad_enabled(False)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def of_inference():
+    with torch.inference_mode():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize("what", RETURNED)
+def test_outputs_that_are_none_are_one_line(what, tmp_path, monkeypatch, capsys):
+    model = f"{{name: test_factories:returning, options: {{what: {what}}}}}"
+    code, said = command(tmp_path, monkeypatch, capsys, "--model", model)
+    assert code == 2 and re.search(RETURNED[what][1], said), said
+
+
+@pytest.mark.parametrize(
+    ("model", "line"), [("switched_off", "set_grad_enabled"), ("of_inference", "under torch.inference_mode")]
+)
+def test_a_model_that_cannot_learn_is_one_line(model, line, tmp_path, monkeypatch, capsys):
+    with torch.enable_grad():  # what the factory switches off is on again behind it
+        code, said = command(tmp_path, monkeypatch, capsys, "--model", f"{{name: test_factories:{model}}}")
+    assert code == 2 and line in said, said
+
+
 # --- batch norms left as they are -----------------------------------------------------------------------------------
 
 

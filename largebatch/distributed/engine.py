@@ -19,6 +19,7 @@ from largebatch.distributed.route import ADVICE, Route
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
 from largebatch.distributed.usage import Usage, Used, trained_parameters
 from largebatch.distributed.watch import RankWatch, open_group, open_store
+from largebatch.errors import UserError
 from largebatch.moments import check_statistics, is_shadow, shadows, track, tracked_parameters
 from largebatch.moments.presence import largest_gradient
 from largebatch.noise.estimator import partial_sums
@@ -283,6 +284,11 @@ class Engine(ABC):
             grads: what `local` returned; the gradients themselves where every rank holds all of them.
         """
         # torch.nn.utils.get_total_norm without its sorting by device and type, which costs as much as the norm.
+        if not grads:
+            raise UserError(
+                "model.name: no parameter that the optimizer trains has a gradient; the model has replaced its parameters "
+                "since it was built, or uses none of them"
+            )
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
     def check_losses(self, optimizer: torch.optim.Optimizer) -> None:

@@ -52,6 +52,11 @@ def build_model(run: Run, task: Task) -> nn.Module:
         model = run.model.build(task)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kind = "lazy" if is_lazy(tensor) else "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        if kind == "strided" and tensor.is_inference():
+            raise UserError(
+                f"model.name: '{name}' of {run.model.name} was made under torch.inference_mode, and cannot be trained; build "
+                "the model outside of it"
+            )
         if kind != "strided":
             raise UserError(
                 f"model.name: '{name}' of {run.model.name} is a {kind} tensor; a run needs dense ones that hold values"

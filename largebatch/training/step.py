@@ -17,7 +17,7 @@ from largebatch.data.sampler import PlanSampler, evenly_spaced
 from largebatch.data.source import may_miss
 from largebatch.data.workers import MicroBatch
 from largebatch.distributed import Backend, NonFiniteError
-from largebatch.errors import UnreadableError
+from largebatch.errors import UnreadableError, UserError
 from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
 from largebatch.moments import FirstUpdates, chosen_samples
 from largebatch.noise import reference_norm_ratio
@@ -177,6 +177,11 @@ class TrainStep:
             losses = self.source.task.losses(outputs, micro_batch.targets)
             # Autocast may leave a loss of one's own in 16 bits, of which a sum keeps three digits, or overflows.
             loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+        if not loss.requires_grad:
+            raise UserError(
+                "model.name: the model's outputs have no gradient with respect to any parameter; it detaches them, or it or "
+                "the data have switched gradients off (torch.no_grad, inference_mode, set_grad_enabled)"
+            )
         self.losses += loss.detach()
         return loss
 
