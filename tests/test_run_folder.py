@@ -13,6 +13,7 @@ from largebatch.checkpoint.folder import CheckpointFolder
 from largebatch.cli import main
 from largebatch.distributed import Ranks
 from largebatch.errors import UserError
+from largebatch.reporting.tables import create_console
 from largebatch.section import user_path
 from largebatch.studies.study import check_study_folder
 from largebatch.training.resume import run_folder_of
@@ -83,6 +84,57 @@ def test_a_file_that_no_run_wrote_is_not_replaced(name, resume, tmp_path, capsys
     before = contents(out)
     assert f"{out} holds {name}, which no run wrote" in refused(tmp_path, capsys, "--out", out, *resume)
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, ".lock", "metrics.jsonl.part"])
+def test_a_pipe_under_a_name_of_a_run_is_not_waited_for(name, run, tmp_path, capsys):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    said = refused(tmp_path, capsys, "--out", run, "--resume", "auto")
+    assert f"{run} holds {name}, a pipe, socket or device where a run has a file" in said
+
+
+def rename(place):
+    place.rename(place.with_name("samples-000000009999"))
+
+
+DAMAGE = {
+    "a pipe for a manifest": (
+        lambda p: ((p / "manifest.json").unlink(), os.mkfifo(p / "manifest.json")),
+        "manifest.json cannot be",
+    ),
+    "a pipe for a state": (
+        lambda p: ((p / "state.json").unlink(), os.mkfifo(p / "state.json")),
+        "state.json: 0 bytes, the manif",
+    ),
+    "a manifest without end": (
+        lambda p: (p / "manifest.json").write_text("[" * 100_000),
+        "manifest.json cannot be read (Recurs",
+    ),
+    "the name of another": (rename, "samples-000000009999 is damaged: it was renamed: state.json is of 719 samples"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_checkpoint_that_is_not_what_it_seems_is_told_and_the_one_before_it_used(what, run, capsys):
+    before = CheckpointFolder(run / "checkpoints").saved()
+    DAMAGE[what][0](before[-1])
+    train(digits(**SHORT), run, ranks=Ranks(), resume="auto", console=create_console())
+    said = " ".join(capsys.readouterr().out.split())
+    assert DAMAGE[what][1] in said and f"resumed from {before[-2]}" in said
+    assert CheckpointFolder(run / "checkpoints").saved()[-1] == before[-1]
+
+
+def test_a_number_that_is_no_decimal_names_no_checkpoint(run):
+    before = CheckpointFolder(run / "checkpoints").saved()
+    (run / "checkpoints" / "samples-²").mkdir()
+    assert CheckpointFolder(run / "checkpoints").saved() == before
+
+
+def test_a_name_of_the_best_that_is_no_text_names_none(run):
+    checkpoints = CheckpointFolder(run / "checkpoints")
+    (checkpoints.path / "best").write_bytes(b"\xff\xfe")
+    assert checkpoints.best() is None
 
 
 def test_a_run_of_another_trainer_is_not_taken_for_one(run, tmp_path, capsys):

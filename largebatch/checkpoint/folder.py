@@ -73,6 +73,17 @@ def replace_text(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file; a pipe of that name, which nobody may ever write to, is empty.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no text.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        return (file.read() or b"").decode()
+
+
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """Return what a small YAML or JSON file holds.
 
@@ -84,7 +95,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         UserError: if it cannot be read, or holds no mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -103,15 +114,15 @@ def describe_file(path: Path) -> Entry:
 def samples_of(path: Path) -> int | None:
     """Return the samples seen at a checkpoint by its folder's name; None for any other folder."""
     digits = path.name.removeprefix(PREFIX)
-    return int(digits) if path.name.startswith(PREFIX) and digits.isdigit() else None
+    return int(digits) if path.name.startswith(PREFIX) and digits.isdecimal() else None
 
 
 def find_problems(path: Path) -> list[str]:
     """Return what is wrong with a checkpoint, one line each; an empty list for a whole one."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(path / MANIFEST))
         files = {name: {"bytes": int(e["bytes"]), "sha256": e["sha256"]} for name, e in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__})"]
     problems = [] if STATE in files else [f"{MANIFEST} does not have {STATE}"]
     outside = [name for name in files if Path(name).name != name]
@@ -130,7 +141,17 @@ def find_problems(path: Path) -> list[str]:
 
     with ThreadPoolExecutor(READERS) as readers:  # hashing leaves Python to the other threads
         problems += filter(None, readers.map(problem, files))
-    return problems
+    return problems or _renamed(path)
+
+
+def _renamed(path: Path) -> list[str]:
+    """Return a line where a whole checkpoint has the name of another one: it would be taken for newer or older than it is."""
+    named = samples_of(path)
+    with suppress(UserError, KeyError, TypeError):  # another format: who reads it says so
+        seen = read_state(path)["progress"]["samples_seen"]
+        if named is not None and seen != named:
+            return [f"it was renamed: {STATE} is of {seen} samples, so its name is {PREFIX}{seen:012d}"]
+    return []
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -140,7 +161,7 @@ def read_state(path: Path) -> dict[str, Any]:
         UserError: if this is no checkpoint, or one of a later format.
     """
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = json.loads(read_text(path / STATE))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint ({STATE} cannot be read)") from error
     if not isinstance(state, dict):
@@ -298,8 +319,8 @@ class CheckpointFolder:
     def best(self) -> Path | None:
         """Return the checkpoint with the lowest validation loss, where one was marked."""
         try:
-            return self.path / (self.path / BEST).read_text(encoding="utf-8").strip()
-        except OSError:
+            return self.path / read_text(self.path / BEST).strip()
+        except (OSError, ValueError):
             return None
 
     def prune(self, newest: Path, keep_last: int, keep_every: float | None = None) -> None:

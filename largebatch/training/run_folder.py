@@ -14,6 +14,7 @@ from largebatch.checkpoint.folder import (
     BEST,
     LATEST,
     LOCK,
+    PART,
     STATE,
     CheckpointFolder,
     locked,
@@ -63,6 +64,7 @@ def _check(folder: Path, resume: bool) -> None:
         raise UserError(
             f"--out: {checkpoints} is {what}; put back the folder that it stands for, or name another --out"
         )
+    _refuse_pipes(folder)
     if os.path.lexists(folder / LOCK) and _locked_by(folder) is None:
         raise UserError(f"--out: {folder} holds {LOCK}, which no run wrote; name another folder")
     held = _held(folder)
@@ -76,6 +78,21 @@ def _check(folder: Path, resume: bool) -> None:
         raise UserError(
             f"--out: {folder} already holds a run; continue it with --resume auto, name another folder, or remove it"
         )
+
+
+def _refuse_pipes(folder: Path) -> None:
+    """Refuse a pipe, a socket or a device under a name that a run reads or writes, which would make it wait for ever.
+
+    Raises:
+        UserError: naming it.
+    """
+    for name in (LOCK, *WRITTEN):
+        for path in (folder / name, folder / (name + PART)):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(
+                    f"--out: {folder} holds {path.name}, a pipe, socket or device where a run has a file; remove it, or name "
+                    "another folder"
+                )
 
 
 def _held(folder: Path) -> list[str]:
