@@ -23,7 +23,7 @@ from jobs import (
 
 from largebatch.checkpoint.folder import find_problems
 from largebatch.data.workers import Batches, LoaderConfig, Parcel
-from largebatch.errors import UserError
+from largebatch.errors import LostWorkerError, UserError
 
 SECONDS = 10.0  # in which a run ends, whatever ended it
 LOST, LOST_WORKER = 5, 6  # exit codes
@@ -263,6 +263,24 @@ def test_workers_that_cannot_be_started_leave_none(monkeypatch):
     with pytest.raises(UserError, match=r"worker processes could not be started .*ulimit -u"):
         Batches(range(16), [], LoaderConfig(num_workers=3), torch.device("cpu"), torch.float32, 5.0, lambda *_: None)
     wait_until(lambda: before.issuperset(multiprocessing.active_children()), 10, "no worker")
+
+
+def test_a_worker_that_dies_while_the_others_are_started_is_a_lost_one(monkeypatch):
+    victims = []
+
+    def kill(iterator):
+        victims.append(iterator._workers[0].pid)
+        os.kill(victims[0], signal.SIGKILL)
+        time.sleep(20)  # torch's handler of SIGCHLD raises here
+
+    before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_put_index", kill)
+    with pytest.raises(
+        LostWorkerError, match=r"^worker process \d+ is killed by signal: Killed while it was started; if the"
+    ):
+        Batches(range(16), [], LoaderConfig(num_workers=2), torch.device("cpu"), torch.float32, 5.0, lambda *_: None)
+    wait_until(lambda: multiprocessing.active_children() == before, 10, "no worker")
+    assert signal.getsignal(signal.SIGCHLD) == handler and len(victims) == 1
 
 
 def test_a_parcel_keeps_what_cannot_be_shared(monkeypatch):

@@ -147,7 +147,7 @@ def find_problems(path: Path) -> list[str]:
 def _renamed(path: Path) -> list[str]:
     """Return a line where a whole checkpoint has the name of another one: it would be taken for newer or older than it is."""
     named = samples_of(path)
-    with suppress(UserError, KeyError, TypeError):  # another format: who reads it says so
+    with suppress(UserError, KeyError, TypeError, ValueError):  # damaged or of another format: who reads it says so
         seen = read_state(path)["progress"]["samples_seen"]
         if named is not None and seen != named:
             return [f"it was renamed: {STATE} is of {seen} samples, so its name is {PREFIX}{seen:012d}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -33,6 +34,9 @@ from largebatch.section import Depth, Section
 MOST_WORKERS = 1024  # of a rank: beyond what a machine has
 # How long a process that was killed may take to go: in a system call on a dead network mount, for ever.
 KILLED_SECONDS = 3.0
+MEMORY_ADVICE = (
+    "if the kernel ended it for want of memory, lower loader.num_workers or loader.prefetch, or give the job more"
+)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 # How often it is looked whether a worker that is waited for still lives.
 LOOK_SECONDS = 1.0
@@ -179,10 +183,12 @@ class Batches:
         )
         before = signal.getsignal(signal.SIGCHLD)
         self.shortage: str | None = None
-        self._batches = _started(loader)
-        if threading.current_thread() is threading.main_thread():
-            # Torch's own handler raises when a worker dies, wherever the rank is: in a save, in the middle of an update.
-            signal.signal(signal.SIGCHLD, before)
+        try:
+            self._batches = _started(loader)
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                # Torch's own handler raises when a worker dies, wherever the rank is: in a save, in the middle of an update.
+                signal.signal(signal.SIGCHLD, before)
         self._workers = list(getattr(self._batches, "_workers", ()))
         self._closed, self._hanging = threading.Event(), ""
         self._waits_since: float | None = None
@@ -258,8 +264,7 @@ class Batches:
             if dead:
                 self.close()
                 raise LostWorkerError(
-                    f"worker process {', '.join(dead)} while it loaded data; if the kernel ended it for want of memory, set a "
-                    "lower loader.num_workers or loader.prefetch, or give the job more memory"
+                    f"worker process {', '.join(dead)} while it loaded data; {MEMORY_ADVICE}"
                 ) from error
             if is_early:
                 return None
@@ -300,15 +305,23 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
 
     Raises:
         NoWorkersError: if they cannot be started; none of them is left.
+        LostWorkerError: if one dies meanwhile; likewise.
     """
     others = active_children()
     try:
         if loader.num_workers:
             Queue()  # an iterator that gets none complains a second time when it is thrown away
         return iter(loader)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        dead = re.match(r"DataLoader worker \(pid (\d+)\) (.+?)[. ]*$", str(error))
+        if isinstance(error, RuntimeError) and dead is None:
+            raise
         for worker in set(active_children()).difference(others):
             worker.kill()  # they ignore what asks them to end
+        if dead is not None:
+            raise LostWorkerError(
+                f"worker process {dead[1]} {dead[2]} while it was started; {MEMORY_ADVICE}"
+            ) from error
         raise NoWorkersError(
             f"loader.num_workers: worker processes could not be started ({error}); they need a /dev/shm "
             "that can be written to (docker run --shm-size) and leave to start processes (ulimit -u); 0 loads without any"
