@@ -4,11 +4,11 @@ import copy
 import doctest
 import math
 
-import largebatch.adascale
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import largebatch.noise.adascale
 from largebatch.errors import UserError
 from largebatch.noise.adascale import AdaScale, adascale_gain
 
@@ -121,4 +121,4 @@ def test_bad_reference():
 
 
 def test_examples():
-    assert doctest.testmod(largebatch.adascale).failed == 0
+    assert doctest.testmod(largebatch.noise.adascale).failed == 0

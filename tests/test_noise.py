@@ -332,7 +332,7 @@ def test_progress_is_that_of_the_best_step_on_a_quadratic(size):
 
 
 def test_examples():
-    assert doctest.testmod(largebatch.noise).failed == 0
+    assert doctest.testmod(largebatch.noise.estimator).failed == 0
 
 
 def sharded_sums(rank, world_size):

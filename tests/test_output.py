@@ -156,7 +156,7 @@ def test_a_terminal_that_closes(start, what):
         assert_whole(start.out)
 
 
-@pytest.mark.parametrize(("ignored", "code"), [(True, 0), (False, 75)])
+@pytest.mark.parametrize(("ignored", "code"), [pytest.param(True, 0, marks=pytest.mark.slow), (False, 75)])
 def test_a_hangup_of_the_whole_group(start, ignored, code):
     """A shell that goes sends SIGHUP to its jobs' groups: the loader's workers must not end before the state is saved."""
     preexec = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
@@ -169,6 +169,7 @@ def test_a_hangup_of_the_whole_group(start, ignored, code):
     assert summary(start.out)["status"] == ("finished" if ignored else "preempted")
 
 
+@pytest.mark.slow
 def test_a_job_in_a_scripts_background_does_not_hear_ctrl_c(start):
     process = start(subprocess.DEVNULL, lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), seconds=0.05)
     wait_until(lambda: rows(start.out), 150)
@@ -295,7 +296,7 @@ LEFT_OVER = {
 }
 
 
-@pytest.mark.parametrize("where", ["a notebook", "C locale", *slow("no such backend", "ascii")])
+@pytest.mark.parametrize("where", ["a notebook", *slow("C locale", "no such backend", "ascii")])
 def test_a_run_bears_where_it_was_started(start, where):
     process = start(subprocess.PIPE, **LEFT_OVER[where])
     printed, said = process.communicate(timeout=150)
@@ -305,6 +306,7 @@ def test_a_run_bears_where_it_was_started(start, where):
     assert "\r" not in printed and not re.search(r"\x1b\[[0-9;]*[^0-9;m]", printed), "nothing moves a cursor"
 
 
+@pytest.mark.slow
 def test_a_run_needs_nothing_of_crons_environment(start, monkeypatch):
     for name in os.environ:
         if name != "PATH":

@@ -39,7 +39,7 @@ def test_runs_without_a_name_have_a_folder_each(tmp_path):
     assert all(json.loads((folder / "summary.json").read_text())["status"] == "finished" for folder in folders)
 
 
-@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
+@pytest.mark.parametrize("resume", [[], pytest.param(["--resume", "auto"], marks=pytest.mark.slow)])
 def test_of_runs_with_one_name_one_trains(resume, tmp_path):
     found = outcomes([start(tmp_path, "--seed", seed, "--out", tmp_path / "x", *resume) for seed in range(4)])
     codes = sorted(code for _, code in found)

@@ -56,7 +56,7 @@ class Plan:
         least_units: micro-batches that an update is cut into at the least, over all ranks, for the squares of their gradients.
 
     Under the rule ``adascale`` the schedule, the warm-up and the end of the run are read on AdaScale's clock, in samples
-    of the reference run (`largebatch.adascale`); what the plan then says without that clock holds where noise dominates.
+    of the reference run (`largebatch.noise.AdaScale`); what the plan then says without that clock holds where noise dominates.
 
     Example:
         >>> plan = Plan(Reference(256, 0.1, momentum=0.9), 8192, total_samples=81920, samples_per_epoch=40960)

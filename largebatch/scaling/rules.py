@@ -207,7 +207,7 @@ class Reference:
 
         linear   eta = eta_ref * kappa       * (1 - mu) / (1 - mu_ref)      the temperature is kept
         sqrt     eta = eta_ref * sqrt(kappa) * (1 - mu) / (1 - mu_ref)      plain Adam and RMSProp (Malladi et al. 2022)
-        adascale eta = eta_ref * r, the gain r in [1, kappa] measured at each update (`largebatch.adascale`)
+        adascale eta = eta_ref * r, the gain r in [1, kappa] measured at each update (`largebatch.noise.AdaScale`)
         none     eta = eta_ref
 
     where mu is the heavy-ball momentum; Adam's beta1 averages and does not enter. Under ``sqrt`` eps becomes
