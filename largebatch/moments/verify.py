@@ -77,7 +77,7 @@ def verify(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any, batch_di
                     again = passes.compare()
                 except UserError:
                     raise
-                except Exception:
+                except Exception:  # the model does not bear other weights: these parameters are named as not checked
                     again = _Found(zero=found.zero)
             found.take(again)
     if found.wrong:

@@ -148,13 +148,10 @@ def check_single_samples(run: Run, task: Task, plan: Plan, world_size: int, grou
     try:
         with torch.device("meta"), torch.no_grad():
             run.model.build(task).train()(torch.zeros(1, *task.sample_shape, dtype=dtype))
-    except ValueError as error:
+        return
+    except Exception as error:
         if "more than 1 value per channel" not in str(error):
-            return
-    except Exception:  # it does more than a model without values can: the run will show
-        return
-    else:
-        return
+            return  # it does more than a model without values can: the run will show
     raise UserError(
         f"model.norm_group_size: null leaves batch norms that need two samples a forward pass, and an update of {size:,} "
         f"samples has one of a single sample on {world_size} rank{'s' if world_size > 1 else ''}; set a norm_group_size, or "
