@@ -275,6 +275,8 @@ def test_a_worker_that_dies_while_the_others_are_started_is_a_lost_one(monkeypat
 
     before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
     monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_put_index", kill)
+    # Torch sets its handler for the first loader of a process alone, and another test may have had that one.
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
     with pytest.raises(
         LostWorkerError, match=r"^worker process \d+ is killed by signal: Killed while it was started; if the"
     ):
