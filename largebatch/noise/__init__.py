@@ -1,4 +1,4 @@
-"""The gradient noise scale, and AdaScale, from squares of gradients."""
+"""The gradient noise scale, AdaScale, and the limit of the step, from squares of gradients."""
 
 from largebatch.noise.adascale import AVERAGING_UPDATES, AdaScale, adascale_gain
 from largebatch.noise.estimator import (
@@ -15,6 +15,14 @@ from largebatch.noise.estimator import (
     student_quantile,
     sums_with,
 )
+from largebatch.noise.limit import (
+    change_ratio,
+    curvature_of_steps,
+    largest_kappa,
+    share_of_change,
+    stability_share,
+    temperature_excess,
+)
 
 __all__ = [
     "AVERAGING_UPDATES",
@@ -23,13 +31,19 @@ __all__ = [
     "Noise",
     "NoiseScale",
     "adascale_gain",
+    "change_ratio",
+    "curvature_of_steps",
     "efficiency",
+    "largest_kappa",
     "noise_estimates",
     "partial_sums",
     "power_sums",
     "progress",
     "ratio_band",
     "reference_norm_ratio",
+    "share_of_change",
+    "stability_share",
     "student_quantile",
     "sums_with",
+    "temperature_excess",
 ]

@@ -1,0 +1,137 @@
+"""How far an update is from the largest stable step, from two gradients in a row.
+
+Notation: a is the learning rate of one update in the form of a running average (p -= a*m, m = b*m + (1-b)*g; for SGD with
+momentum mu in torch's form a = lr/(1-mu) and b = mu; for Adam a is divided by the denominator D, element by element), h the
+curvature of the loss, V the variance of an update's mean gradient, d = (g_t - g_{t-1})^2 / 2. On a quadratic
+
+    r = a h (1-b) / (2 (1+b))                   share of the largest stable step that is in use
+    E[w^2] = a V / (2 h) / (1-r)                the temperature, which the linear rule keeps but for 1/(1-r)
+    extra = E[d] - V = h^2 E[dw^2]/2 + h a (1-b) V
+
+docs/limit.md derives them. Everything here takes numbers, or tensors element by element.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from largebatch.errors import UserError
+
+Value = TypeVar("Value", float, Tensor)
+
+
+def _require_average(beta: float) -> None:
+    if not 0.0 <= beta < 1.0:
+        raise UserError(f"beta: expected a value in [0, 1), got {beta}")
+
+
+def _root(value: Value) -> Value:
+    return value.sqrt() if isinstance(value, Tensor) else value**0.5
+
+
+def stability_share(rate: Value, curvature: Value, beta: float) -> Value:
+    """Return r = a h (1-b) / (2 (1+b)): 1 where the update begins to diverge.
+
+    Args:
+        rate: a, over the preconditioner where there is one; for torch's SGD lr/(1-mu).
+        curvature: h.
+        beta: b in [0, 1).
+
+    Example:
+        >>> stability_share(0.1, 2.0, 0.0), round(stability_share(0.1 / (1 - 0.9), 2.0, 0.9), 4)
+        (0.1, 0.0526)
+    """
+    _require_average(beta)
+    return rate * curvature * ((1.0 - beta) / (2.0 * (1.0 + beta)))
+
+
+def largest_kappa(lr: float, curvature: float, beta: float) -> float:
+    """Return how many times the reference batch the linear rule bears before the update diverges.
+
+        kappa_max = 2 (1+b) / ((1-b) lr lambda)
+
+    Args:
+        lr: rate at the reference in the form of a running average; for torch's SGD lr/(1-mu).
+        curvature: lambda, the largest eigenvalue of the Hessian, or of D^-1/2 H D^-1/2 for a preconditioner D.
+        beta: b in [0, 1).
+
+    Returns:
+        kappa_max; infinite where no direction is curved upwards.
+
+    Example:
+        >>> round(largest_kappa(1e-3, 2000.0, 0.9), 6)
+        19.0
+    """
+    share = stability_share(lr, curvature, beta)
+    return 1.0 / share if share > 0 else float("inf")
+
+
+def temperature_excess(share: float) -> float:
+    """Return 1/(1-r), by which the stationary variance exceeds that of small steps; infinite from the limit on.
+
+    Example:
+        >>> temperature_excess(0.5)
+        2.0
+    """
+    return 1.0 / (1.0 - share) if share < 1.0 else float("inf")
+
+
+def change_ratio(share: Value, beta: float) -> Value:
+    """Return extra / V in the stationary state: 2 Q r^2/(1-r) + 2 (1+b) r, with Q = (1+b)/(1-b).
+
+    Args:
+        share: r in [0, 1).
+        beta: b in [0, 1).
+
+    Example:
+        >>> change_ratio(0.5, 0.0)
+        2.0
+    """
+    _require_average(beta)
+    return 2.0 * (1.0 + beta) * (share * share / ((1.0 - beta) * (1.0 - share)) + share)
+
+
+def share_of_change(ratio: Value, beta: float) -> Value:
+    """Return the share r at which extra / V is ``ratio`` in the stationary state: the inverse of `change_ratio`.
+
+    Args:
+        ratio: extra / V, >= 0.
+        beta: b in [0, 1).
+
+    Example:
+        >>> share_of_change(2.0, 0.0)
+        0.5
+    """
+    _require_average(beta)
+    linear = 2.0 * (1.0 + beta) + ratio
+    square = 2.0 * (1.0 + beta) / (1.0 - beta) * beta
+    # square*r^2 + linear*r - ratio = 0
+    return 2.0 * ratio / (linear + _root(linear * linear + 4.0 * square * ratio))
+
+
+def curvature_of_steps(extra: Value, step_sq: Value, step_noise: Value) -> Value:
+    """Return h of extra = h^2 E[dw^2]/2 + h E[step_noise]: a secant with its noise taken out; no stationary state is needed.
+
+    Args:
+        extra: mean of d - V; below 0 it counts as 0.
+        step_sq: mean of dw^2, the squared step between the two gradients.
+        step_noise: mean of a (1-b) V, what a gradient's noise moves times itself, of the earlier of the two.
+
+    Returns:
+        h >= 0; 0 where there is no step and no noise.
+
+    Example:
+        >>> curvature_of_steps(extra=10.0, step_sq=4.0, step_noise=1.0)
+        2.0
+    """
+    if isinstance(extra, Tensor):
+        least = torch.finfo(extra.dtype).tiny
+        extra = extra.clamp_min(0.0)
+        root = (step_noise * step_noise + 2.0 * step_sq * extra).sqrt()
+        return 2.0 * extra / (step_noise + root).clamp_min(least)
+    extra = max(extra, 0.0)
+    divisor = step_noise + (step_noise**2 + 2.0 * step_sq * extra) ** 0.5
+    return 2.0 * extra / divisor if divisor > 0 else 0.0
