@@ -227,6 +227,11 @@ def test_ratio_band_is_where_the_inequality_holds(y, joint):
     assert math.isinf(high) == (max(y, 0.0) <= t * 0.1)
 
 
+def test_ratio_band_says_nothing_of_numbers_whose_squares_overflow():
+    """As of a run that has diverged, and goes on."""
+    assert ratio_band(1e200, 1e180, (1e300, 1e300, 0.0), 3.0) == (0.0, math.inf)
+
+
 def test_ratio_band_of_exact_values_is_their_ratio():
     assert ratio_band(3.0, 2.0, (0.0, 0.0, 0.0), 2.0) == (1.5, 1.5)
 

@@ -231,10 +231,14 @@ def ratio_band(
     of_numerator, of_denominator, joint = variances
     x, y = max(numerator, 0.0), max(denominator, 0.0)
     # a*rho^2 - 2*b*rho + c <= 0
-    a = y**2 - quantile**2 * of_denominator
+    # Products and not powers, which are an error where they overflow: in a run that has diverged.
+    a = y * y - quantile**2 * of_denominator
     b = x * y - quantile**2 * joint
-    c = x**2 - quantile**2 * of_numerator
-    root = math.sqrt(max(b**2 - a * c, 0.0))
+    c = x * x - quantile**2 * of_numerator
+    square = b * b - a * c
+    if not math.isfinite(square):
+        return 0.0, math.inf
+    root = math.sqrt(max(square, 0.0))
     # (b - root)/a, written so that a may pass through zero
     low = c / (b + root) if c > 0 and b + root > 0 else 0.0
     return low, (b + root) / a if a > 0 else math.inf

@@ -86,4 +86,5 @@ def second_moment_name(optimizer: torch.optim.Optimizer) -> str | None:
 
 def is_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     """Return whether a group's weight decay is no part of the gradient."""
-    return isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+    whole = isinstance(optimizer, torch.optim.AdamW) or getattr(optimizer, "decoupled_weight_decay", False)
+    return bool(whole or group.get("decoupled_weight_decay"))

@@ -21,6 +21,7 @@ from largebatch.noise.estimator import Noise, NoiseScale
 from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.optim.around import Around, is_decoupled, second_moment_name
 from largebatch.optim.averages import Moment
+from largebatch.optim.damping import Damping, forget_damping
 from largebatch.optim.fused import may_fuse
 from largebatch.optim.host import loader_size, samples, warn_of_short_batches
 from largebatch.optim.progress import Progress
@@ -42,6 +43,7 @@ def batch_size_invariant(
     micro_batch_size: int | DataLoader[Any],
     loss: Literal["mean", "sum"] = "mean",
     process_group: ProcessGroup | None = None,
+    damping: bool = False,
 ) -> BatchSizeInvariant:
     """Let an optimizer train at any batch size as if at the one that its hyper-parameters were tuned at.
 
@@ -68,6 +70,10 @@ def batch_size_invariant(
             micro-batches are means and divided by their number; ``sum`` where losses are sums over samples, in the reference
             too. Then `step` first scales the gradients in place to the sum over a reference batch.
         process_group: the data-parallel ranks, whose mean the gradients are; None for all.
+        damping: whether each element's step is divided by 1 + (1 - 1/kappa) x, with x the share of the largest stable step that
+            it would take, measured from the change of the gradient beside its noise (`largebatch.optim.damping`): for Adam,
+            AdamW, RMSprop and SGD, with two or more backward passes an update. The optimizer's state grows by four tensors of
+            each parameter's size.
 
     Returns:
         An optimizer that shares groups and state with the one given, which is not to be stepped any more.
@@ -92,6 +98,7 @@ def batch_size_invariant(
         micro_batch_size=micro_batch_size,
         loss=loss,
         process_group=process_group,
+        damping=damping,
     )
 
 
@@ -110,8 +117,10 @@ class BatchSizeInvariant(Around):
         micro_batch_size: int | DataLoader[Any],
         loss: Literal["mean", "sum"] = "mean",
         process_group: ProcessGroup | None = None,
+        damping: bool = False,
     ) -> None:
         self._moment_name = second_moment_name(optimizer)
+        self._damping = Damping(optimizer) if damping else None
         micro = micro_batch_size if hasattr(micro_batch_size, "__index__") else loader_size(micro_batch_size)
         reference, micro = samples("reference_batch_size", reference_batch_size), samples("micro_batch_size", micro)
         if loss not in ("mean", "sum"):
@@ -231,11 +240,15 @@ class BatchSizeInvariant(Around):
         if self._measures(progress.updates):
             signal, variance = noise_sums(units.slots, units, spread)
             self._measured(signal, variance)
+        if self._damping is not None:
+            self._damping.begin(units, spread, kappa)
         move_second_moments(self._rows(units, kappa), units, spread)
         with self._written_at(kappa, units.num_units):
             if isinstance(self.base, AdaptiveOptimizer):
                 self.base.moment_source = lambda _, params: self._moment(params, units, spread, kappa)
             self.base.step()
+            if self._damping is not None:
+                self._damping.end(lambda p: progress.counts.setdefault(p, Count()).updates)
         progress.updates += 1
         if units.num_units <= 1:
             for slot in units.slots:
@@ -384,6 +397,7 @@ class BatchSizeInvariant(Around):
                     for name in ("exp_avg_sq", "max_exp_avg_sq"):
                         if ratio != 1.0 and name in self.state[p]:
                             self.state[p][name].mul_(ratio)
+        forget_damping(list(self.state.values()))
         self._squares.close()
         return self.base
 
@@ -447,6 +461,7 @@ class BatchSizeInvariant(Around):
             "micro_batch_size": self.micro_batch_size,
             "loss": self.loss,
             "process_group": self._squares.process_group,
+            "damping": self._damping is not None,
         }
         own = self._own_state() | {"announced": self._progress.announced}
         return {"base": self.base, "arguments": arguments, "own": own}

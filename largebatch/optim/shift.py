@@ -225,6 +225,18 @@ def _drop_rounding(moments: list[Tensor], shift: Shift) -> None:
 
 
 @torch.no_grad()
+def variances_of(slots: list[Slot], units: Units) -> list[Tensor]:
+    """Return V of each parameter, of gradients before clipping; n > 1."""
+    scale = 1.0 / (units.num_units - 1.0) / (units.clip**2 or 1.0)
+    variances = torch._foreach_mul([slot.region for slot in slots], units.scale * scale)
+    grads = [slot.gradient() for slot in slots]
+    torch._foreach_addcmul_(variances, grads, grads, value=-scale)
+    if units.equal:  # but for rounding
+        torch._foreach_clamp_min_(variances, 0.0)
+    return list(variances)
+
+
+@torch.no_grad()
 def noise_sums(slots: list[Slot], units: Units, spread: float) -> tuple[float, float]:
     """Return |ghat|^2 and the sum of V over all parameters, of the gradients before clipping."""
     grads = [slot.gradient() for slot in slots]

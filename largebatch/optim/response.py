@@ -1,0 +1,83 @@
+"""By how much a gradient moves its element at once, for the optimizers whose steps can be damped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from largebatch.errors import UserError
+from largebatch.optim.adaptive import Adam, AdamW, RMSProp
+from largebatch.optim.sgd import SGD
+
+ADAM = (torch.optim.Adam, torch.optim.AdamW, Adam, AdamW)
+KNOWN: tuple[type, ...] = (*ADAM, torch.optim.RMSprop, RMSProp, torch.optim.SGD, SGD)
+
+
+def require_response(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose steps cannot be damped.
+
+    Raises:
+        UserError: naming it.
+    """
+    if type(optimizer) not in KNOWN:
+        raise UserError(
+            "damping: expected Adam, AdamW, RMSprop or SGD of torch.optim or of largebatch.optim, got "
+            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}; leave damping out"
+        )
+
+
+def momentum_of(group: dict[str, Any]) -> float:
+    """Return b, the momentum of a group."""
+    return float(group["betas"][0] if "betas" in group else group["momentum"])
+
+
+def lookahead_of(group: dict[str, Any]) -> float:
+    """Return how many times nearer than that of plain momentum the limit is, for what a gradient moves at once.
+
+    Nesterov's step is stable for lr h < 2 (1+b)/(1+2b), and a gradient moves lr (1+b) at once.
+    """
+    b = momentum_of(group)
+    return (1.0 + 2.0 * b) / (1.0 + b) if group.get("nesterov") else 1.0
+
+
+def responses(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], states: Sequence[dict[str, Any]], updates: Sequence[float]
+) -> list[Any]:
+    """Return A of each parameter, after its step: -dp/dg, numbers or tensors of its shape.
+
+    Args:
+        optimizer: one that `require_response` lets pass.
+        group: with the values of this update.
+        states: of the parameters.
+        updates: of each parameter, this one included; read for torch's Adam and AdamW alone.
+    """
+    lr = group["lr"]
+    if isinstance(optimizer, torch.optim.SGD):  # ours too, in each of its forms
+        gain = (1.0 - group.get("dampening", 0.0)) * lr
+        return [gain * (1.0 + group["momentum"]) if group.get("nesterov") else gain] * len(states)
+    if isinstance(optimizer, ADAM):
+        return [_of_adam(group, state, number) for state, number in zip(states, updates, strict=True)]
+    return [lr / _of_rmsprop(group, state) for state in states]
+
+
+def _of_adam(group: dict[str, Any], state: dict[str, Any], updates: float) -> Any:
+    beta1, beta2 = group["betas"]
+    weight, divisor1, divisor2 = 1.0 - beta1, 1.0 - beta1**updates, 1.0 - beta2**updates
+    if group.get("bias_correction") == "running_mean":
+        weight, divisor1, divisor2 = 1.0 / state["first_moment_count"], 1.0, 1.0
+    elif "bias_correction" in group:  # the product of the coefficients that were used
+        divisor1, divisor2 = 1.0 - state["first_moment_count"], 1.0 - state["second_moment_count"]
+    moment: Tensor = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+    return group["lr"] * weight / divisor1 / (moment / divisor2).sqrt_().add_(group["eps"])
+
+
+def _of_rmsprop(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    moment: Tensor = state["square_avg"] if "square_avg" in state else state["exp_avg_sq"]
+    if group["centered"]:
+        mean: Tensor = state["grad_avg"] if "grad_avg" in state else state["exp_avg"]
+        moment = moment.addcmul(mean, mean, value=-1.0).clamp_min_(0.0)
+    root = moment.sqrt() if group.get("exponent", 0.5) == 0.5 else moment
+    return root + group["eps"]
