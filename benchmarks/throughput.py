@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from largebatch.config.file import check_config
-from largebatch.config.schema import Run
+from largebatch.config.file import parse_config
+from largebatch.config.schema import Config
 from largebatch.data import Source, TensorSamples
 from largebatch.distributed import Backend, create_backend, launched_ranks
-from largebatch.planner.resolve import build_plan
+from largebatch.planner.resolve import resolve
 from largebatch.reporting.loggers import JsonLines
 from largebatch.task import Task
 from largebatch.training.run import build_model
@@ -77,9 +77,9 @@ def random_source(task: Task, count: int) -> Source:
     return Source(samples, few, task)
 
 
-def config(case: Case, updates: int, count: int) -> Run:
+def config(case: Case, updates: int, count: int) -> Config:
     """Return a run of so many updates."""
-    return check_config(
+    return parse_config(
         {
             "data": {"name": "digits"},  # stands in; the source is handed over
             "model": case.model,
@@ -113,10 +113,9 @@ def by_hand(model: torch.nn.Module, source: Source, batch_size: int, updates: in
 
 def by_trainer(case: Case, source: Source, backend: Backend, updates: int, folder: Path) -> float:
     """Train with the trainer; return the seconds its loop took."""
-    run = config(case, updates, len(source.train))
-    plan, _ = build_plan(run, len(source.train), backend.world_size)
+    run = resolve(config(case, updates, len(source.train)), len(source.train), backend.world_size)
     logger = JsonLines(folder / f"metrics-{backend.rank}.jsonl")
-    trainer = Trainer(run, source, build_model(run, source.task), plan, backend, logger, None)
+    trainer = Trainer(run, source, build_model(run.config, source.task), backend, logger, None)
     started = time.perf_counter()
     summary = trainer.train()
     seconds = time.perf_counter() - started

@@ -864,10 +864,10 @@ def test_a_run_that_cannot_go_on_stops_with_its_last_good_state(case, tmp_path):
 
 
 def test_skipping_does_not_go_with_a_variance_that_is_kept():
-    from largebatch.planner.resolve import build_plan
+    from largebatch.planner.resolve import resolve
 
     with pytest.raises(UserError, match=r"squares_every.*skip"):
-        build_plan(digits(**ADAMW, **{"optimizer.non_finite": "skip", "backend.squares_every": 2}), 1438)
+        resolve(digits(**ADAMW, **{"optimizer.non_finite": "skip", "backend.squares_every": 2}), 1438)
 
 
 # --- stopped ------------------------------------------------------------------------------------------------------

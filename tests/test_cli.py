@@ -175,10 +175,11 @@ def test_help_shows_this_runs_values(capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_reads(path):
     from largebatch.config.file import load_config
+    from largebatch.planner.derive import reference
 
-    run, warnings = load_config(path)
+    config, warnings = load_config(path)
     assert not warnings
-    run.reference()
+    reference(config)
     head = path.read_text().splitlines()
     comments = [line for line in head if line.startswith("#")]
     for word in ("Data:", "Hardware:", "Command:"):

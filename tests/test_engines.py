@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from largebatch.distributed import Ranks, create_backend
 from largebatch.models.gpt import GPT
-from largebatch.planner.resolve import build_plan
+from largebatch.planner.resolve import resolve
 from largebatch.training.run import build_model
 from largebatch.training.trainer import Trainer
 
@@ -98,9 +98,9 @@ def trajectory(rank, world_size, run):
     source = run.data.load(run.seed)
     model = build_model(run, source.task)
     start = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
-    plan, _ = build_plan(run, len(source.train), world_size)
+    resolved = resolve(run, len(source.train), world_size)
     backend = create_backend(run.backend, run.precision, Ranks(rank, rank, world_size))
-    trainer = Trainer(run, source, model, plan, backend, Rows(), None)
+    trainer = Trainer(resolved, source, model, backend, Rows(), None)
     rows = trainer.logger
     summary = trainer.train()
     assert summary.status == "finished", summary.message

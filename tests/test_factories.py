@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from largebatch.cli import main
 from largebatch.errors import UserError
-from largebatch.planner.resolve import build_plan
+from largebatch.planner.resolve import resolve
 from largebatch.scaling.plan import Plan
 from largebatch.scaling.rules import Reference
 from largebatch.task import Task
@@ -236,14 +236,14 @@ def test_a_batch_norm_that_would_meet_one_sample_is_refused_before_the_run(case)
             run = run.model_copy(update={"batch": run.batch.model_copy(update={"size": 192, "micro_size": None})})
         if group is not None and case == "every update":
             continue
-        plan, _ = build_plan(run, 1438, world_size, group or 1)
+        resolved = resolve(run, 1438, world_size, group or 1)
         if not refused:
-            check_single_samples(run, task, plan, world_size, group or 1)
+            check_single_samples(resolved, task)
             continue
         with pytest.raises(
             UserError, match=rf"model.norm_group_size: null .* an update of {size} samples has one of a single"
         ):
-            check_single_samples(run, task, plan, world_size, 1)
+            check_single_samples(resolved, task)
 
 
 def test_it_is_refused_by_the_run_and_would_have_failed(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch import track
-from largebatch.config.file import check_config
+from largebatch.config.file import parse_config
 from largebatch.distributed import NonFiniteError, Ranks, create_backend
 from largebatch.distributed.backend import BackendConfig
 from largebatch.distributed.fsdp import blocks, chosen
@@ -232,4 +232,4 @@ def test_blocks_are_compiled(rank_pool):
 def test_the_config_reads_its_keys():
     values = {"backend": {"name": "fsdp", "shard": ["Block", "head.*"]}}
     run = config("fsdp", "fp32", "").model_dump(mode="json") | values
-    assert check_config(run).backend.shard == ["Block", "head.*"]
+    assert parse_config(run).backend.shard == ["Block", "head.*"]

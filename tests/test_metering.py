@@ -15,7 +15,8 @@ from largebatch.data.sampler import global_batch
 from largebatch.distributed import Ranks
 from largebatch.errors import UserError
 from largebatch.noise.adascale import adascale_gain
-from largebatch.planner.resolve import build_plan
+from largebatch.planner.derive import tracked
+from largebatch.planner.resolve import resolve
 from largebatch.reporting.loggers import read_metrics
 from largebatch.reporting.plots import _set_log
 from largebatch.reporting.tables import ProgressLines
@@ -23,7 +24,7 @@ from largebatch.scaling.plan import Plan
 from largebatch.scaling.rules import Reference
 from largebatch.scaling.schedules import Constant, Warmup
 from largebatch.studies.bench import variants
-from largebatch.training.metering import NoiseMeter, largest_batch
+from largebatch.training.metering import NoiseMeter
 from largebatch.training.run import build_model, train
 
 MEASURED = ("noise_scale", "gradient_variance", "gradient_signal", "progress_per_update", "efficiency_per_sample")
@@ -147,8 +148,7 @@ def test_the_plan_says_what_a_device_will_have_to_hold(micro_size, tmp_path, cap
 
 def test_a_batch_is_changed_only_where_the_whole_band_speaks_for_it():
     run = digits(**ADAPTIVE)
-    plan, _ = build_plan(run, 1438)
-    meter = NoiseMeter(run, plan, ["weight"])
+    meter = NoiseMeter(resolve(run, 1438), ["weight"])
     one = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
 
     def fill(noise_scale, updates=100):
@@ -244,8 +244,7 @@ def test_seesaw_is_a_growing_batch_under_the_square_root_rule():
         "schedule.milestones_epochs": [0.5, 1.0], "schedule.factor": 0.5, "schedule.realize": "batch",
         "schedule.epochs": 1.5, "warmup.name": "none", "warmup.epochs": 0,
     })  # fmt: skip
-    plan, _ = build_plan(run, 1438)
-    stages = plan.stages()
+    stages = resolve(run, 1438).plan.stages()
     assert [stage.batch_size for stage in stages] == [32, 64, 128]
     assert [stage.lr_first for stage in stages] == pytest.approx([1e-3, 1e-3 / 2**0.5, 1e-3 / 2])
     assert all(stage.averaging["betas"] == (0.9, 0.999) for stage in stages)
@@ -334,7 +333,7 @@ def test_a_batch_above_the_critical_one_is_said_once(growth, tmp_path):
 )
 def test_what_cannot_be_is_refused_in_a_line(flags, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.")) as error:
-        build_plan(digits(**flags), 1438)
+        resolve(digits(**flags), 1438)
     assert "\n" not in str(error.value)
 
 
@@ -360,7 +359,7 @@ def test_what_cannot_be_is_refused_in_a_line(flags, message):
     ],
 )
 def test_what_should_be_known_before_is_a_warning(flags, warning):
-    _, warnings = build_plan(digits(**flags), 1438)
+    warnings = resolve(digits(**flags), 1438).warnings
     assert any(warning in line for line in warnings), warnings
 
 
@@ -480,22 +479,21 @@ def test_a_branch_brings_an_adaptive_batch_within_its_limits(key, value, half_ru
     ],
 )
 def test_what_the_noise_cannot_do_is_a_warning(flags, warning):
-    run = digits(**flags)
-    plan, warnings = build_plan(run, 1438)
-    assert any(warning in line for line in warnings), warnings
-    assert largest_batch(run, plan) == run.batch.size or largest_batch(run, plan) <= 143
+    run = resolve(digits(**flags), 1438)
+    assert any(warning in line for line in run.warnings), run.warnings
+    assert run.largest_batch == run.config.batch.size or run.largest_batch <= 143
 
 
 def test_a_coefficient_that_is_given_averages_whatever_the_batch():
     adamw = {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.8]}  # 6.25 * (1 - 0.8) > 1
-    _, warnings = build_plan(digits(**adamw, **{"scaling.beta2": 0.95}), 1438)
+    warnings = resolve(digits(**adamw, **{"scaling.beta2": 0.95}), 1438).warnings
     assert not any("no longer averages" in line for line in warnings)
 
 
 def test_samples_of_a_norm_group_are_not_independent():
     run = digits(**{"model.name": "cnn", "noise.measure": True, "noise.per": "sample", "batch.size": 256})
-    assert any("are not independent" in line for line in build_plan(run, 1438, group_size=32)[1])
-    assert not any("are not independent" in line for line in build_plan(run, 1438)[1])
+    assert any("are not independent" in line for line in resolve(run, 1438, group_size=32).warnings)
+    assert not any("are not independent" in line for line in resolve(run, 1438).warnings)
 
 
 @pytest.mark.parametrize(
@@ -512,7 +510,8 @@ def test_samples_of_a_norm_group_are_not_independent():
 )  # fmt: skip
 def test_bench_takes_any_config(flags):
     runs = variants(digits(**flags))
-    assert [run.tracked() for run in runs.values()] == [None, "sample", "micro_batch"]
+    assert [tracked(run) for run in runs.values()] == [None, "sample", "micro_batch"]
     for run in runs.values():
-        plan, _ = build_plan(run.model_copy(update={"batch": run.batch.model_copy(update={"micro_size": 50})}), 1438)
+        batch = run.batch.model_copy(update={"micro_size": 50})
+        plan = resolve(run.model_copy(update={"batch": batch}), 1438).plan
         assert {size for _, size in plan.updates()} <= {200, 38, 157}

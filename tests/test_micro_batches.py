@@ -19,7 +19,7 @@ from largebatch.errors import UserError
 from largebatch.noise.estimator import reference_norm_ratio
 from largebatch.optim import AdamW, param_groups
 from largebatch.optim.averages import Moment
-from largebatch.planner.resolve import build_plan
+from largebatch.planner.resolve import resolve
 from largebatch.planner.show import print_plan
 from largebatch.reporting.loggers import read_metrics
 from largebatch.scaling.rules import micro_batches_needed
@@ -72,21 +72,20 @@ def test_a_short_average_takes_more_micro_batches(beta, units):
 
 
 def test_the_plan_says_how_passes_are_cut(capsys):
-    run = digits(**ADAMW)
-    plan, _ = build_plan(run, 1438)
-    assert run.second_moment() == "micro_batch" and plan.least_units == 2
-    model = build_model(run, run.data.load(0).task)
-    print_plan(Console(width=300), run, model, plan, "data", 1)
+    config = digits(**ADAMW)
+    run = resolve(config, 1438)
+    assert run.second_moment == "micro_batch" and run.plan.least_units == 2
+    print_plan(Console(width=300), run, build_model(config, config.data.load(0).task), "data")
     printed = capsys.readouterr().out
     assert "from the squared gradients of 2 micro-batches" in printed and "cut into 2 passes of 100" in printed
     assert "1 x 100 x 2" in printed
     assert f"{64 * 32 + 32 + 32 * 10 + 10:,} parameters" in printed
-    assert build_plan(digits(**ADAMW, **{"optimizer.betas": [0.9, 0.9]}), 1438)[0].least_units == 4
+    assert resolve(digits(**ADAMW, **{"optimizer.betas": [0.9, 0.9]}), 1438).plan.least_units == 4
     far = {"batch.reference_size": 8}  # 25 times the reference: from the first update, or after a warm-up from 8
-    assert build_plan(digits(**ADAMW, **far), 1438)[0].least_units == 4
-    assert build_plan(digits(**ADAMW, **far, **{"warmup.realize": "batch"}), 1438)[0].least_units == 2
-    assert build_plan(digits(), 1438)[0].least_units == 1
-    assert build_plan(digits(**{"noise.measure": True}), 1438)[0].least_units == 2
+    assert resolve(digits(**ADAMW, **far), 1438).plan.least_units == 4
+    assert resolve(digits(**ADAMW, **far, **{"warmup.realize": "batch"}), 1438).plan.least_units == 2
+    assert resolve(digits(), 1438).plan.least_units == 1
+    assert resolve(digits(**{"noise.measure": True}), 1438).plan.least_units == 2
 
 
 @pytest.mark.parametrize(
@@ -100,12 +99,12 @@ def test_the_plan_says_how_passes_are_cut(capsys):
 )  # fmt: skip
 def test_what_cannot_be_is_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        build_plan(digits(**(ADAMW | flags)), 1438)
+        resolve(digits(**(ADAMW | flags)), 1438)
 
 
 def test_one_group_of_a_norm_cannot_be_cut():
     with pytest.raises(UserError, match=r"one group of 200 samples that a norm .*; raise batch\.size to 400"):
-        build_plan(digits(**ADAMW), 1438, 1, 200)
+        resolve(digits(**ADAMW), 1438, 1, 200)
 
 
 def engine(model, every=1, reference=16):

@@ -11,7 +11,9 @@ from torch import nn
 import largebatch
 from largebatch import optim
 from largebatch.distributed import Ranks
-from largebatch.training.run import build_model, build_plan
+from largebatch.planner.derive import reference, tracked
+from largebatch.planner.resolve import resolve
+from largebatch.training.run import build_model
 
 SHORT = {"schedule.epochs": 0.9, "warmup.name": "none", "evaluate.every_epochs": 0.5}
 QUENCH = SHORT | {"optimizer.name": "quench", "optimizer.lr": 0.01, "optimizer.K": 500, "optimizer.eps": 1e-6,
@@ -34,10 +36,10 @@ def _train_on_rank(rank, world_size, run):
 
     source, rows = run.data.load(run.seed), []
     model = build_model(run, source.task)
-    plan, _ = build_plan(run, len(source.train), world_size)
+    resolved = resolve(run, len(source.train), world_size)
     backend = create_backend(run.backend, run.precision, Ranks(rank, rank, world_size))
     logger = type("Rows", (), {"log": lambda self, row: rows.append(row)})()
-    Trainer(run, source, model, plan, backend, logger, None).train()
+    Trainer(resolved, source, model, backend, logger, None).train()
     backend.close()
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
 
@@ -66,11 +68,10 @@ def test_quench_resumed_is_quench_that_was_not_stopped(name, rank_pool, tmp_path
 def test_no_rule_scales_quench():
     """Nothing of it follows the batch size, and the resolved config says so and can be read again."""
     run = digits(**QUENCH)
-    assert run.scaling.rule == "none" and run.reference().at(32) == run.reference().at(3200) == {"lr": 0.01}
+    assert run.scaling.rule == "none" and reference(run).at(32) == reference(run).at(3200) == {"lr": 0.01}
     assert type(run).model_validate(run.model_dump(mode="json")) == run
     assert type(run)(**{name: getattr(run, name) for name in run.model_fields_set - {"scaling"}}).scaling.rule == "none"
-    _, warnings = build_plan(run, 1438)
-    assert not any("scaling.rule" in line for line in warnings)
+    assert not any("scaling.rule" in line for line in resolve(run, 1438).warnings)
 
 
 def test_an_adaptive_batch_needs_no_rule_for_quench():
@@ -89,7 +90,7 @@ def test_a_growing_batch_needs_no_rule_for_quench():
         "schedule.realize": "batch",
     }
     run = digits(**growing | QUENCH | {"schedule.epochs": 2, "batch.size": 100})
-    plan, _ = build_plan(run, 1438)
+    plan = resolve(run, 1438).plan
     assert [(stage.batch_size, stage.lr_first) for stage in plan.stages()][-1] == (200, 0.005)
     updates, _ = _train_on_rank(0, 1, run)
     assert updates[-1]["loss"] < updates[0]["loss"]
@@ -97,7 +98,7 @@ def test_a_growing_batch_needs_no_rule_for_quench():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_tracked(name):
-    assert digits(**RUNS[name]).tracked() == ("sample" if "samples" in name else None)
+    assert tracked(digits(**RUNS[name])) == ("sample" if "samples" in name else None)
 
 
 def tracked_pair():

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from largebatch.config.file import check_config
+from largebatch.config.file import parse_config
 from largebatch.data.sampler import global_batch
 from largebatch.distributed import Ranks
 from largebatch.errors import UserError
@@ -119,7 +119,7 @@ def test_the_segmentation_of_the_documents_trains_to_its_own_loss(tmp_path, monk
         "optimizer": {"name": "sgd", "lr": 0.1},
         "log": {"every_updates": 1},
     }
-    run = check_config(values | {"schedule": {"name": "constant", "epochs": 1}})
+    run = parse_config(values | {"schedule": {"name": "constant", "epochs": 1}})
     result = train(run, tmp_path / "run")
 
     train_set, val_set, task = sys.modules["segmentation"].data()
@@ -223,7 +223,7 @@ def _ignoring(rank, world_size, folder, place, **options):
         "batch": {"reference_size": 32, "size": 32, "micro_size": 8}, "optimizer": {"name": "sgd", "lr": 0.1},
         "schedule": {"name": "constant", "epochs": 1}, "log": {"every_updates": 1},
     }  # fmt: skip
-    train(check_config(values), place, ranks=Ranks(rank, rank, world_size))
+    train(parse_config(values), place, ranks=Ranks(rank, rank, world_size))
     return load_file(place / "model.safetensors") if rank == 0 else None
 
 
@@ -256,7 +256,7 @@ def test_an_update_is_the_mean_over_what_has_a_target(world_size, tmp_path, rank
 def _initial(folder, names):
     values = {"data": {"name": "ignoring:data"}, "model": {"name": "mlp", "hidden": []}, "batch": {"reference_size": 32, "size": 32},
               "optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"epochs": 1}}  # fmt: skip
-    state = build_model(check_config(values), Task("classification", (6,), 5)).state_dict()
+    state = build_model(parse_config(values), Task("classification", (6,), 5)).state_dict()
     return [state[name] for name in names]
 
 
@@ -278,7 +278,7 @@ def test_what_samples_without_a_target_would_have_used_is_left_alone(engine, siz
         "batch": {"reference_size": 8, "size": size, "micro_size": 1}, "backend": {"name": engine, "device": "cpu"},
         "optimizer": {"name": "adamw", "lr": 0.1, "weight_decay": 0.5}, "schedule": {"name": "constant", "epochs": 1},
     }  # fmt: skip
-    run = check_config(values)
+    run = parse_config(values)
     train(run, tmp_path / "run")
     found = load_file(tmp_path / "run" / "model.safetensors")
     initial = build_model(run, Task("classification", (6,), 5)).double().state_dict()
@@ -292,7 +292,7 @@ def test_the_loss_of_half_precision_is_the_mean_of_the_samples(tmp_path, monkeyp
         "data": {"name": "ignoring:own"}, "model": {"name": "mlp", "hidden": []}, "precision": "bf16", "log": {"every_updates": 1},
         "batch": {"reference_size": 64, "size": 64}, "optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"epochs": 1},
     }  # fmt: skip
-    run = check_config(values)
+    run = parse_config(values)
     train(run, tmp_path / "run")
     source = run.data.load(run.seed)
     model = build_model(run, source.task)
@@ -310,7 +310,7 @@ def test_a_data_set_that_exits_is_a_mistake(num_workers, tmp_path, monkeypatch):
     values = {"data": {"name": "ignoring:exits"}, "model": {"name": "mlp", "hidden": []}, "batch": {"reference_size": 8, "size": 8},
               "optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"epochs": 1}, "loader": {"num_workers": num_workers}}  # fmt: skip
     with pytest.raises(UserError, match=r"called sys\.exit\(0\) for a sample"):
-        train(check_config(values))
+        train(parse_config(values))
 
 
 def test_a_task_of_one_class_is_none():

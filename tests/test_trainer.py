@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from largebatch.checkpoint.folder import CheckpointFolder, read_state
-from largebatch.config.file import check_config
+from largebatch.config.file import parse_config
 from largebatch.distributed import Ranks
 from largebatch.distributed.state import read_tensors, tensor_metadata
-from largebatch.planner.resolve import build_plan
+from largebatch.planner.derive import second_moment
+from largebatch.planner.resolve import resolve
 from largebatch.reporting.loggers import read_metrics
 from largebatch.training.resume import find_checkpoint
 from largebatch.training.run import build_model, train
@@ -37,7 +38,7 @@ def digits(**flags):
             values.setdefault(section, {})[name] = value
         else:
             values[name] = value
-    return check_config(values)
+    return parse_config(values)
 
 
 def rows_of(run, folder, ranks=None):
@@ -123,7 +124,7 @@ SAME_UNITS = {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.weight
 def test_ranks_do_not_change_a_run_with_the_same_micro_batches(flags, rank_pool, tmp_path):
     run = digits(**SAME_UNITS | flags)
     expected = rows_of(run, tmp_path / "one")
-    assert run.second_moment() == "micro_batch" and len(expected[0]) >= 12
+    assert second_moment(run) == "micro_batch" and len(expected[0]) >= 12
     for world_size in (2, 4):
         ours = rank_pool(world_size, _train_on_rank, run, tmp_path / str(world_size))[0]
         assert_same_curve(ours, expected, 1e-10)
@@ -171,9 +172,9 @@ def _final_weights(rank, world_size, run, folder):
 
     source = run.data.load(run.seed)
     model = build_model(run, source.task)
-    plan, _ = build_plan(run, len(source.train), world_size)
+    resolved = resolve(run, len(source.train), world_size)
     backend = create_backend(run.backend, run.precision, Ranks(rank, rank, world_size))
-    Trainer(run, source, model, plan, backend, Loggers(), None).train()
+    Trainer(resolved, source, model, backend, Loggers(), None).train()
     backend.close()
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -328,9 +329,9 @@ def test_a_checkpoint_restores_model_and_optimizer(tmp_path):
 
     def trainer(found=None):
         source = run.data.load(run.seed)
-        plan, _ = build_plan(run, len(source.train))
+        resolved = resolve(run, len(source.train))
         backend = create_backend(run.backend, run.precision, Ranks())
-        return Trainer(run, source, build_model(run, source.task), plan, backend, Loggers(), tmp_path, found)
+        return Trainer(resolved, source, build_model(run, source.task), backend, Loggers(), tmp_path, found)
 
     trained = trainer()
     trained.train()

@@ -13,7 +13,7 @@ from jobs import assert_same_run, rows, summary, weights
 
 from largebatch.checkpoint.folder import CheckpointFolder, read_state
 from largebatch.cli import main
-from largebatch.config.file import check_config
+from largebatch.config.file import parse_config
 from largebatch.data import ImageFolder
 from largebatch.data.sampler import SampleKeys, global_batch
 from largebatch.data.source import readable
@@ -86,7 +86,7 @@ def photographs(root, **flags):
             values.setdefault(section, {})[name] = value
         else:
             values[name] = value
-    return check_config(values)
+    return parse_config(values)
 
 
 SKIP = {"data.corrupt": "skip"}

@@ -9,10 +9,10 @@ import yaml
 from test_trainer import digits
 
 from largebatch.config import yaml_text
-from largebatch.config.file import check_config, load_config, parse_flags
+from largebatch.config.file import load_config, parse_config, parse_flags
 from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.schedules import SCHEDULES
-from largebatch.config.schema import Run
+from largebatch.config.schema import Config
 from largebatch.data import SOURCES
 from largebatch.errors import UserError
 from largebatch.models import MODELS
@@ -89,7 +89,7 @@ def every_section(section):
 
 
 SECTIONS = sorted(
-    {*every_section(Run), *SOURCES, *MODELS, *OPTIMIZERS, *SCHEDULES}, key=lambda section: section.__name__
+    {*every_section(Config), *SOURCES, *MODELS, *OPTIMIZERS, *SCHEDULES}, key=lambda section: section.__name__
 )
 
 
@@ -144,4 +144,4 @@ def test_sections_that_share_an_alias_are_changed_one_by_one(load):
 def test_a_config_is_the_same_through_yaml_and_json():
     for run in variants(digits()).values():
         values = run.model_dump(mode="json")
-        assert check_config(yaml_text.load(run.to_yaml())) == check_config(json.loads(json.dumps(values))) == run
+        assert parse_config(yaml_text.load(run.to_yaml())) == parse_config(json.loads(json.dumps(values))) == run

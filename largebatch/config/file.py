@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from largebatch.config import yaml_text
-from largebatch.config.schema import FACTORY, Run, section_names
+from largebatch.config.schema import FACTORY, Config, section_names
 from largebatch.errors import UserError, nearest
 from largebatch.section import Section, leaf_types, user_path
 
@@ -120,7 +120,7 @@ def merge_flags(values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
         if isinstance(value, FlagText):
             value = _read_flag(key, value, _annotation(path, last, values))
         if last == "name" and len(path) == 1 and section.get("name") not in (None, value):
-            fields = _fields_of(Run, path, {**values, path[0]: {"name": value}})
+            fields = _fields_of(Config, path, {**values, path[0]: {"name": value}})
             unused = [k for k in section if fields and k not in fields]
             for k in unused:
                 del section[k]
@@ -140,8 +140,8 @@ def _members(annotation: Any) -> Iterator[type[Section]]:
 
 
 def section_class(field: str, name: Any) -> type[Section] | None:
-    """Return the class of a section of `Run`, by the ``name`` in it where the section has several kinds."""
-    info = Run.model_fields.get(field)
+    """Return the class of a section of `Config`, by the ``name`` in it where the section has several kinds."""
+    info = Config.model_fields.get(field)
     members = list(_members(info.annotation)) if info else []
     if len(members) <= 1:
         return members[0] if members else None
@@ -153,7 +153,7 @@ def _annotation(path: Sequence[str], key: str, values: Mapping[str, Any]) -> Any
     """Return what a key takes; `Any` for one that is not known, or is a factory's own."""
     if len(path) > 1:
         return Any
-    section: type[Section] | None = Run
+    section: type[Section] | None = Config
     if path:
         section = section_class(path[0], values[path[0]].get("name"))
         if section is None and key == "name":
@@ -181,14 +181,14 @@ def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
     )
     kind, came = error["type"], error["input"]
     if kind == "extra_forbidden":
-        known = _fields_of(Run, loc[:-1], values)
+        known = _fields_of(Config, loc[:-1], values)
         section = ".".join(map(str, loc[:-1]))
         return f"{where}: unknown key{nearest(str(loc[-1]), known)}; {section or 'a run'} knows {', '.join(known)}"
     if kind == "missing":
         return f"{where}: missing; add it to the config or pass --{where} VALUE"
     if kind == "union_tag_invalid":
         names = [
-            name for member in _members(Run.model_fields[str(loc[0])].annotation) for name in section_names(member)
+            name for member in _members(Config.model_fields[str(loc[0])].annotation) for name in section_names(member)
         ]
         name = came.get("name") if isinstance(came, Mapping) else came
         return (
@@ -214,7 +214,7 @@ def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
     )
 
 
-def load_config(path: Path, flags: Mapping[str, Any] | None = None) -> tuple[Run, list[str]]:
+def load_config(path: Path, flags: Mapping[str, Any] | None = None) -> tuple[Config, list[str]]:
     """Read a config file, apply flags, and check every value.
 
     Args:
@@ -228,20 +228,20 @@ def load_config(path: Path, flags: Mapping[str, Any] | None = None) -> tuple[Run
         UserError: for anything wrong in the file or the flags, in one line.
     """
     values = read_yaml(path)
-    for key in [key for key, value in values.items() if value is None and key in Run.model_fields]:
+    for key in [key for key, value in values.items() if value is None and key in Config.model_fields]:
         values[key] = {}
     warnings = merge_flags(values, flags or {})
-    return check_config(values, str(path)), warnings
+    return parse_config(values, str(path)), warnings
 
 
-def check_config(values: Mapping[str, Any], where: str = "config") -> Run:
+def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     """Return the run that nested values describe.
 
     Raises:
         UserError: for the first thing wrong in them.
     """
     try:
-        return Run.model_validate(values)
+        return Config.model_validate(values)
     except ValidationError as error:
         details = error.errors()
         # One union member's complaint stands for all (a coefficient is a name or a number).

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from rich.table import Table
 
-from largebatch.config.schema import Run
+from largebatch.config.schema import Config
 from largebatch.section import Section
 
 
@@ -41,7 +41,7 @@ def settings(section: Section, path: str = "") -> Iterator[tuple[str, Any, str, 
             yield f"{path}{name}", value, _takes(info.annotation), info.description or ""
 
 
-def describe_settings(run: Run) -> Table:
+def describe_settings(config: Config) -> Table:
     """Return the table of a run's settings."""
     table = Table(
         title="settings", title_justify="left", show_lines=False, pad_edge=False, box=None, padding=(0, 2, 0, 0)
@@ -51,7 +51,7 @@ def describe_settings(run: Run) -> Table:
     table.add_column("takes", overflow="fold", max_width=26)
     table.add_column("meaning")
     section = None
-    for key, value, takes, meaning in settings(run):
+    for key, value, takes, meaning in settings(config):
         if section not in (None, key.partition(".")[0]) and "." in key:
             table.add_row()
         section = key.partition(".")[0]

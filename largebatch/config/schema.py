@@ -9,19 +9,14 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from largebatch.checkpoint.folder import CheckpointConfig
 from largebatch.config import yaml_text
-from largebatch.config.optimizers import OPTIMIZERS, AdaptiveBase, OptimizerBase, QuenchConfig
+from largebatch.config.optimizers import OPTIMIZERS, OptimizerBase
 from largebatch.config.schedules import SCHEDULES, ScheduleBase, WarmupConfig
 from largebatch.data import SOURCES
 from largebatch.data.workers import LoaderConfig
 from largebatch.distributed import BackendConfig, Precision
-from largebatch.errors import UserError
 from largebatch.models import MODELS
-from largebatch.scaling.rules import AveragingRule, LrRule, Reference
+from largebatch.scaling.rules import AveragingRule, LrRule
 from largebatch.section import Coefficient, Count, Positive, Section
-
-# Squares of so small a share of an update's samples, and of so many at the least, follow the reference as well as those of all
-# (docs/results.md).
-SQUARED_SHARE, LEAST_SQUARED = 16, 16
 
 
 class BatchConfig(Section):
@@ -133,8 +128,8 @@ else:
     ScheduleConfig = _by_name(SCHEDULES, default="constant")
 
 
-class Run(Section):
-    """One run."""
+class Config(Section):
+    """The config of one run."""
 
     data: DataConfig
     model: ModelConfig
@@ -166,84 +161,6 @@ class Run(Section):
         if name not in without or not isinstance(scaling, Mapping):
             return values
         return {**values, "scaling": {"rule": "none", **scaling}}
-
-    def reference(self) -> Reference:
-        """Return the tuned hyper-parameters with the rules that carry them to another batch size.
-
-        Raises:
-            UserError: if a rule is set for something this optimizer does not have.
-        """
-        if not self.optimizer.takes_rule and self.scaling.rule != "none":
-            raise UserError(
-                f"scaling.rule: {self.optimizer.name} finds its own rate per sample, which no rule scales; expected none, "
-                f"got {self.scaling.rule}; remove the key"
-            )
-        values = self.optimizer.reference_values()
-        uses = {
-            "momentum": "momentum" in values,
-            "beta1": "betas" in values,
-            "beta2": "betas" in values or "alpha" in values,
-        }
-        for key, used in uses.items():
-            if getattr(self.scaling, key) != ScalingConfig.model_fields[key].default and not used:
-                raise UserError(
-                    f"scaling.{key}: optimizer '{self.optimizer.name}' has no such coefficient; remove the key"
-                )
-        return Reference(
-            self.batch.reference_size,
-            self.optimizer.lr,
-            **values,
-            rule=self.scaling.rule,
-            momentum_rule=self.scaling.momentum if uses["momentum"] else None,
-            beta1_rule=self.scaling.beta1,
-            beta2_rule=self.scaling.beta2,
-        )
-
-    def measures_noise(self) -> bool:
-        """Return whether the gradient noise is measured: to log it, or because something follows it."""
-        return self.noise.measure or self.batch.growth == "adaptive" or self.scaling.rule == "adascale"
-
-    def tracked(self) -> Literal["sample", "micro_batch"] | None:
-        """Return what squares are tracked, for the second moment or the noise; None for none."""
-        return self.second_moment() or (self.noise.per if self.measures_noise() else None)
-
-    def second_moment(self) -> Literal["sample", "micro_batch"] | None:
-        """Return what squares the second moment (Quench: the variance) is taken from; None where it is plain, or not there.
-
-        Raises:
-            UserError: if the scaling rule does not go with what was asked for.
-        """
-        if isinstance(self.optimizer, QuenchConfig) and self.optimizer.sigma2 == "sample":
-            return "sample"
-        if not isinstance(self.optimizer, AdaptiveBase):
-            return None
-        wanted = self.optimizer.second_moment
-        if wanted is None:
-            elsewhere = self.batch.size != self.batch.reference_size or self.grows()
-            return "micro_batch" if elsewhere and self.scaling.rule == "linear" else None
-        if wanted == "batch":
-            return None
-        if self.scaling.rule == "sqrt":
-            raise UserError(
-                f"scaling.rule: sqrt is for plain second moments (optimizer.second_moment batch); with '{wanted}' they are "
-                "those of the reference batch, which go with linear"
-            )
-        return wanted
-
-    def squared_samples(self, batch_size: int) -> int:
-        """Return how many samples of an update are squared, where squares are those of samples."""
-        given = self.optimizer.squares_samples
-        wanted = max(LEAST_SQUARED, batch_size // SQUARED_SHARE) if given is None else given
-        return batch_size if wanted == "all" else min(wanted, batch_size)
-
-    def clips_reference(self) -> bool:
-        """Return whether the clipping threshold bounds the norm of a gradient of the reference batch."""
-        bounded, known = self.optimizer.max_grad_norm is not None, self.second_moment() is not None
-        return bounded and known and self.optimizer.takes_rule and self.optimizer.max_grad_norm_of == "reference"
-
-    def grows(self) -> bool:
-        """Return whether the batch size changes during the run."""
-        return self.schedule.realize != "lr" or self.batch.growth == "adaptive" or self.warmup.grows_batch()
 
     def to_yaml(self) -> str:
         """Return the resolved config, every default written out."""

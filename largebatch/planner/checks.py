@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from largebatch.config.schema import Run
+from largebatch.config.optimizers import QuenchConfig, RMSPropConfig
+from largebatch.config.schema import Config
 from largebatch.data.sampler import smallest_micro_batch
 from largebatch.distributed import check_engine
 from largebatch.errors import UserError
 from largebatch.models import FactoryModel
+from largebatch.planner.derive import measures_noise, reference, second_moment, tracked
+from largebatch.planner.run import Run
 from largebatch.scaling.plan import Plan
 from largebatch.task import Task
 
@@ -16,11 +19,11 @@ from largebatch.task import Task
 MOST_UPDATES = 10**12
 
 
-def check_run(run: Run, num_train: int, world_size: int, group_size: int) -> None:
+def check_config(config: Config, num_train: int, world_size: int, group_size: int) -> None:
     """Refuse what does not go together, before there is a plan.
 
     Args:
-        run: the config.
+        config: the config.
         num_train: samples in the training set.
         world_size: ranks.
         group_size: samples that a normalisation layer takes its statistics over.
@@ -28,102 +31,103 @@ def check_run(run: Run, num_train: int, world_size: int, group_size: int) -> Non
     Raises:
         UserError: that says what was expected, and what to do.
     """
-    check_engine(run.backend, run.precision)
-    run.reference()
-    if run.schedule.total_samples(num_train) < 1:
+    check_engine(config.backend, config.precision)
+    reference(config)
+    if config.schedule.total_samples(num_train) < 1:
         raise UserError(
-            f"schedule.epochs: {run.schedule.epochs:g} epochs of {num_train} samples are less than one sample"
+            f"schedule.epochs: {config.schedule.epochs:g} epochs of {num_train} samples are less than one sample"
         )
-    _check_rule(run)
-    _check_batches(run, num_train, world_size, group_size)
-    _check_noise(run)
-    _check_growth(run, num_train)
-    if run.backend.squares_every > 1:
-        _check_squares_every(run)
-    _check_optimizer(run, num_train)
-    _check_units(run, group_size)
-    if run.warmup.name != "none" and run.warmup.epochs == 0:
-        raise UserError(f"warmup.epochs: '{run.warmup.name}' needs a length > 0, got 0")
+    _check_rule(config)
+    _check_batches(config, num_train, world_size, group_size)
+    _check_noise(config)
+    _check_growth(config, num_train)
+    if config.backend.squares_every > 1:
+        _check_squares_every(config)
+    _check_optimizer(config, num_train)
+    _check_units(config, group_size)
+    if config.warmup.name != "none" and config.warmup.epochs == 0:
+        raise UserError(f"warmup.epochs: '{config.warmup.name}' needs a length > 0, got 0")
 
 
-def check_plan(run: Run, plan: Plan, least: int) -> None:
+def check_plan(config: Config, plan: Plan, least: int) -> None:
     """Refuse a plan that no run can follow.
 
     Args:
-        run: the config.
+        config: the config.
         plan: its plan.
         least: samples of the smallest batch that the ranks can share.
 
     Raises:
         UserError: that says what was expected, and what to do.
     """
-    fewest = plan.total_samples // max(1, max(run.batch.size, run.batch.max_size or run.batch.size))
+    fewest = plan.total_samples // max(1, max(config.batch.size, config.batch.max_size or config.batch.size))
     if fewest > MOST_UPDATES:
         raise UserError(
-            f"schedule.epochs: {run.schedule.epochs:g} epochs of {plan.samples_per_epoch:,} samples are {fewest:.3g} updates "
-            f"or more; no run has more than {MOST_UPDATES:.0e}"
+            f"schedule.epochs: {config.schedule.epochs:g} epochs of {plan.samples_per_epoch:,} samples are {fewest:.3g} "
+            f"updates or more; no run has more than {MOST_UPDATES:.0e}"
         )
-    _check_batch_warmup(run, plan, least)
+    _check_batch_warmup(config, plan, least)
 
 
-def _check_rule(run: Run) -> None:
+def _check_rule(config: Config) -> None:
     """Refuse a square-root rule where no square root is taken."""
-    if run.scaling.rule == "sqrt" and (
-        run.optimizer.name == "adagrad" or getattr(run.optimizer, "exponent", 0.5) != 0.5
+    if config.scaling.rule == "sqrt" and (
+        config.optimizer.name == "adagrad"
+        or (isinstance(config.optimizer, RMSPropConfig) and config.optimizer.exponent != 0.5)
     ):
         raise UserError(
-            f"scaling.rule: sqrt holds for a root of a running average of squares, which {run.optimizer.name} "
+            f"scaling.rule: sqrt holds for a root of a running average of squares, which {config.optimizer.name} "
             "as configured does not divide by; use linear with optimizer.second_moment micro_batch"
         )
 
 
-def _check_growth(run: Run, num_train: int) -> None:
+def _check_growth(config: Config, num_train: int) -> None:
     """Refuse a batch that grows in place of a falling rate where it cannot."""
-    realize, size = run.schedule.realize, run.batch.size
+    realize, size = config.schedule.realize, config.batch.size
     if realize == "lr":
         return
-    if run.scaling.rule == "none" and run.optimizer.takes_rule:
+    if config.scaling.rule == "none" and config.optimizer.takes_rule:
         raise UserError(f"schedule.realize: '{realize}' needs a scaling.rule (linear or sqrt), got none")
-    if realize == "batch_then_lr" and run.batch.max_size is None:
+    if realize == "batch_then_lr" and config.batch.max_size is None:
         raise UserError("batch.max_size: missing; schedule.realize batch_then_lr grows the batch up to it")
-    lowest = run.schedule.build(num_train)(run.schedule.total_samples(num_train) - 1)
-    if run.batch.max_size is None and (lowest <= 0 or size / lowest > num_train):
+    lowest = config.schedule.build(num_train)(config.schedule.total_samples(num_train) - 1)
+    if config.batch.max_size is None and (lowest <= 0 or size / lowest > num_train):
         raise UserError(
             f"schedule.realize: the batch would grow past the {num_train} training samples; "
             "set batch.max_size with batch_then_lr, or raise the schedule's final factor"
         )
 
 
-def _check_optimizer(run: Run, num_train: int) -> None:
+def _check_optimizer(config: Config, num_train: int) -> None:
     """Refuse an optimizer that would take no step, or one that turns weights around."""
-    still, total = getattr(run.optimizer, "K", 0), run.schedule.total_samples(num_train)  # quench, before it steps
-    if still >= total:
+    optimizer, total = config.optimizer, config.schedule.total_samples(num_train)
+    if isinstance(optimizer, QuenchConfig) and total <= optimizer.K:
         raise UserError(
-            f"optimizer.K: the run's {total} samples end before {run.optimizer.name} takes its first step, after {still}; "
+            f"optimizer.K: the run's {total} samples end before quench takes its first step, after {optimizer.K}; "
             "lower it to several times the batch size"
         )
-    step = run.reference().at(run.batch.size)["lr"] * run.optimizer.weight_decay
-    if run.optimizer.name == "adamw" and step >= 1:
+    step = reference(config).at(config.batch.size)["lr"] * config.optimizer.weight_decay
+    if config.optimizer.name == "adamw" and step >= 1:
         raise UserError(
-            f"optimizer.weight_decay: with the learning rate of batch size {run.batch.size:,} every update would take "
+            f"optimizer.weight_decay: with the learning rate of batch size {config.batch.size:,} every update would take "
             f"{step:.3g} of each weight, and turn its sign; expected less than 1"
         )
 
 
-def _check_units(run: Run, group_size: int) -> None:
+def _check_units(config: Config, group_size: int) -> None:
     """Refuse an update of one sample, or one micro-batch, where its squares are to tell the noise."""
-    size = run.batch.size
+    size = config.batch.size
     # At the reference batch itself the squares have no part in Adam's second moment; Quench's sigma2 has no reference.
-    has_part = run.batch.reference_size > 1 or not run.optimizer.takes_rule
-    if run.second_moment() == "sample" and size < 2 and has_part:
-        key, plain = ("second_moment", "batch") if run.optimizer.takes_rule else ("sigma2", "average")
+    has_part = config.batch.reference_size > 1 or not config.optimizer.takes_rule
+    if second_moment(config) == "sample" and size < 2 and has_part:
+        key, plain = ("second_moment", "batch") if config.optimizer.takes_rule else ("sigma2", "average")
         raise UserError(
             f"batch.size: optimizer.{key} sample needs at least 2 samples an update, got {size}; raise it, or set "
             f"optimizer.{key} {plain}"
         )
-    if run.tracked() == "micro_batch" and size <= group_size:
+    if tracked(config) == "micro_batch" and size <= group_size:
         key, way_out = "noise.per", "set noise.measure false"
-        if run.second_moment():
+        if second_moment(config):
             key, way_out = "optimizer.second_moment", "set optimizer.second_moment batch"
         what = f"group of {group_size} samples that a norm takes its statistics over" if group_size > 1 else "sample"
         raise UserError(
@@ -132,22 +136,23 @@ def _check_units(run: Run, group_size: int) -> None:
         )
 
 
-def check_single_samples(run: Run, task: Task, plan: Plan, world_size: int, group_size: int) -> None:
+def check_single_samples(run: Run, task: Task) -> None:
     """Refuse batch norms of a model from elsewhere, left as they are, that would meet a forward pass of one sample.
 
     Raises:
         UserError: naming the size of the update's batch.
     """
-    if not isinstance(run.model, FactoryModel) or run.model.norm_group_size is not None:
+    model, plan, world_size = run.config.model, run.plan, run.world_size
+    if not isinstance(model, FactoryModel) or model.norm_group_size is not None:
         return
-    options = world_size, run.batch.micro_size, group_size, plan.least_units
+    options = world_size, run.config.batch.micro_size, run.group_size, plan.least_units
     size = next((size for size in plan.batch_sizes() if smallest_micro_batch(size, *options) == 1), None)
     if size is None:
         return
     dtype = torch.int64 if task.kind == "language_modeling" else None
     try:
         with torch.device("meta"), torch.no_grad():
-            run.model.build(task).train()(torch.zeros(1, *task.sample_shape, dtype=dtype))
+            model.build(task).train()(torch.zeros(1, *task.sample_shape, dtype=dtype))
         return
     except Exception as error:
         if "more than 1 value per channel" not in str(error):
@@ -159,65 +164,66 @@ def check_single_samples(run: Run, task: Task, plan: Plan, world_size: int, grou
     )
 
 
-def _check_squares_every(run: Run) -> None:
+def _check_squares_every(config: Config) -> None:
     """Refuse what needs the squares of every update."""
     why = ""
-    if run.measures_noise():
+    if measures_noise(config):
         why = "the measured noise is of every update"
-    elif run.tracked() == "sample":
+    elif tracked(config) == "sample":
         why = "squares of samples are taken in every update; it is for optimizer.second_moment micro_batch"
-    elif run.precision == "fp16" or run.optimizer.non_finite == "skip":
-        what = "precision fp16" if run.precision == "fp16" else "optimizer.non_finite skip"
+    elif config.precision == "fp16" or config.optimizer.non_finite == "skip":
+        what = "precision fp16" if config.precision == "fp16" else "optimizer.non_finite skip"
         why = f"{what} goes on after a gradient that is not finite, which a variance that is kept would carry along"
     if why:
-        raise UserError(f"backend.squares_every: got {run.backend.squares_every}, expected 1: {why}")
+        raise UserError(f"backend.squares_every: got {config.backend.squares_every}, expected 1: {why}")
 
 
-def _check_noise(run: Run) -> None:
+def _check_noise(config: Config) -> None:
     """Refuse what cannot be had of the measured noise."""
-    if not run.measures_noise():
+    if not measures_noise(config):
         return
     why = "noise.measure"
-    if run.batch.growth == "adaptive":
+    if config.batch.growth == "adaptive":
         why = "batch.growth adaptive"
-        if run.scaling.rule not in ("linear", "sqrt") and run.optimizer.takes_rule:
+        if config.scaling.rule not in ("linear", "sqrt") and config.optimizer.takes_rule:
             raise UserError(
-                f"batch.growth: adaptive needs a scaling.rule that follows the batch (linear or sqrt), got {run.scaling.rule}"
+                f"batch.growth: adaptive needs a scaling.rule that follows the batch (linear or sqrt), got "
+                f"{config.scaling.rule}"
             )
-        if run.schedule.realize != "lr" or run.warmup.grows_batch():
+        if config.schedule.realize != "lr" or config.warmup.grows_batch():
             raise UserError(
                 "batch.growth: adaptive decides the batch size by itself; schedule.realize and warmup.realize must be lr"
             )
-    if run.scaling.rule == "adascale":
+    if config.scaling.rule == "adascale":
         why = "scaling.rule adascale"
-        if run.schedule.realize != "lr" or run.warmup.grows_batch():
+        if config.schedule.realize != "lr" or config.warmup.grows_batch():
             raise UserError(
                 "scaling.rule: adascale keeps the batch size; schedule.realize and warmup.realize must be lr"
             )
-    if run.tracked() == "sample" and run.batch.size < 2:
-        raise UserError(f"batch.size: {why} needs at least 2 samples an update, got {run.batch.size}")
+    if tracked(config) == "sample" and config.batch.size < 2:
+        raise UserError(f"batch.size: {why} needs at least 2 samples an update, got {config.batch.size}")
 
 
-def _check_batch_warmup(run: Run, plan: Plan, least: int) -> None:
+def _check_batch_warmup(config: Config, plan: Plan, least: int) -> None:
     """Refuse a batch size that cannot rise from where it is to begin."""
-    if not run.warmup.grows_batch():
+    if not config.warmup.grows_batch():
         return
-    if run.warmup.name != "gradual":
-        raise UserError(f"warmup.realize: batch needs warmup.name gradual, got {run.warmup.name}")
+    if config.warmup.name != "gradual":
+        raise UserError(f"warmup.realize: batch needs warmup.name gradual, got {config.warmup.name}")
     if plan.warmup.start <= 0:
         raise UserError("warmup.start: a batch cannot begin at 0 samples; expected more than 0")
     first = plan.full_batch_size(0)
     if first < least:
         raise UserError(
             f"warmup.start: the batch would begin at {first} samples, which the ranks cannot share; "
-            f"the least is {least / run.batch.size:.4g} ({least} samples)"
+            f"the least is {least / config.batch.size:.4g} ({least} samples)"
         )
 
 
-def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -> None:
+def _check_batches(config: Config, num_train: int, world_size: int, group_size: int) -> None:
     """Refuse batch sizes that do not fit, with the nearest that does."""
     step = group_size
-    for key, size in (("batch.size", run.batch.size), ("batch.max_size", run.batch.max_size)):
+    for key, size in (("batch.size", config.batch.size), ("batch.max_size", config.batch.max_size)):
         if size is None:
             continue
         least = step * world_size
@@ -237,11 +243,13 @@ def _check_batches(run: Run, num_train: int, world_size: int, group_size: int) -
             )
         if size > most:
             raise UserError(f"{key}: {size} is more than the {num_train} training samples; the nearest is {nearest}")
-    micro = run.batch.micro_size
+    micro = config.batch.micro_size
     if micro is not None and micro % step:
         nearest = max(step, round(micro / step) * step)
         raise UserError(
             f"batch.micro_size: expected a multiple of the norm's group of {step} samples, got {micro}; try {nearest}"
         )
-    if run.batch.max_size is not None and run.batch.max_size < run.batch.size:
-        raise UserError(f"batch.max_size: expected at least batch.size {run.batch.size}, got {run.batch.max_size}")
+    if config.batch.max_size is not None and config.batch.max_size < config.batch.size:
+        raise UserError(
+            f"batch.max_size: expected at least batch.size {config.batch.size}, got {config.batch.max_size}"
+        )

@@ -1,14 +1,23 @@
-"""The plan of a run: what its config comes to on so many ranks."""
+"""A config, resolved: everything that follows from it for a data set and a number of ranks, derived once."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 
-from largebatch.config.schema import Run
+from largebatch.config.schema import Config
+from largebatch.models import FactoryModel
 from largebatch.planner.advice import advice
-from largebatch.planner.checks import check_plan, check_run
-from largebatch.planner.sizes import largest_batch
+from largebatch.planner.checks import check_config, check_plan
+from largebatch.planner.derive import (
+    clips_reference,
+    largest_batch,
+    measures_noise,
+    reference,
+    second_moment,
+    tracked,
+)
+from largebatch.planner.run import Run
 from largebatch.scaling.plan import Plan
 from largebatch.scaling.rules import micro_batches_needed
 from largebatch.scaling.schedules import Warmup
@@ -18,11 +27,11 @@ from largebatch.scaling.schedules import Warmup
 TWO_SUFFICE, EARLY_UNITS = 16, 4
 
 
-def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 1) -> tuple[Plan, list[str]]:
-    """Return the plan of a run, and what its user should know.
+def resolve(config: Config, num_train: int, world_size: int = 1, group_size: int = 1) -> Run:
+    """Resolve a config.
 
     Args:
-        run: the config.
+        config: the config.
         num_train: samples in the training set.
         world_size: ranks.
         group_size: samples that a normalisation layer takes its statistics over; batches are multiples of it.
@@ -30,42 +39,61 @@ def build_plan(run: Run, num_train: int, world_size: int = 1, group_size: int = 
     Raises:
         UserError: if the config's sections do not go together, or the batch sizes cannot be had on these ranks.
     """
-    check_run(run, num_train, world_size, group_size)
-    plan = Plan(
-        run.reference(),
-        run.batch.size,
-        run.schedule.total_samples(num_train),
-        num_train,
-        run.schedule.build(num_train),
-        _warmup(run, num_train),
-        run.schedule.realize,
-        run.batch.max_size if run.schedule.realize != "lr" else None,
-        group_size,
-        run.batch.at_epoch_end,
+    check_config(config, num_train, world_size, group_size)
+    plan = _plan(config, num_train, group_size)
+    check_plan(config, plan, world_size * group_size)
+    largest = largest_batch(config, plan)
+    run = Run(
+        config=config,
+        plan=replace(plan, least_units=_least_units(config, plan, largest)),
+        world_size=world_size,
+        group_size=group_size,
+        largest_batch=largest,
+        second_moment=second_moment(config),
+        tracked=tracked(config),
+        measures_noise=measures_noise(config),
+        clips_reference=clips_reference(config),
+        fallback=config.model.fallback if isinstance(config.model, FactoryModel) else (),
     )
-    check_plan(run, plan, world_size * group_size)
-    plan = replace(plan, least_units=_least_units(run, plan))
-    return plan, list(advice(run, plan, world_size, group_size))
+    return replace(run, warnings=tuple(advice(run)))
 
 
-def _warmup(run: Run, num_train: int) -> Warmup:
+def _plan(config: Config, num_train: int, group_size: int) -> Plan:
+    schedule, batch = config.schedule, config.batch
+    return Plan(
+        reference(config),
+        batch.size,
+        schedule.total_samples(num_train),
+        num_train,
+        schedule.build(num_train),
+        _warmup(config, num_train),
+        schedule.realize,
+        batch.max_size if schedule.realize != "lr" else None,
+        group_size,
+        batch.at_epoch_end,
+    )
+
+
+def _warmup(config: Config, num_train: int) -> Warmup:
     """Return the warm-up; where its start is not given, from the reference's learning rate or the batch next to its own."""
-    reference, size, start = run.reference(), run.batch.size, run.warmup.start
-    grows = run.warmup.grows_batch()
-    if start is None and grows:
-        kappa = max(1.0, size / reference.batch_size)
+    tuned, size, warmup = reference(config), config.batch.size, config.warmup
+    start = warmup.start
+    if start is None and warmup.grows_batch():
+        kappa = max(1.0, size / tuned.batch_size)
         start = 0.5 ** int(math.log2(kappa))  # from the halving of the batch next above the reference's
     elif start is None:
-        start = min(1.0, reference.lr / reference.at(size)["lr"])
-    return Warmup(run.warmup.name, round(run.warmup.epochs * num_train), start, "batch" if grows else "lr")
+        start = min(1.0, tuned.lr / tuned.at(size)["lr"])
+    return Warmup(warmup.name, round(warmup.epochs * num_train), start, "batch" if warmup.grows_batch() else "lr")
 
 
-def _least_units(run: Run, plan: Plan) -> int:
+def _least_units(config: Config, plan: Plan, largest: int) -> int:
     """Return the micro-batches that an update is to have at the least."""
-    if run.tracked() != "micro_batch":
+    if tracked(config) != "micro_batch":
         return 1
-    values = plan.reference.at(largest_batch(run, plan))
+    if second_moment(config) is None:
+        return 2
+    values = plan.reference.at(largest)
     coefficient = values["betas"][1] if "betas" in values else values.get("alpha", 0.0)
-    needed = micro_batches_needed(coefficient) if run.second_moment() and coefficient else 2
-    begins_at = plan.full_batch_size(0) / run.batch.reference_size
-    return max(needed, EARLY_UNITS) if run.second_moment() and begins_at > TWO_SUFFICE else needed
+    needed = micro_batches_needed(coefficient) if coefficient else 2
+    begins_at = plan.full_batch_size(0) / config.batch.reference_size
+    return max(needed, EARLY_UNITS) if begins_at > TWO_SUFFICE else needed

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.checkpoint.folder import replace_text
-from largebatch.config.schema import LogConfig, Run
+from largebatch.config.schema import Config, LogConfig
 from largebatch.errors import UserError
 from largebatch.section import displayable
 
@@ -123,31 +123,31 @@ class WandB:
     run sends the rows behind the last one that was kept, from metrics.jsonl what was lost of them, and none twice.
     """
 
-    def __init__(self, run: Run, folder: Path, name: str) -> None:
+    def __init__(self, config: Config, folder: Path, name: str) -> None:
         import wandb
 
         self.folder = folder
         run_id = _wandb_id(folder)
         try:
             self.run = wandb.init(
-                project=run.log.project,
+                project=config.log.project,
                 name=name,
                 id=run_id,
                 resume="allow",
                 dir=folder,
-                mode=run.log.wandb_mode,
-                config=run.model_dump(mode="json"),
+                mode=config.log.wandb_mode,
+                config=config.model_dump(mode="json"),
                 settings=wandb.Settings(silent=True),
             )
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"log.wandb_mode: Weights & Biases refused to go {run.log.wandb_mode} ({reason}); run `wandb login`, or set it "
-                "to offline"
+                f"log.wandb_mode: Weights & Biases refused to go {config.log.wandb_mode} ({reason}); run `wandb login`, or "
+                "set it to offline"
             ) from error
         self.run.define_metric("*", step_metric="samples")
         self.kept, samples = _kept_offline(folder, run_id)
-        if run.log.wandb_mode == "online":
+        if config.log.wandb_mode == "online":
             self.kept = self.run.starting_step - 1
             samples = dict(self.run.summary).get("samples", self.kept)
         # Steps only rise: after a return to a checkpoint they are more than the samples.
@@ -350,13 +350,13 @@ def check_trackers(config: LogConfig) -> None:
             raise UserError(f"log.trackers: {tracker} is not installed; pip install 'largebatch[{tracker}]'")
 
 
-def create_trackers(run: Run, folder: Path, tell: Callable[[str], None]) -> list[Any]:
+def create_trackers(config: Config, folder: Path, tell: Callable[[str], None]) -> list[Any]:
     """Return metrics.jsonl and the trackers of the config; ``tell`` takes a line where one of these fails."""
     name = displayable(folder.resolve().name)
-    known = {"wandb": lambda: WandB(run, folder, name), "tensorboard": lambda: TensorBoard(folder)}
+    known = {"wandb": lambda: WandB(config, folder, name), "tensorboard": lambda: TensorBoard(folder)}
     return [
         JsonLines(folder / "metrics.jsonl"),
-        *(Lenient(tracker, create, tell) for tracker, create in known.items() if tracker in run.log.trackers),
+        *(Lenient(tracker, create, tell) for tracker, create in known.items() if tracker in config.log.trackers),
     ]
 
 

@@ -14,13 +14,13 @@ from rich.table import Table
 
 from largebatch.config.optimizers import AdaptiveBase, QuenchConfig
 from largebatch.config.schedules import ConstantConfig, WarmupConfig
-from largebatch.config.schema import Run
+from largebatch.config.schema import Config
 from largebatch.data import Source
 from largebatch.data.sampler import rank_share
 from largebatch.distributed import Backend, Ranks, create_backend, launched_ranks
 from largebatch.errors import UserError
 from largebatch.models import norm_group_size
-from largebatch.planner.resolve import build_plan
+from largebatch.planner.resolve import resolve
 from largebatch.reporting.loggers import Loggers
 from largebatch.section import Section
 from largebatch.training.run import build_model
@@ -29,33 +29,33 @@ from largebatch.training.trainer import Trainer
 WARMUP_UPDATES, BLOCKS, SMALLEST, MOST_SIZES = 2, 3, 8, 4
 
 
-def variants(run: Run) -> dict[str, Run]:
+def variants(config: Config) -> dict[str, Config]:
     """Return the config at its batch size throughout, without squares, and with those of samples and of micro-batches."""
 
     def with_(section: Section, **values: Any) -> Any:
         return section.model_copy(update=values)
 
     same = {
-        "schedule": ConstantConfig(epochs=run.schedule.epochs),
+        "schedule": ConstantConfig(epochs=config.schedule.epochs),
         "warmup": WarmupConfig(),
-        "scaling": with_(run.scaling, rule="none"),  # not what is timed, and other rules may need squares
-        "batch": with_(run.batch, growth="schedule", max_size=None, at_epoch_end="carry"),
-        "noise": with_(run.noise, measure=False),
+        "scaling": with_(config.scaling, rule="none"),  # not what is timed, and other rules may need squares
+        "batch": with_(config.batch, growth="schedule", max_size=None, at_epoch_end="carry"),
+        "noise": with_(config.noise, measure=False),
     }
     found = {}
     for name, squares in (("plain", "batch"), ("samples", "sample"), ("micro-batches", "micro_batch")):
         changed: dict[str, Any] = {}
         # What waits for other updates is only there for micro-batches, as a second moment's.
-        if not isinstance(run.optimizer, AdaptiveBase) or squares == "sample":
-            changed["backend"] = with_(run.backend, squares_every=1)
-        if isinstance(run.optimizer, AdaptiveBase):
-            changed["optimizer"] = with_(run.optimizer, second_moment=squares)
+        if not isinstance(config.optimizer, AdaptiveBase) or squares == "sample":
+            changed["backend"] = with_(config.backend, squares_every=1)
+        if isinstance(config.optimizer, AdaptiveBase):
+            changed["optimizer"] = with_(config.optimizer, second_moment=squares)
         else:
-            if isinstance(run.optimizer, QuenchConfig):
-                changed["optimizer"] = with_(run.optimizer, sigma2="average")
+            if isinstance(config.optimizer, QuenchConfig):
+                changed["optimizer"] = with_(config.optimizer, sigma2="average")
             if squares != "batch":
-                changed["noise"] = with_(run.noise, measure=True, per=squares)
-        found[name] = with_(run, **{**same, **changed})
+                changed["noise"] = with_(config.noise, measure=True, per=squares)
+        found[name] = with_(config, **{**same, **changed})
     return found
 
 
@@ -68,13 +68,13 @@ def micro_sizes(share: int, group_size: int) -> list[int]:
     return sizes or [max(share, 1)]
 
 
-def time_updates(run: Run, source: Source, backend: Backend, updates: int) -> list[float]:
+def time_updates(config: Config, source: Source, backend: Backend, updates: int) -> list[float]:
     """Return the seconds of each of some updates of a fresh run, after a few that are not counted."""
-    model = build_model(run, source.task)
-    plan, _ = build_plan(run, len(source.train), backend.world_size, norm_group_size(model))
-    size = run.batch.size
-    plan = replace(plan, total_samples=(WARMUP_UPDATES + updates + 1) * size)  # whatever the config's length
-    trainer = Trainer(run, source, model, plan, backend, Loggers(), None)
+    model = build_model(config, source.task)
+    run = resolve(config, len(source.train), backend.world_size, norm_group_size(model))
+    size = config.batch.size
+    plan = replace(run.plan, total_samples=(WARMUP_UPDATES + updates + 1) * size)  # whatever the config's length
+    trainer = Trainer(replace(run, plan=plan), source, model, backend, Loggers(), None)
     trainer.model.train()
     gc.collect()  # models hold themselves in cycles; the one before must not count in the peak
     if backend.device.type == "cuda":
@@ -91,13 +91,13 @@ def time_updates(run: Run, source: Source, backend: Backend, updates: int) -> li
     return seconds[WARMUP_UPDATES:]
 
 
-def bench(run: Run, updates: int, console: Console, ranks: Ranks | None = None) -> None:
+def bench(config: Config, updates: int, console: Console, ranks: Ranks | None = None) -> None:
     """Print samples per second by micro-batch size, without squares and with each kind; alone or under torchrun.
 
     Updates of the variants alternate in blocks, so that what else the machine does falls on all of them.
 
     Args:
-        run: the config.
+        config: the config.
         updates: timed updates of each variant in each of three blocks.
         console: where to.
         ranks: this process among all; None reads the environment that torchrun sets.
@@ -108,28 +108,28 @@ def bench(run: Run, updates: int, console: Console, ranks: Ranks | None = None) 
     if updates < 1:
         raise UserError(f"--updates: expected at least 1, got {updates}")
     ranks = launched_ranks() if ranks is None else ranks
-    source = run.data.load(run.seed)
-    group = norm_group_size(build_model(run, source.task))
-    share = rank_share(run.batch.size, 0, ranks.world_size, group)
-    backend = create_backend(run.backend, run.precision, ranks)
+    source = config.data.load(config.seed)
+    group = norm_group_size(build_model(config, source.task))
+    share = rank_share(config.batch.size, 0, ranks.world_size, group)
+    backend = create_backend(config.backend, config.precision, ranks)
     on_gpu = backend.device.type == "cuda"
-    table = Table(title=f"{run.model.name}, batch {run.batch.size:,}: {backend.describe()}", title_justify="left")
+    table = Table(title=f"{config.model.name}, batch {config.batch.size:,}: {backend.describe()}", title_justify="left")
     for heading in ("micro-batch", "squares", "ms an update", "samples per second", "plain = 1", "peak memory"):
         table.add_column(heading, justify="right" if heading != "squares" else "left")
     try:
         for size in micro_sizes(share.stop - share.start, group):
-            runs = {
+            configs = {
                 name: variant.model_copy(update={"batch": variant.batch.model_copy(update={"micro_size": size})})
-                for name, variant in variants(run).items()
+                for name, variant in variants(config).items()
             }
-            if -(-run.batch.size // size) < 2:
-                del runs["micro-batches"]  # one alone has no spread
-            if run.batch.size < 2:
-                del runs["samples"]
-            seconds: dict[str, list[float]] = {name: [] for name in runs}
-            peaks = dict.fromkeys(runs, 0)
+            if -(-config.batch.size // size) < 2:
+                del configs["micro-batches"]  # one alone has no spread
+            if config.batch.size < 2:
+                del configs["samples"]
+            seconds: dict[str, list[float]] = {name: [] for name in configs}
+            peaks = dict.fromkeys(configs, 0)
             for _ in range(BLOCKS):
-                for name, variant in runs.items():
+                for name, variant in configs.items():
                     seconds[name] += time_updates(variant, source, backend, updates)
                     if on_gpu:
                         peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(backend.device))
@@ -141,7 +141,7 @@ def bench(run: Run, updates: int, console: Console, ranks: Ranks | None = None) 
                     f"{size:,}" if name == "plain" else "",
                     "none" if name == "plain" else name,
                     f"{1000 * mid:,.1f}",
-                    f"{run.batch.size / mid:,.0f}",
+                    f"{config.batch.size / mid:,.0f}",
                     f"{ratio:.2f}",
                     memory,
                 )

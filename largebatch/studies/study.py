@@ -34,8 +34,8 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.config.file import check_config, merge_flags, parse_flags, read_yaml
-from largebatch.config.schema import Run
+from largebatch.config.file import merge_flags, parse_config, parse_flags, read_yaml
+from largebatch.config.schema import Config
 from largebatch.distributed import Ranks
 from largebatch.errors import UserError
 from largebatch.reporting.loggers import Row, read_metrics
@@ -89,7 +89,7 @@ class Variant:
 
     Args:
         cell: its place in the table.
-        run: its config, of the first seed.
+        config: its config, of the first seed.
         summaries: summary.json of each seed.
         epochs: where the curves stand, (p,); on AdaScale's clock where there is one.
         val_loss: validation loss of each seed at those epochs, (seeds, p); NaN after a run diverged.
@@ -97,7 +97,7 @@ class Variant:
     """
 
     cell: Cell
-    run: Run
+    config: Config
     summaries: list[dict[str, Any]] = field(default_factory=list)
     epochs: np.ndarray = field(default_factory=lambda: np.zeros(0))
     val_loss: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -114,7 +114,7 @@ class Variant:
         return np.array(done, dtype=float)
 
 
-def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[Cell, list[Run]]]:
+def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[Cell, list[Config]]]:
     """Read a study and the config of each of its runs.
 
     Args:
@@ -135,13 +135,13 @@ def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[Cell, lis
     if unclear or len(set(study.seeds)) < len(study.seeds):
         what = f"names that give one folder: {', '.join(unclear) or study.seeds}"
         raise UserError(f"{path}: expected variants and seeds of different names, got {what}")
-    runs: dict[Cell, list[Run]] = {}
+    runs: dict[Cell, list[Config]] = {}
     for cell, changes in study.cells():
         runs[cell] = []
         for seed in study.seeds:
             values = read_yaml(path.parent / study.base)
             merge_flags(values, {**changes, **flags, "seed": seed})
-            runs[cell].append(check_config(values, f"{path}: variant '{cell}'"))
+            runs[cell].append(parse_config(values, f"{path}: variant '{cell}'"))
     return study, runs
 
 
@@ -190,9 +190,9 @@ def _start_worker(threads: int) -> None:
 UNFINISHED = ("interrupted", "preempted", "unsaved")
 
 
-def _train_quietly(run: Run, folder: Path) -> dict[str, Any]:
+def _train_quietly(config: Config, folder: Path) -> dict[str, Any]:
     """Train one run of a study in a worker process, or the rest of one that was cut short; return its summary."""
-    summary = train(run, folder, None, Ranks(), resume="auto").summary
+    summary = train(config, folder, None, Ranks(), resume="auto").summary
     parent = parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)  # nobody is there to take the result
@@ -201,7 +201,7 @@ def _train_quietly(run: Run, folder: Path) -> dict[str, Any]:
     return summary.as_dict()
 
 
-def _finished(run: Run, folder: Path) -> bool:
+def _finished(config: Config, folder: Path) -> bool:
     """Return whether a folder holds this very run, finished.
 
     Raises:
@@ -210,7 +210,7 @@ def _finished(run: Run, folder: Path) -> bool:
     summary = folder / "summary.json"
     if not summary.exists() or json.loads(summary.read_text(encoding="utf-8"))["status"] in UNFINISHED:
         return False
-    if (folder / "config.yaml").read_text(encoding="utf-8") != run.to_yaml():
+    if (folder / "config.yaml").read_text(encoding="utf-8") != config.to_yaml():
         raise UserError(f"{folder}: holds a run of another config; name another --out, or remove it")
     return True
 
@@ -232,16 +232,16 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
     console = create_console()
     todo = []
     for cell, by_seed in runs.items():
-        for seed, run in zip(study.seeds, by_seed, strict=True):
+        for seed, config in zip(study.seeds, by_seed, strict=True):
             folder = out / slug(str(cell)) / f"seed-{seed}"
-            if not _finished(run, folder):
-                todo.append((cell, seed, run, folder))
+            if not _finished(config, folder):
+                todo.append((cell, seed, config, folder))
     total = sum(map(len, runs.values()))
     console.print(f"{path.stem}: {total} runs, {total - len(todo)} of them finished before; {jobs} at a time in {out}")
     given = re.match(r"\s*([1-9][0-9]*)", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP takes "4,2" too, by nesting
     threads = int(given[1]) if given else max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,)) as pool:
-        futures = {pool.submit(_train_quietly, run, folder): (cell, seed) for cell, seed, run, folder in todo}
+        futures = {pool.submit(_train_quietly, config, folder): (cell, seed) for cell, seed, config, folder in todo}
         try:
             for future in as_completed(futures):
                 cell, seed = futures[future]
@@ -261,7 +261,7 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
     return 0
 
 
-def read_variant(cell: Cell, runs: list[Run], seeds: list[int], out: Path) -> Variant:
+def read_variant(cell: Cell, runs: list[Config], seeds: list[int], out: Path) -> Variant:
     """Read back what the runs of a variant came to; curves are interpolated to common epochs."""
     variant = Variant(cell, runs[0])
     curves = []
@@ -332,11 +332,11 @@ def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
     finished = {s["samples"] for variant in variants for s in variant.summaries if s["status"] == "finished"}
     for variant in variants:
         reference = references[variant.cell.group]
-        run, summaries = variant.run, variant.summaries
+        config, summaries = variant.config, variant.summaries
         diverged = sum(s["status"] != "finished" for s in summaries)
         row = {
             "variant": variant.name,
-            "batch size": f"{run.batch.size:,}",
+            "batch size": f"{config.batch.size:,}",
             "updates": _counts(summaries, "updates"),
         }
         if len(finished) > 1:  # AdaScale ends on its own clock

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from largebatch.checkpoint.folder import MANIFEST
-from largebatch.config.schema import Run
+from largebatch.config.schema import Config
 from largebatch.data.digest import HASHED, describe, is_same
 from largebatch.distributed import name_ranks, resolve
 from largebatch.errors import UserError, first_few
@@ -43,21 +43,21 @@ SECTIONS = {
 }
 
 
-def show_run(run: Run, resume: str, folder: Path | None) -> Shown:
+def show_run(config: Config, resume: str, folder: Path | None) -> Shown:
     """Return the config with what was decided elsewhere, and the versions and the code that are in use.
 
     Args:
-        run: the config.
+        config: the config.
         resume: what was asked for; where to is rank 0's to say.
         folder: the run folder, of which the same holds.
 
     Raises:
         UserError: for what `largebatch.distributed.resolve` refuses.
     """
-    config = dict(leaves(run.model_dump(mode="json") | {"backend": None}))
-    config |= leaves({"backend": resolve(run.backend, run.precision).model_dump(mode="json")})
-    config |= {"--resume": "never" if resume == "never" else "given", "--out": "none" if folder is None else "given"}
-    return {"config": {key: value for key, value in config.items() if key not in OF_THE_NODE}, **_show_code()}
+    shown = dict(leaves(config.model_dump(mode="json") | {"backend": None}))
+    shown |= leaves({"backend": resolve(config.backend, config.precision).model_dump(mode="json")})
+    shown |= {"--resume": "never" if resume == "never" else "given", "--out": "none" if folder is None else "given"}
+    return {"config": {key: value for key, value in shown.items() if key not in OF_THE_NODE}, **_show_code()}
 
 
 def show_model(model: nn.Module) -> Shown:

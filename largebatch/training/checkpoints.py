@@ -10,7 +10,7 @@ from torch import Tensor
 
 from largebatch.checkpoint.folder import CheckpointFolder, samples_of
 from largebatch.checkpoint.writer import CheckpointWriter
-from largebatch.config.schema import Run
+from largebatch.config.schema import Config
 from largebatch.distributed import Backend
 from largebatch.distributed.stopping import Reason, StopCoordinator
 
@@ -19,14 +19,14 @@ class CheckpointManager:
     """Says when a checkpoint is due and when the run is to stop, and hands checkpoints to their writer.
 
     Args:
-        run: the config.
+        config: the config.
         backend: the engine.
         samples_per_epoch: samples between multiples of an epoch.
         folder: run folder; None writes nothing, so that only stopping is left.
     """
 
-    def __init__(self, run: Run, backend: Backend, samples_per_epoch: int, folder: Path | None) -> None:
-        self.config, self.backend = run.checkpoint, backend
+    def __init__(self, config: Config, backend: Backend, samples_per_epoch: int, folder: Path | None) -> None:
+        self.config, self.backend = config.checkpoint, backend
         self.coordinator = StopCoordinator(backend.sum, backend.rank, backend.world_size)
         self.stopped_by: Reason | None = None
         self._due, self._best_due = False, False
@@ -41,7 +41,7 @@ class CheckpointManager:
                 self.config.asynchronous,
                 self.config.keep_last,
                 None if every is None else every * samples_per_epoch,
-                run.backend.timeout_seconds,
+                config.backend.timeout_seconds,
                 backend.sum,
             )
 

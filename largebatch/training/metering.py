@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.config.schema import Run
 from largebatch.noise.adascale import AdaScale
 from largebatch.noise.estimator import NoiseScale, efficiency, noise_estimates, progress
-from largebatch.planner.sizes import largest_batch
+from largebatch.planner.run import Run
 from largebatch.reporting.loggers import Row
-from largebatch.scaling.plan import Plan
 
 # Of an averaging length: how often it is asked whether another batch size is due.
 DECISIONS = 10
@@ -31,21 +29,21 @@ class NoiseMeter:
     """Measures the gradient noise of every update; alike on every rank, as the sums it is given are.
 
     Args:
-        run: the config.
-        plan: its plan.
+        run: what is trained.
         names: of the trained parameters, in the order of the sums.
     """
 
-    def __init__(self, run: Run, plan: Plan, names: Sequence[str]) -> None:
+    def __init__(self, run: Run, names: Sequence[str]) -> None:
+        config, plan = run.config, run.plan
         layers = list(dict.fromkeys(map(layer_of, names)))
         self.columns = torch.tensor([layers.index(layer_of(name)) for name in names])
-        self.largest = largest_batch(run, plan)
-        given = run.noise.average_samples
+        self.largest = run.largest_batch
+        given = config.noise.average_samples
         self.length_samples = given or max(1, plan.total_samples // 20)
         self.noise = NoiseScale(layers, self.length_samples, least_updates=1 if given else LEAST_UPDATES)
-        self.adascale = AdaScale(run.batch.reference_size) if run.scaling.rule == "adascale" else None
-        self.is_adaptive, self.share = run.batch.growth == "adaptive", run.batch.critical_share
-        self.smallest = run.batch.size
+        self.adascale = AdaScale(config.batch.reference_size) if config.scaling.rule == "adascale" else None
+        self.is_adaptive, self.share = config.batch.growth == "adaptive", config.batch.critical_share
+        self.smallest = config.batch.size
         self.warned, self.warns_from = False, plan.total_samples / 4
 
     @property

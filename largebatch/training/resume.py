@@ -15,7 +15,7 @@ from largebatch.checkpoint.folder import (
     read_run_state,
     samples_of,
 )
-from largebatch.config.schema import Run
+from largebatch.config.schema import Config
 from largebatch.data import changed_parts
 from largebatch.errors import UserError
 from largebatch.section import leaves, user_path
@@ -129,19 +129,19 @@ def _is_under(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def check_config(run: Run, config: Mapping[str, Any], where: Path, is_branch: bool = False) -> list[str]:
+def check_same_run(config: Config, begun_with: Mapping[str, Any], where: Path, is_branch: bool = False) -> list[str]:
     """Refuse to continue a run of another model, optimizer, plan or data set; return the keys in which a branch differs.
 
     Args:
-        run: the config to continue with.
-        config: the config it was begun with, as a mapping.
+        config: the config to continue with.
+        begun_with: the config it was begun with, as a mapping.
         where: whose that is.
         is_branch: whether the run branches off from it.
 
     Raises:
         UserError: naming each key that differs, and what may.
     """
-    saved, own = dict(leaves(config)), dict(leaves(run.model_dump(mode="json")))
+    saved, own = dict(leaves(begun_with)), dict(leaves(config.model_dump(mode="json")))
     differing = _differing(own, saved)
     changed = [key for key in differing if is_branch and _is_under(key, BRANCH) and key not in SAME_IN_A_BRANCH]
     differing = [key for key in differing if key not in changed]
@@ -152,7 +152,7 @@ def check_config(run: Run, config: Mapping[str, Any], where: Path, is_branch: bo
     return [f"{key} {saved[key]} there, {own[key]} here" for key in changed]
 
 
-def _check_data(run: Run, found: Checkpoint, data: Mapping[str, Any]) -> tuple[str, ...]:
+def _check_data(config: Config, found: Checkpoint, data: Mapping[str, Any]) -> tuple[str, ...]:
     """Refuse to continue on other data, or return what to tell of it where the config says so.
 
     Raises:
@@ -165,7 +165,7 @@ def _check_data(run: Run, found: Checkpoint, data: Mapping[str, Any]) -> tuple[s
             "an order of its own from here on, in which some samples of the epoch under way come twice or not at all; schedule "
             "and end by the new length of an epoch"
         )
-        if run.checkpoint.same_data:
+        if config.checkpoint.same_data:
             raise UserError(
                 f"--resume: {found.path} is of another data set: {counts}; put back what is gone (of a photograph that cannot "
                 f"be read the name is enough, with --data.corrupt skip), or go on so, --checkpoint.same_data false: {then}"
@@ -175,7 +175,7 @@ def _check_data(run: Run, found: Checkpoint, data: Mapping[str, Any]) -> tuple[s
     if not changed:
         return ()
     line = f"{found.path} was written with other data, which differs in {', '.join(changed)}"
-    if run.checkpoint.same_data:
+    if config.checkpoint.same_data:
         raise UserError(
             f"--resume: {line}; bring the former data back, or go on with this with --checkpoint.same_data false"
         )
@@ -183,12 +183,12 @@ def _check_data(run: Run, found: Checkpoint, data: Mapping[str, Any]) -> tuple[s
 
 
 def choose_checkpoint(
-    run: Run, resume: str, folder: Path, data: Mapping[str, Any]
+    config: Config, resume: str, folder: Path, data: Mapping[str, Any]
 ) -> tuple[Checkpoint | None, tuple[str, ...]]:
     """Return `find_checkpoint` for a run that may continue from it, in a folder that may take it.
 
     Args:
-        run: the config.
+        config: the config.
         resume: as `find_checkpoint` takes it.
         folder: the run folder.
         data: the digest of the run's data.
@@ -201,29 +201,29 @@ def choose_checkpoint(
     if found is None:
         # Begun, but dead before its first checkpoint: it begins again, if it is this run.
         if (folder / CONFIG).exists():
-            check_config(run, read_mapping(folder / CONFIG, "config of a run"), folder)
+            check_same_run(config, read_mapping(folder / CONFIG, "config of a run"), folder)
         return None, notes
     is_own = found.path.resolve().parent == own.path.resolve()
-    changed = check_config(run, found.state["config"], found.path, is_branch=not is_own)
+    changed = check_same_run(config, found.state["config"], found.path, is_branch=not is_own)
     if is_own and (folder / CONFIG).exists():  # a checkpoint that was put there is not the run's
-        check_config(run, read_mapping(folder / CONFIG, "config of a run"), folder)
+        check_same_run(config, read_mapping(folder / CONFIG, "config of a run"), folder)
     if changed:
         notes = (*notes, f"branches off at {found.path} with {', '.join(changed)}")
-    rules = {found.state["config"]["scaling"]["rule"], run.scaling.rule}
+    rules = {found.state["config"]["scaling"]["rule"], config.scaling.rule}
     if len(rules) > 1 and found.state["config"]["scaling"]["rule"] == "adascale":
         raise UserError(
-            f"--resume: {found.path} stands on AdaScale's clock, on which a run with scaling.rule {run.scaling.rule} cannot go "
-            "on; branch off with adascale, or begin anew"
+            f"--resume: {found.path} stands on AdaScale's clock, on which a run with scaling.rule {config.scaling.rule} cannot "
+            "go on; branch off with adascale, or begin anew"
         )
-    notes = (*notes, *_check_data(run, found, data))
+    notes = (*notes, *_check_data(config, found, data))
     if not is_own and ((folder / CONFIG).exists() or own.saved()):
         if not (folder / CONFIG).exists():
             raise UserError(f"--out: {folder} already has checkpoints; name another folder")
         # It branched off before, and was restarted with the same command.
-        check_config(run, read_mapping(folder / CONFIG, "config of a run"), folder)
+        check_same_run(config, read_mapping(folder / CONFIG, "config of a run"), folder)
         begun, more = find_checkpoint("auto", folder)
         if begun is not None:
-            more = (*more, *_check_data(run, begun, data))
+            more = (*more, *_check_data(config, begun, data))
             return begun, (*more, f"{folder} was begun at {found.path} or elsewhere before: it goes on where it stands")
     newer = [path for path in own.saved() if path.name > found.path.name] if is_own and resume != "auto" else []
     newer = [path for path in newer if not find_problems(path)]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from largebatch.checkpoint.folder import CheckpointFolder, locked, replace_text
-from largebatch.config.schema import Run
+from largebatch.config.schema import Config
 from largebatch.data import Source, digest, seed_generators
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import readable
@@ -26,7 +26,8 @@ from largebatch.errors import LostRankError, LostWorkerError, SharedError, UserE
 from largebatch.models import FactoryModel, norm_group_size
 from largebatch.moments import track, verify
 from largebatch.planner.checks import check_single_samples
-from largebatch.planner.resolve import build_plan
+from largebatch.planner.resolve import resolve
+from largebatch.planner.run import Run
 from largebatch.planner.show import print_plan, print_warnings
 from largebatch.reporting.loggers import Loggers, check_trackers, create_trackers
 from largebatch.reporting.progress import Summary
@@ -40,35 +41,35 @@ from largebatch.training.run_folder import check_folder, claim, lock_wait
 from largebatch.training.trainer import Trainer
 
 
-def build_model(run: Run, task: Task) -> nn.Module:
+def build_model(config: Config, task: Task) -> nn.Module:
     """Return the model with initial weights that depend on the seed alone, the same on every rank.
 
     Raises:
         UserError: if there is nothing to train, or a tensor that is complex, which no precision of a run has room for,
             sparse, or without values.
     """
-    seed_generators(run.seed)
+    seed_generators(config.seed)
     with within_memory("model"):
-        model = run.model.build(task)
+        model = config.model.build(task)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kind = "lazy" if is_lazy(tensor) else "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
         if kind == "strided" and tensor.is_inference():
             raise UserError(
-                f"model.name: '{name}' of {run.model.name} was made under torch.inference_mode, and cannot be trained; build "
-                "the model outside of it"
+                f"model.name: '{name}' of {config.model.name} was made under torch.inference_mode, and cannot be trained; "
+                "build the model outside of it"
             )
         if kind != "strided":
             raise UserError(
-                f"model.name: '{name}' of {run.model.name} is a {kind} tensor; a run needs dense ones that hold values"
+                f"model.name: '{name}' of {config.model.name} is a {kind} tensor; a run needs dense ones that hold values"
             )
         if tensor.is_complex():
             raise UserError(
-                f"model.name: '{name}' of {run.model.name} is complex, and would lose its imaginary part; make it real and use "
-                "torch.view_as_complex on it"
+                f"model.name: '{name}' of {config.model.name} is complex, and would lose its imaginary part; make it real and "
+                "use torch.view_as_complex on it"
             )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            f"model.name: {run.model.name} has no parameter to train: expected one with requires_grad or more"
+            f"model.name: {config.model.name} has no parameter to train: expected one with requires_grad or more"
         )
     return model
 
@@ -82,7 +83,7 @@ class Result:
 
 
 def train(
-    run: Run,
+    config: Config,
     folder: Path | None = None,
     console: Console | None = None,
     ranks: Ranks | None = None,
@@ -94,7 +95,7 @@ def train(
     """Train a run; everything that can be refused is refused before anything is written.
 
     Args:
-        run: the config.
+        config: the config.
         folder: run folder; None writes nothing.
         console: where tables and progress go; None prints nothing.
         ranks: this process among all; None reads the environment that torchrun sets.
@@ -108,14 +109,14 @@ def train(
         UserError: for what the user can mend.
     """
     ranks = launched_ranks() if ranks is None else ranks
-    ranks = replace(ranks, timeout_seconds=run.backend.timeout_seconds)
+    ranks = replace(ranks, timeout_seconds=config.backend.timeout_seconds)
     folder_here, console = (folder, console) if ranks.rank == 0 else (None, None)
     meeting = Meeting(ranks)
-    ready = _prepare(run, folder, source, resume, may_rename, ranks, meeting)
-    source, model, plan = ready.source, ready.model, ready.plan
+    ready = _prepare(config, folder, source, resume, may_rename, ranks, meeting)
+    source, model = ready.source, ready.model
     backend = ready.open_backend()
     # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
-    seed_generators(int(np.random.SeedSequence([run.seed, ranks.rank + 1]).generate_state(1)[0]))
+    seed_generators(int(np.random.SeedSequence([config.seed, ranks.rank + 1]).generate_state(1)[0]))
     loggers = Loggers()
     with ExitStack() as held:
         with _told(backend, lambda: _what_is_kept(folder)) as opened:
@@ -125,32 +126,32 @@ def train(
             if folder_here is not None and not is_new:
                 held.enter_context(locked(folder_here, lock_wait()))
                 check_folder(folder_here, resume != "never")  # again: another run may have come and gone
-            found, notes = _agree_on_checkpoint(run, folder, resume, ready.digest, backend, meeting)
+            found, notes = _agree_on_checkpoint(config, folder, resume, ready.digest, backend, meeting)
             if found is None:
-                notes += _verify_squares(run, model, source, backend)
+                notes += _verify_squares(ready.run, model, source, backend)
             if console is not None:
                 data = (
                     f"{len(source.train):,} training and {len(source.val):,} validation samples; {backend.describe()}"
                 )
-                print_plan(console, run, model, plan, data, ranks.world_size)
-                print_warnings(console, (*warnings, *source.notes, *ready.warnings, *notes))
+                print_plan(console, ready.run, model, data)
+                print_warnings(console, (*warnings, *source.notes, *ready.run.warnings, *notes))
             folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
             folder_here = None if folder_here is None else folder
-            trainer = Trainer(run, source, model, plan, backend, loggers, folder, found, ready.digest)
+            trainer = Trainer(ready.run, source, model, backend, loggers, folder, found, ready.digest)
             opened.callback(trainer.step.loader.close)  # the workers, before anything else is closed
             if folder_here is not None:
-                _write_config(folder_here, run)
-                loggers.loggers += create_trackers(run, folder_here, _teller(console))
+                _write_config(folder_here, config)
+                loggers.loggers += create_trackers(config, folder_here, _teller(console))
                 loggers.rewind(trainer.progress.samples_seen)
             if console is not None:
-                for line in _resume_lines(found, trainer, run):
+                for line in _resume_lines(found, trainer, ready.run):
                     console.print(line, highlight=False)
-                loggers.loggers.append(create_progress(console, plan.total_samples, trainer.clock))
+                loggers.loggers.append(create_progress(console, trainer.plan.total_samples, trainer.clock))
             summary = trainer.train()
             plan = trainer.plan  # with the changes of an adaptive batch
             del trainer
         if folder_here is not None:
-            pictures = _write_results(folder_here, run, summary, plan)
+            pictures = _write_results(folder_here, config, summary, plan)
             if console is not None:
                 print_warnings(console, pictures)
     if console is not None:
@@ -165,13 +166,12 @@ class _Ready:
     source: Source
     digest: dict[str, Any]
     model: nn.Module
-    plan: Plan
-    warnings: list[str]
+    run: Run
     open_backend: Callable[[], Backend]
 
 
 def _prepare(
-    run: Run,
+    config: Config,
     folder: Path | None,
     source: Source | None,
     resume: str,
@@ -185,22 +185,22 @@ def _prepare(
         UserError: for what the user can mend; on every rank.
     """
     with meeting.agree("config", difference) as shown:
-        shown.update(show_run(run, resume, folder))
+        shown.update(show_run(config, resume, folder))
         if ranks.rank == 0 and folder is not None and not may_rename:
             check_folder(folder, resume != "never")
-        check_trackers(run.log)
+        check_trackers(config.log)
     with meeting.agree("data and the model", difference) as shown:
         if source is None:
             with within_memory("data"):
-                source = run.data.load(run.seed)
-        shown["data"] = known = digest(source, run.loader)
-        model = build_model(run, source.task)
+                source = config.data.load(config.seed)
+        shown["data"] = known = digest(source, config.loader)
+        model = build_model(config, source.task)
         shown.update(show_model(model))
         group_size = norm_group_size(model)
-        plan, warnings = build_plan(run, len(source.train), ranks.world_size, group_size)
-        check_single_samples(run, source.task, plan, ranks.world_size, group_size)
-        open_backend = choose_backend(run.backend, run.precision, replace(ranks, store=meeting.store))
-    return _Ready(source, known, model, plan, warnings, open_backend)
+        run = resolve(config, len(source.train), ranks.world_size, group_size)
+        check_single_samples(run, source.task)
+        open_backend = choose_backend(config.backend, config.precision, replace(ranks, store=meeting.store))
+    return _Ready(source, known, model, run, open_backend)
 
 
 @contextmanager
@@ -247,23 +247,23 @@ def _verify_squares(run: Run, model: nn.Module, source: Source, backend: Backend
     Raises:
         UserError: if they are wrong.
     """
-    if run.tracked() != "sample" or not isinstance(run.model, FactoryModel) or len(source.train) < 2:
+    if run.tracked != "sample" or not isinstance(run.config.model, FactoryModel) or len(source.train) < 2:
         return ()
-    track(model, per="sample", fallback=run.model.fallback)
+    track(model, per="sample", fallback=run.fallback)
     numbers = np.arange(min(4, len(source.train)))
     model.to(backend.device, backend.dtype)
     *fetched, missing = readable(source.train.__getitems__(SampleKeys(np.zeros_like(numbers), numbers)))
     if len(missing) > len(numbers) - 2:
-        return (f"the squares of {run.model.name} could not be verified: the first samples cannot be read",)
+        return (f"the squares of {run.config.model.name} could not be verified: the first samples cannot be read",)
     batch = [part.to(backend.device, backend.dtype if part.is_floating_point() else None) for part in fetched]
     try:
         reason = verify(model, lambda batch: source.task.losses(model(batch[0]), batch[1]).sum(), batch)
     except UserError as error:
         raise SharedError(str(error)) from None
-    return () if reason is None else (f"the squares of {run.model.name} could not all be verified: {reason}",)
+    return () if reason is None else (f"the squares of {run.config.model.name} could not all be verified: {reason}",)
 
 
-def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> tuple[str, ...]:
+def _write_results(folder: Path, config: Config, summary: Summary, plan: Plan) -> tuple[str, ...]:
     """Write summary.json, the weights of a finished run, and curve.png; return what to tell of the picture.
 
     Raises:
@@ -281,7 +281,7 @@ def _write_results(folder: Path, run: Run, summary: Summary, plan: Plan) -> tupl
             f"--resume auto --out {folder} writes them"
         ) from error
     largest = plan.largest_batch()
-    title = f"{folder.resolve().name}:  batch {run.batch.reference_size:,} → {largest:,}, {run.optimizer.name}"
+    title = f"{folder.resolve().name}:  batch {config.batch.reference_size:,} → {largest:,}, {config.optimizer.name}"
     try:
         from largebatch.reporting.plots import plot_run  # matplotlib takes its time, and every rank comes by here
 
@@ -299,7 +299,7 @@ def _what_is_kept(folder: Path | None) -> str:
 
 
 def _agree_on_checkpoint(
-    run: Run, folder: Path | None, resume: str, data: dict[str, Any], backend: Backend, meeting: Meeting
+    config: Config, folder: Path | None, resume: str, data: dict[str, Any], backend: Backend, meeting: Meeting
 ) -> tuple[Checkpoint | None, tuple[str, ...]]:
     """Return the checkpoint that rank 0 chose, on every rank, and what it noticed.
 
@@ -313,7 +313,7 @@ def _agree_on_checkpoint(
     error: UserError | None = None
     if backend.rank == 0:
         try:
-            found, notes = choose_checkpoint(run, resume, folder, data)
+            found, notes = choose_checkpoint(config, resume, folder, data)
             CheckpointFolder(folder / "checkpoints").clean()
         except UserError as raised:
             error = raised
@@ -336,9 +336,9 @@ def _resume_lines(found: Checkpoint | None, trainer: Trainer, run: Run) -> list[
         f"resumed from {found.path}: update {progress.step:,}, {progress.samples_seen:,} samples, "
         f"written {saved['date']} by {saved['engine']}"
     ]
-    if run.second_moment() == "micro_batch" and saved["world_size"] != trainer.backend.world_size:
+    if run.second_moment == "micro_batch" and saved["world_size"] != trainer.backend.world_size:
         lines.append("second moments come from other micro-batches than before: the same in the mean, not to rounding")
-    if trainer.micro_size != run.batch.micro_size:
+    if trainer.micro_size != run.config.batch.micro_size:
         lines.append(
             f"{saved['world_size']} ranks were there, now {trainer.backend.world_size}: micro-batches stay at "
             f"{trainer.micro_size} samples, the rest is accumulated"
@@ -366,9 +366,9 @@ def _agree_on_folder(
     return folder
 
 
-def _write_config(folder: Path, run: Run) -> None:
+def _write_config(folder: Path, config: Config) -> None:
     try:
         (folder / "summary.json").unlink(missing_ok=True)  # of the part of the run that ended
-        replace_text(folder / "config.yaml", run.to_yaml())
+        replace_text(folder / "config.yaml", config.to_yaml())
     except OSError as error:
         raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error

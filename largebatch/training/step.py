@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from largebatch.config.schema import Run
 from largebatch.data import FactoryData, Source
 from largebatch.data.loader import TrainLoader
 from largebatch.data.sampler import PlanSampler, evenly_spaced
@@ -23,6 +22,7 @@ from largebatch.moments import FirstUpdates, chosen_samples
 from largebatch.noise import reference_norm_ratio
 from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.optim.adaptive import AdaptiveOptimizer
+from largebatch.planner.run import Run
 from largebatch.reporting.progress import Progress, Row
 from largebatch.scaling.plan import Plan
 from largebatch.training.attendance import Attendance
@@ -33,10 +33,9 @@ class TrainStep:
     """Holds what an update needs: the model and its optimizer on their engine, and the loader of samples.
 
     Args:
-        run: the config.
+        run: what is trained.
         source: training samples, and the task.
         model: the model, built on every rank from the same seed.
-        plan: the plan that the run begins with.
         backend: the engine.
         note_missing: is told, before an update's last pass, which of its samples cannot be read; may raise to stop at them.
 
@@ -50,32 +49,30 @@ class TrainStep:
         run: Run,
         source: Source,
         model: nn.Module,
-        plan: Plan,
         backend: Backend,
         note_missing: Callable[[list[str], int], None],
     ) -> None:
         self.run, self.source, self.backend, self.note_missing = run, source, backend, note_missing
-        self.tracked = run.tracked()
         self._check = FirstUpdates()
-        if self.tracked is not None:
-            backend.track(model, self.tracked, getattr(run.model, "fallback", ()))
+        if run.tracked is not None:
+            backend.track(model, run.tracked, run.fallback)
         self.bare_model = model
         self.model, self.optimizer = backend.prepare(model, self._build_optimizer)
-        if run.second_moment() is not None:
+        if run.second_moment is not None:
             backend.use_squares(self.optimizer)
         self.batch_norms = batch_norms(model)
-        self.meter = NoiseMeter(run, plan, backend.squared_names(model)) if run.measures_noise() else None
+        self.meter = NoiseMeter(run, backend.squared_names(model)) if run.measures_noise else None
         self.losses = torch.zeros((), dtype=torch.float64, device=backend.device)
         device, dtype, timeout = backend.device, backend.dtype, backend.timeout_seconds
         # The library's own sets give every sample a target.
-        known = source.task.known if isinstance(run.data, FactoryData) and source.task.can_ignore else None
+        known = source.task.known if isinstance(run.config.data, FactoryData) and source.task.can_ignore else None
         self._counts_samples = known is not None or may_miss(source.train)
-        self.loader = TrainLoader(source.train, run.loader, device, dtype, timeout, source.task.check, known)
+        self.loader = TrainLoader(source.train, run.config.loader, device, dtype, timeout, source.task.check, known)
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        config, squares = self.run.optimizer, self.run.second_moment() is not None
+        config, squares = self.run.config.optimizer, self.run.second_moment is not None
         groups = param_groups(model, config.weight_decay, config.decay_norm_and_bias, squares)
-        return config.build(groups, self.run.batch.reference_size)
+        return config.build(groups, self.run.config.batch.reference_size)
 
     def begin(self, plan: Plan, progress: Progress, micro_size: int | None) -> None:
         """Begin to load samples at where the run stands.
@@ -85,7 +82,7 @@ class TrainStep:
             progress: where the run stands.
             micro_size: most samples of a forward pass; None for a rank's whole part of the batch.
         """
-        seed = self.run.seed
+        seed = self.run.config.seed
         if progress.rollbacks:  # other samples than those that led to where the run came back from
             seed = int(np.random.SeedSequence([seed, progress.rollbacks]).generate_state(1, np.uint64)[0] >> 1)
         self.sampler = PlanSampler(
@@ -123,9 +120,9 @@ class TrainStep:
 
     def _update(self, batch_size: int, values: Row, progress: Progress) -> float:
         backend, run = self.backend, self.run
-        announced = self.sampler.num_units(batch_size) if self.tracked == "micro_batch" else float(batch_size)
-        attendance = Attendance(batch_size, announced, self.tracked != "micro_batch")
-        squared = run.squared_samples(batch_size) if self.tracked == "sample" else batch_size
+        announced = self.sampler.num_units(batch_size) if self.run.tracked == "micro_batch" else float(batch_size)
+        attendance = Attendance(batch_size, announced, self.run.tracked != "micro_batch")
+        squared = run.squared_samples(batch_size)
         backend.begin_update(batch_size, announced, progress.step)
         for micro_batch, is_last in self.loader.next(batch_size):
             attendance.add(micro_batch)
@@ -136,14 +133,14 @@ class TrainStep:
                 backend.backward(self.loss_sum(micro_batch) / batch_size)
         num_samples, num_units = attendance.num_samples, attendance.num_units  # what came
         self._announce(num_samples, num_units, all_squared=squared == batch_size)
-        limit = run.optimizer.max_grad_norm
-        of_reference = limit is not None and run.clips_reference()
+        limit = run.config.optimizer.max_grad_norm
+        of_reference = limit is not None and run.clips_reference
         if self.meter is not None or of_reference:
             sums = backend.noise_sums(self.bare_model)
             if self.meter is not None:
                 values["lr"] *= self.meter.update(sums, num_samples, num_units, backend.world_size)
             if limit is not None and of_reference:
-                kappa = num_samples / run.batch.reference_size
+                kappa = num_samples / run.config.batch.reference_size
                 limit *= reference_norm_ratio(sums, num_units, num_units / backend.world_size, kappa)
         set_hyperparameters(self.optimizer, values)
         grad_norm = backend.step(self.optimizer, limit)
@@ -158,7 +155,7 @@ class TrainStep:
             self.optimizer.set_batch(num_samples, num_units, self.backend.world_size)
         if isinstance(self.optimizer, AdaptiveOptimizer):
             self.optimizer.squares_all = all_squared
-        if self.tracked is not None and all_squared:  # or squares may be zero beside a gradient that is not
+        if self.run.tracked is not None and all_squared:  # or squares may be zero beside a gradient that is not
             self._check(partial(self.backend.check_statistics, self.bare_model, num_units))
 
     def _choice(self, micro_batch: MicroBatch, batch_size: int, count: int) -> AbstractContextManager[None]:

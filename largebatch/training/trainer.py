@@ -13,8 +13,7 @@ from typing import Any
 from torch import nn
 
 from largebatch.checkpoint.folder import CheckpointFolder
-from largebatch.config.schema import Run
-from largebatch.data import Source
+from largebatch.data import ImageFolder, Source
 from largebatch.distributed import Backend, NonFiniteError, is_communication
 from largebatch.distributed.state import (
     group_state,
@@ -26,8 +25,8 @@ from largebatch.distributed.state import (
 )
 from largebatch.distributed.stopping import StopRequest
 from largebatch.errors import UnreadableError, UserError
+from largebatch.planner.run import Run
 from largebatch.reporting.progress import Logger, Progress, Row, RunMetrics, Summary
-from largebatch.scaling.plan import Plan
 from largebatch.training.attendance import note
 from largebatch.training.checkpoints import CheckpointManager
 from largebatch.training.divergence import Diverged, choose, describe, last_words
@@ -42,10 +41,9 @@ class Trainer:
     """Trains a model along a plan on whatever backend it is given.
 
     Args:
-        run: the config.
+        run: what is trained: the config and its plan.
         source: training and validation samples, and the task.
         model: the model, built on every rank from the same seed.
-        plan: batch size and hyper-parameters as functions of samples seen.
         backend: the engine.
         logger: takes the rows; on every rank, which may ignore them.
         folder: run folder, for checkpoints; None writes none.
@@ -58,40 +56,34 @@ class Trainer:
         run: Run,
         source: Source,
         model: nn.Module,
-        plan: Plan,
         backend: Backend,
         logger: Logger,
         folder: Path | None,
         found: Checkpoint | None = None,
         data: dict[str, Any] | None = None,
     ) -> None:
-        self.run, self.source, self.plan, self.backend, self.folder, self.data = (
-            run,
-            source,
-            plan,
-            backend,
-            folder,
-            data,
-        )
+        self.run, self.config, self.source, self.backend, self.data = run, run.config, source, backend, data
+        self.plan, self.folder = run.plan, folder
         self.logger, self.bare_model = logger, model
-        self.step = TrainStep(run, source, model, plan, backend, self._note_missing)
+        self.step = TrainStep(run, source, model, backend, self._note_missing)
         self.model, self.optimizer, self.meter = self.step.model, self.step.optimizer, self.step.meter
-        self.log = RunLog(logger, self.meter, plan.samples_per_epoch)
-        self.micro_size = run.batch.micro_size
+        self.log = RunLog(logger, self.meter, run.plan.samples_per_epoch)
+        self.micro_size = run.config.batch.micro_size
         self.progress = Progress()
         self.message: str | None = None
+        self._stops_at_missing = isinstance(run.config.data, ImageFolder) and run.config.data.corrupt == "stop"
         self._unaligned = True
         self._started = time.perf_counter()
-        self.checkpoints = CheckpointManager(run, backend, plan.samples_per_epoch, folder)
+        self.checkpoints = CheckpointManager(run.config, backend, run.plan.samples_per_epoch, folder)
         if found is None:
-            self.step.begin(plan, self.progress, self.micro_size)
+            self.step.begin(self.plan, self.progress, self.micro_size)
         else:
             self.restore(found)
 
     def train(self) -> Summary:
         """Run the plan to its end, or to where it is stopped; return what it came to."""
         status, checkpoints = "finished", self.checkpoints
-        with StopRequest(self.run.checkpoint.time_limit_minutes) as self.stop:
+        with StopRequest(self.config.checkpoint.time_limit_minutes) as self.stop:
             try:
                 self._train()
             except Diverged as error:
@@ -145,10 +137,10 @@ class Trainer:
             done = self._is_done()
             if not done and self.meter is not None:
                 self._follow_noise(self.meter, batch_size)
-            if done or progress.step % self.run.log.every_updates == 0:
+            if done or progress.step % self.config.log.every_updates == 0:
                 log.update(progress, self._take_losses(), values, batch_size, grad_norm)
             with log.stopwatch.paused():
-                if done or self._crossed(self.run.evaluate.every_epochs, batch_size):
+                if done or self._crossed(self.config.evaluate.every_epochs, batch_size):
                     self._evaluate()
                 self._maybe_save(batch_size, done)
 
@@ -164,7 +156,7 @@ class Trainer:
             self.log.event(self.progress, f"{failure}; training goes on")
         if (shortage := self.step.loader.shortage()) is not None:
             self.log.event(self.progress, shortage)
-        every = self.run.checkpoint.every_epochs
+        every = self.config.checkpoint.every_epochs
         at_epoch = every is not None and self._crossed(every, batch_size)
         if not done and self.checkpoints.is_due(self.progress.step, self.stop.reason(), at_epoch):
             self.save()
@@ -180,7 +172,7 @@ class Trainer:
 
     def _note_missing(self, missing: list[str], samples: int) -> None:
         """Tell of samples that are left out of what is done after so many, or raise where the run stops at them."""
-        event = note(missing, self.progress.unreadable, getattr(self.run.data, "corrupt", "skip") == "stop")
+        event = note(missing, self.progress.unreadable, self._stops_at_missing)
         if event is not None:
             self.log.event(self.progress, event, samples)
 
@@ -206,7 +198,7 @@ class Trainer:
 
     def evaluate(self) -> tuple[Row, list[str]]:
         """Return the exact mean loss, and accuracy, over the whole validation set, and what of it could not be read."""
-        size, loader, backend = self.run.evaluate.batch_size, self.run.loader, self.backend
+        size, loader, backend = self.config.evaluate.batch_size, self.config.loader, self.backend
         backend.align_buffers(self.bare_model, search=True)
         return evaluate(self.bare_model, self.source, backend, size, loader, backend.dtype)
 
@@ -227,7 +219,7 @@ class Trainer:
         share = max(piece.stop - piece.start for piece in self.step.sampler.pieces(self.plan.batch_size_at_start))
         state = {
             "progress": asdict(progress),
-            "config": self.run.model_dump(mode="json"),
+            "config": self.config.model_dump(mode="json"),
             "num_train": len(self.source.train),
             **({} if self.data is None else {"data": self.data}),
             "world_size": backend.world_size,
@@ -260,14 +252,14 @@ class Trainer:
             self.meter.start_at(self.progress.samples_seen)
             if state.get("noise"):
                 self.meter.load_state_dict(state["noise"])
-        if self.meter is not None and self.run.batch.growth == "adaptive":
+        if self.meter is not None and self.config.batch.growth == "adaptive":
             self.plan = replace(self.plan, growth=tuple((samples, size) for samples, size in state.get("growth", ())))
             size = self.plan.full_batch_size(self.progress.samples_seen)
             within = min(max(size, self.meter.smallest), self.meter.largest)
             if size != within:  # a branch has other limits
                 self._change_batch(within)
         self.checkpoints.restart(self.progress.step, self.progress.samples_seen, path)
-        if self.run.batch.micro_size is None and backend.world_size < state["world_size"]:
+        if self.config.batch.micro_size is None and backend.world_size < state["world_size"]:
             self.micro_size = state["micro_size"]  # what is known to fit a rank
         # Losses that wait for the next row: each rank its own, or the first one all where ranks came or went.
         losses = read_tensors(path, [name for name in tensor_metadata(path) if name.startswith("loss_sum.")])
@@ -284,7 +276,7 @@ class Trainer:
         Raises:
             Diverged: if the run cannot go on.
         """
-        progress, configured = self.progress, self.run.optimizer.non_finite
+        progress, configured = self.progress, self.config.optimizer.non_finite
         what, choice = describe(error, progress), choose(configured, progress)
         if choice == "skip":
             progress.skipped += 1

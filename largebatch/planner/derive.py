@@ -1,0 +1,106 @@
+"""What follows from a config's sections together: the reference, the squares that are tracked and for what, the sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+from largebatch.config.optimizers import AdaptiveBase, QuenchConfig
+from largebatch.config.schema import Config, ScalingConfig
+from largebatch.errors import UserError
+from largebatch.scaling.plan import Plan
+from largebatch.scaling.rules import Reference
+
+Unit: TypeAlias = Literal["sample", "micro_batch"]
+"""Squares of what: of the gradients of single samples, or of micro-batches."""
+
+
+def reference(config: Config) -> Reference:
+    """Return the tuned hyper-parameters with the rules that carry them to another batch size.
+
+    Raises:
+        UserError: if a rule is set for something that the optimizer does not have.
+    """
+    optimizer, scaling = config.optimizer, config.scaling
+    if not optimizer.takes_rule and scaling.rule != "none":
+        raise UserError(
+            f"scaling.rule: {optimizer.name} finds its own rate per sample, which no rule scales; expected none, "
+            f"got {scaling.rule}; remove the key"
+        )
+    values = optimizer.reference_values()
+    uses = {
+        "momentum": "momentum" in values,
+        "beta1": "betas" in values,
+        "beta2": "betas" in values or "alpha" in values,
+    }
+    for key, used in uses.items():
+        if getattr(scaling, key) != ScalingConfig.model_fields[key].default and not used:
+            raise UserError(f"scaling.{key}: optimizer '{optimizer.name}' has no such coefficient; remove the key")
+    return Reference(
+        config.batch.reference_size,
+        optimizer.lr,
+        **values,
+        rule=scaling.rule,
+        momentum_rule=scaling.momentum if uses["momentum"] else None,
+        beta1_rule=scaling.beta1,
+        beta2_rule=scaling.beta2,
+    )
+
+
+def grows(config: Config) -> bool:
+    """Return whether the batch size changes during the run."""
+    return config.schedule.realize != "lr" or config.batch.growth == "adaptive" or config.warmup.grows_batch()
+
+
+def measures_noise(config: Config) -> bool:
+    """Return whether the gradient noise is measured: to log it, or because something follows it."""
+    return config.noise.measure or config.batch.growth == "adaptive" or config.scaling.rule == "adascale"
+
+
+def second_moment(config: Config) -> Unit | None:
+    """Return what squares the second moment (Quench: the variance) is taken from; None where it is plain, or not there.
+
+    Raises:
+        UserError: if the scaling rule does not go with what was asked for.
+    """
+    optimizer, rule = config.optimizer, config.scaling.rule
+    if isinstance(optimizer, QuenchConfig) and optimizer.sigma2 == "sample":
+        return "sample"
+    if not isinstance(optimizer, AdaptiveBase):
+        return None
+    wanted = optimizer.second_moment
+    if wanted is None:
+        is_elsewhere = config.batch.size != config.batch.reference_size or grows(config)
+        return "micro_batch" if is_elsewhere and rule == "linear" else None
+    if wanted == "batch":
+        return None
+    if rule == "sqrt":
+        raise UserError(
+            f"scaling.rule: sqrt is for plain second moments (optimizer.second_moment batch); with '{wanted}' they are "
+            "those of the reference batch, which go with linear"
+        )
+    return wanted
+
+
+def tracked(config: Config) -> Unit | None:
+    """Return what squares are tracked, for the second moment or the noise; None for none."""
+    return second_moment(config) or (config.noise.per if measures_noise(config) else None)
+
+
+def clips_reference(config: Config) -> bool:
+    """Return whether the clipping threshold bounds the norm of a gradient of the reference batch."""
+    optimizer = config.optimizer
+    is_known = second_moment(config) is not None and optimizer.takes_rule
+    return optimizer.max_grad_norm is not None and is_known and optimizer.max_grad_norm_of == "reference"
+
+
+def largest_batch(config: Config, plan: Plan) -> int:
+    """Return the largest batch size that a run may come to.
+
+    An adaptive batch doubles up to batch.max_size, and never past a tenth of the training set (Smith et al. 2018).
+    """
+    size = config.batch.size
+    if config.batch.growth != "adaptive":
+        return plan.largest_batch()
+    limit = max(size, min(config.batch.max_size or math.inf, plan.samples_per_epoch // 10))
+    return size * 2 ** int(math.log2(limit / size))
