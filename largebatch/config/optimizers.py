@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, get_args
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -212,4 +212,7 @@ class QuenchConfig(OptimizerBase):
         return {}
 
 
-OPTIMIZERS = (SGDConfig, LARSConfig, AdagradConfig, RMSPropConfig, AdamConfig, AdamWConfig, LAMBConfig, QuenchConfig)
+OptimizerConfig: TypeAlias = (
+    SGDConfig | LARSConfig | AdagradConfig | RMSPropConfig | AdamConfig | AdamWConfig | LAMBConfig | QuenchConfig
+)
+OPTIMIZERS: tuple[type[OptimizerBase], ...] = get_args(OptimizerConfig)

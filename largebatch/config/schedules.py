@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field
 
@@ -174,13 +174,14 @@ class WarmupConfig(Section):
         return self.name != "none" and self.realize == "batch"
 
 
-SCHEDULES = (
-    ConstantConfig,
-    StepConfig,
-    LinearConfig,
-    CosineConfig,
-    PolynomialConfig,
-    InverseSqrtConfig,
-    RobbinsMonroConfig,
-    TrapezoidConfig,
+ScheduleConfig: TypeAlias = (
+    ConstantConfig
+    | StepConfig
+    | LinearConfig
+    | CosineConfig
+    | PolynomialConfig
+    | InverseSqrtConfig
+    | RobbinsMonroConfig
+    | TrapezoidConfig
 )
+SCHEDULES: tuple[type[ScheduleBase], ...] = get_args(ScheduleConfig)

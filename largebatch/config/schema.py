@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from largebatch.checkpoint.folder import CheckpointConfig
 from largebatch.config import yaml_text
-from largebatch.config.optimizers import OPTIMIZERS, OptimizerBase
-from largebatch.config.schedules import SCHEDULES, ScheduleBase, WarmupConfig
-from largebatch.data import SOURCES
+from largebatch.config.optimizers import OPTIMIZERS, OptimizerConfig
+from largebatch.config.schedules import ScheduleConfig, WarmupConfig
+from largebatch.data import DataConfig
 from largebatch.data.workers import LoaderConfig
 from largebatch.distributed import BackendConfig, Precision
-from largebatch.models import MODELS
+from largebatch.models import ModelConfig
 from largebatch.scaling.rules import AveragingRule, LrRule
 from largebatch.section import Coefficient, Count, Positive, Section
 
@@ -101,42 +103,40 @@ def section_names(section: type[Section]) -> tuple[str, ...]:
     return get_args(section.model_fields["name"].annotation) or (FACTORY,)
 
 
-def _by_name(sections: Sequence[type[Section]], default: str | None = None) -> Any:
-    """Return the union of sections told apart by the key ``name``; names with a colon are import paths."""
-    tag_of = {name: section_names(section)[0] for section in sections for name in section_names(section)}
-    members = tuple(Annotated[section, Tag(section_names(section)[0])] for section in sections)
+@dataclass(frozen=True)
+class ByName:
+    """Tells the sections of a union apart by their key ``name``; names with a colon are import paths.
 
-    def tag(value: Any) -> str | None:
-        name = value.get("name", default) if isinstance(value, Mapping) else getattr(value, "name", default)
-        if not isinstance(name, str):
-            return None
-        return FACTORY if ":" in name and FACTORY in tag_of else tag_of.get(name, name)
+    Args:
+        default: the name of a section that has none.
+    """
 
-    # A union cannot be spelt in the source when its members come in a tuple.
-    return Annotated[Union[members], Discriminator(tag)]  # noqa: UP007
+    default: str | None = None
 
+    def __get_pydantic_core_schema__(self, union: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return the union as pydantic validates it."""
+        sections = get_args(union)
+        tag_of = {name: section_names(section)[0] for section in sections for name in section_names(section)}
 
-if TYPE_CHECKING:  # a union made at run time is no type to a checker
-    DataConfig: TypeAlias = Any
-    ModelConfig: TypeAlias = Any
-    OptimizerConfig = OptimizerBase
-    ScheduleConfig = ScheduleBase
-else:
-    DataConfig = _by_name(SOURCES)
-    ModelConfig = _by_name(MODELS)
-    OptimizerConfig = _by_name(OPTIMIZERS)
-    ScheduleConfig = _by_name(SCHEDULES, default="constant")
+        def tag(value: Any) -> str | None:
+            name = value.get("name", self.default) if isinstance(value, Mapping) else getattr(value, "name", None)
+            if not isinstance(name, str):
+                return None
+            return FACTORY if ":" in name and FACTORY in tag_of else tag_of.get(name, name)
+
+        choices = {section_names(section)[0]: handler.generate_schema(section) for section in sections}
+        return core_schema.tagged_union_schema(choices, tag)
 
 
 class Config(Section):
     """The config of one run."""
 
-    data: DataConfig
-    model: ModelConfig
+    data: Annotated[DataConfig, ByName()]
+    model: Annotated[ModelConfig, ByName()]
     batch: BatchConfig
-    optimizer: OptimizerConfig
+    optimizer: Annotated[OptimizerConfig, ByName()]
     scaling: ScalingConfig = ScalingConfig()
-    schedule: ScheduleConfig
+    schedule: Annotated[ScheduleConfig, ByName("constant")]
     warmup: WarmupConfig = WarmupConfig()
     noise: NoiseConfig = NoiseConfig()
     loader: LoaderConfig = LoaderConfig()

@@ -1,31 +1,25 @@
 """Data: which samples enter an update, and where they come from."""
 
+from typing import TypeAlias, get_args
+
 from largebatch.data.digest import changed_parts, digest
 from largebatch.data.factory import FactoryData, MapSamples
 from largebatch.data.folder import FolderSamples, ImageFolder
 from largebatch.data.hashing import uniforms
 from largebatch.data.images import ImageSamples, crop_flip
 from largebatch.data.seeding import seed_generators
-from largebatch.data.source import Samples, Source, TensorSamples
+from largebatch.data.source import DataSection, Samples, Source, TensorSamples
 from largebatch.data.synthetic import SyntheticImages
 from largebatch.data.text import Text
 from largebatch.data.vision import Cifar10, Digits, FashionMnist, Mnist
-from largebatch.section import Section
 
-SOURCES: tuple[type[Section], ...] = (
-    Digits,
-    FashionMnist,
-    Mnist,
-    Cifar10,
-    ImageFolder,
-    Text,
-    SyntheticImages,
-    FactoryData,
-)
+DataConfig: TypeAlias = Digits | FashionMnist | Mnist | Cifar10 | ImageFolder | Text | SyntheticImages | FactoryData
+SOURCES: tuple[type[DataSection], ...] = get_args(DataConfig)
 
 __all__ = [
     "SOURCES",
     "Cifar10",
+    "DataConfig",
     "Digits",
     "FactoryData",
     "FashionMnist",

@@ -15,9 +15,9 @@ from torch.utils.data import TensorDataset, default_collate
 from largebatch.data.hashing import sample_hashes
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.seeding import random_states_kept, seed_generators
-from largebatch.data.source import Samples, Source, TensorSamples
+from largebatch.data.source import DataSection, Samples, Source, TensorSamples
 from largebatch.errors import UserError
-from largebatch.section import Section, call_factory
+from largebatch.section import call_factory
 from largebatch.task import Task
 
 
@@ -84,7 +84,7 @@ def as_samples(dataset: Any, seed: int) -> Samples:
     return MapSamples(dataset, seed)
 
 
-class FactoryData(Section):
+class FactoryData(DataSection):
     """A data set from a function of your own.
 
     The function is called as ``factory(**options)``, with ``seed=`` besides if it has a parameter of that name, and

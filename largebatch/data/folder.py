@@ -18,9 +18,9 @@ from largebatch.data.hashing import uniforms
 from largebatch.data.images import normalize
 from largebatch.data.photograph import pillow, read_image
 from largebatch.data.sampler import SampleKeys
-from largebatch.data.source import Batch, Source, data_path
+from largebatch.data.source import Batch, DataSection, Source, data_path
 from largebatch.errors import UserError
-from largebatch.section import NumSamples, Section, Side, Width
+from largebatch.section import NumSamples, Side, Width
 from largebatch.task import Task
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _say_left_out(root: Path, left_out: Counter[str]) -> str:
     return f"data.path: left out in '{root}', named like images but none to read: {counts}"
 
 
-class ImageFolder(Section):
+class ImageFolder(DataSection):
     """Photographs in path/train/CLASS/ and path/val/CLASS/, prepared as is usual for ImageNet."""
 
     name: Literal["image_folder"] = "image_folder"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from largebatch.data.sampler import SampleKeys
 from largebatch.errors import UserError
-from largebatch.section import user_path
+from largebatch.section import Section, user_path
 from largebatch.task import Task
 
 Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[int, str]]
@@ -92,6 +92,25 @@ class Source:
     val: Samples
     task: Task
     notes: tuple[str, ...] = ()
+
+
+class DataSection(Section):
+    """What every section of a config that names a data set has."""
+
+    def declared(self) -> tuple[int, Task] | None:
+        """Return the number of training samples and the task, where they are known without the data; else None."""
+        return None
+
+    def load(self, seed: int) -> Source:
+        """Return the data set.
+
+        Args:
+            seed: of the run; augmentation depends on it.
+
+        Raises:
+            UserError: if it cannot be had.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

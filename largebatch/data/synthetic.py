@@ -12,8 +12,8 @@ from torch import Tensor
 
 from largebatch.data.hashing import sample_hashes
 from largebatch.data.sampler import SampleKeys
-from largebatch.data.source import Source
-from largebatch.section import NonNegative, NumSamples, Section, Side, Width
+from largebatch.data.source import DataSection, Source
+from largebatch.section import NonNegative, NumSamples, Side, Width
 from largebatch.task import Task
 
 _NUM_OFFSETS = 1 << 22
@@ -58,7 +58,7 @@ class SyntheticSamples:
         return images.add_(F.interpolate(patterns, size=(height, width), mode="nearest")), labels
 
 
-class SyntheticImages(Section):
+class SyntheticImages(DataSection):
     """Images made up from the seed: a pattern for each class plus noise. Takes no memory, whatever their number."""
 
     name: Literal["synthetic_images"] = "synthetic_images"

@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from largebatch.data.sampler import SampleKeys
-from largebatch.data.source import Source, data_path, validation_size
+from largebatch.data.source import DataSection, Source, data_path, validation_size
 from largebatch.errors import UserError
-from largebatch.section import Count, Section
+from largebatch.section import Count
 from largebatch.task import Task
 
 
@@ -97,7 +97,7 @@ class TextSamples:
         return windows[:, :-1].to(torch.int64), windows[:, 1:].to(torch.int64)
 
 
-class Text(Section):
+class Text(DataSection):
     """The bytes of a file, cut into windows that do not overlap; the last part of the file is for validation."""
 
     name: Literal["text"] = "text"

@@ -14,13 +14,13 @@ from pydantic import Field
 from torch import Tensor
 
 from largebatch.data.images import Augment, ImageSamples
-from largebatch.data.source import Source, TensorSamples, data_path, fixed_order, limited, validation_size
+from largebatch.data.source import DataSection, Source, TensorSamples, data_path, fixed_order, limited, validation_size
 from largebatch.errors import UserError
-from largebatch.section import Count, Section
+from largebatch.section import Count
 from largebatch.task import Task
 
 
-class Digits(Section):
+class Digits(DataSection):
     """1797 handwritten digits of 8 x 8 pixels that come with scikit-learn: needs no download."""
 
     name: Literal["digits"] = "digits"
@@ -47,7 +47,7 @@ class Digits(Section):
         )
 
 
-class _ImageBytes(Section):
+class _ImageBytes(DataSection):
     """What the image sets in memory have in common."""
 
     mean: ClassVar[tuple[float, ...]]

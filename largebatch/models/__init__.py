@@ -1,5 +1,7 @@
 """Models: small reference networks, ResNets, a GPT, and anything else by name or import path."""
 
+from typing import TypeAlias, get_args
+
 from largebatch.models.factory import FactoryModel
 from largebatch.models.gpt import GPT, GPTConfig
 from largebatch.models.norm import (
@@ -16,7 +18,8 @@ from largebatch.models.resnet import ResNet, ResNet18Config, ResNet50Config, res
 from largebatch.models.simple import CNN, MLP, CNNConfig, MLPConfig
 from largebatch.section import Section
 
-MODELS: tuple[type[Section], ...] = (MLPConfig, CNNConfig, ResNet18Config, ResNet50Config, GPTConfig, FactoryModel)
+ModelConfig: TypeAlias = MLPConfig | CNNConfig | ResNet18Config | ResNet50Config | GPTConfig | FactoryModel
+MODELS: tuple[type[Section], ...] = get_args(ModelConfig)
 
 __all__ = [
     "CNN",
@@ -30,6 +33,7 @@ __all__ = [
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
     "MLPConfig",
+    "ModelConfig",
     "ResNet",
     "ResNet18Config",
     "ResNet50Config",

@@ -131,7 +131,7 @@ def _data_sizes(config: Config) -> tuple[int, Task, str]:
         with within_memory("data"):
             source = config.data.load(config.seed)
     except UserError:
-        declared = config.data.declared() if hasattr(config.data, "declared") else None
+        declared = config.data.declared()
         if declared is None:
             raise
         return *declared, " (as published; the data is not at hand)"
