@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from largebatch.reporting.progress import Logger, Progress, Row
 from largebatch.scaling.rules import temperature
 from largebatch.training.metering import NoiseMeter
+from largebatch.training.step import Update
 
 
 class Stopwatch:
@@ -69,16 +70,15 @@ class RunLog:
             scores = {**scores, "noise_scale_by_layer": self.meter.by_layer()}
         self.logger.log({**self._place(progress), **scores})
 
-    def update(self, progress: Progress, losses: float, values: Row, batch_size: int, grad_norm: float) -> None:
+    def update(self, progress: Progress, losses: float, update: Update) -> None:
         """Write a row about the updates since the last one, and begin to count the next.
 
         Args:
             progress: where the run stands.
             losses: sum of the losses of all samples since the last row, over all ranks.
-            values: the optimizer's arguments in the last update.
-            batch_size: its batch size.
-            grad_norm: its gradient's norm.
+            update: the last one.
         """
+        batch_size, values = update.batch_size, update.values
         seconds = self.stopwatch.lap()
         progress.train_seconds += seconds
         progress.loss = losses / progress.loss_samples if progress.loss_samples else math.nan
@@ -88,7 +88,7 @@ class RunLog:
             **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
             "batch_size": batch_size,
             "temperature": temperature(values["lr"], batch_size, values.get("momentum", 0.0)),
-            "grad_norm": grad_norm,
+            "grad_norm": update.grad_norm,
             "samples_per_second": (progress.samples_seen - progress.row_samples) / seconds,
         }
         if progress.skipped:

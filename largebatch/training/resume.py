@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from largebatch.checkpoint.folder import (
     read_run_state,
     samples_of,
 )
+from largebatch.checkpoint.manager import Checkpoint
 from largebatch.config.schema import Config
 from largebatch.data import changed_parts
 from largebatch.errors import UserError
@@ -39,14 +39,6 @@ ALLOWED_CHANGES = (
     "CHECKPOINT --out NEW) may also change optimizer (but its name), scaling, schedule, warmup, noise and batch.size, "
     "max_size, growth and critical_share"
 )
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint to continue from, and its state.json."""
-
-    path: Path
-    state: dict[str, Any]
 
 
 def run_folder_of(resume: str) -> Path:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from largebatch.checkpoint.folder import CheckpointFolder, locked, replace_text
+from largebatch.checkpoint.manager import Checkpoint
 from largebatch.config.schema import Config
 from largebatch.data import Source, digest, seed_generators
 from largebatch.data.sampler import SampleKeys
@@ -36,7 +37,7 @@ from largebatch.scaling.plan import Plan
 from largebatch.section import within_memory
 from largebatch.task import Task
 from largebatch.training.agreement import difference, show_checkpoint, show_model, show_run
-from largebatch.training.resume import Checkpoint, choose_checkpoint
+from largebatch.training.resume import choose_checkpoint
 from largebatch.training.run_folder import check_folder, claim, lock_wait
 from largebatch.training.trainer import Trainer
 

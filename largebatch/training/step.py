@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,21 @@ from largebatch.reporting.progress import Progress, Row
 from largebatch.scaling.plan import Plan
 from largebatch.training.attendance import Attendance
 from largebatch.training.metering import NoiseMeter
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update was done with.
+
+    Args:
+        batch_size: B.
+        values: the optimizer's arguments, with AdaScale's gain in the learning rate.
+        grad_norm: the gradient's norm before any clipping; NaN for an update that was skipped.
+    """
+
+    batch_size: int
+    values: Row
+    grad_norm: float
 
 
 class TrainStep:
@@ -98,12 +114,12 @@ class TrainStep:
         )
         self.loader.begin(self.sampler)
 
-    def __call__(self, batch_size: int, values: Row, progress: Progress) -> float:
-        """Do one update of a global batch; return the gradient's norm.
+    def __call__(self, batch_size: int, values: Row, progress: Progress) -> Update:
+        """Do one update of a global batch.
 
         Args:
             batch_size: B.
-            values: the optimizer's arguments; AdaScale's gain is multiplied into the learning rate.
+            values: the optimizer's arguments by the plan.
             progress: where the run stands; takes the number of samples whose losses were counted.
 
         Raises:
@@ -118,7 +134,7 @@ class TrainStep:
             discard_batch_statistics(self.batch_norms)
             raise
 
-    def _update(self, batch_size: int, values: Row, progress: Progress) -> float:
+    def _update(self, batch_size: int, values: Row, progress: Progress) -> Update:
         backend, run = self.backend, self.run
         announced = self.sampler.num_units(batch_size) if self.run.tracked == "micro_batch" else float(batch_size)
         attendance = Attendance(batch_size, announced, self.run.tracked != "micro_batch")
@@ -138,7 +154,8 @@ class TrainStep:
         if self.meter is not None or of_reference:
             sums = backend.noise_sums(self.bare_model)
             if self.meter is not None:
-                values["lr"] *= self.meter.update(sums, num_samples, num_units, backend.world_size)
+                gain = self.meter.update(sums, num_samples, num_units, backend.world_size)
+                values = {**values, "lr": values["lr"] * gain}
             if limit is not None and of_reference:
                 kappa = num_samples / run.config.batch.reference_size
                 limit *= reference_norm_ratio(sums, num_units, num_units / backend.world_size, kappa)
@@ -147,7 +164,7 @@ class TrainStep:
         commit_batch_statistics(self.batch_norms, backend.sum)
         progress.loss_samples += num_samples
         progress.skipped_in_a_row = 0
-        return grad_norm
+        return Update(batch_size, values, grad_norm)
 
     def _announce(self, num_samples: int, num_units: float, all_squared: bool) -> None:
         """Set the batch size of the coming step, and check the squares at the first ones of whose samples all were squared."""

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import suppress
 from dataclasses import asdict, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from largebatch.checkpoint.folder import CheckpointFolder
+from largebatch.checkpoint.manager import Checkpoint, CheckpointManager
 from largebatch.data import ImageFolder, Source
 from largebatch.distributed import Backend, NonFiniteError, is_communication
-from largebatch.distributed.state import (
-    group_state,
-    load_group_state,
-    load_random_state,
-    random_state,
-    read_tensors,
-    tensor_metadata,
-)
 from largebatch.distributed.stopping import StopRequest
-from largebatch.errors import UnreadableError, UserError
+from largebatch.errors import UnreadableError
 from largebatch.planner.run import Run
 from largebatch.reporting.progress import Logger, Progress, Row, RunMetrics, Summary
 from largebatch.training.attendance import note
-from largebatch.training.checkpoints import CheckpointManager
 from largebatch.training.divergence import Diverged, choose, describe, last_words
 from largebatch.training.evaluation import evaluate
 from largebatch.training.log import RunLog
 from largebatch.training.metering import NoiseMeter
-from largebatch.training.resume import Checkpoint, find_checkpoint
-from largebatch.training.step import TrainStep
+from largebatch.training.step import TrainStep, Update
 
 
 class Trainer:
@@ -74,7 +62,15 @@ class Trainer:
         self._stops_at_missing = isinstance(run.config.data, ImageFolder) and run.config.data.corrupt == "stop"
         self._unaligned = True
         self._started = time.perf_counter()
-        self.checkpoints = CheckpointManager(run.config, backend, run.plan.samples_per_epoch, folder)
+        self.checkpoints = CheckpointManager(
+            run.config.checkpoint,
+            backend,
+            model,
+            self.optimizer,
+            self._snapshot,
+            run.plan.samples_per_epoch,
+            folder,
+        )
         if found is None:
             self.step.begin(self.plan, self.progress, self.micro_size)
         else:
@@ -101,7 +97,7 @@ class Trainer:
             if checkpoints.stopped_by is not None:
                 status = "interrupted" if checkpoints.stopped_by == "interrupted" else "preempted"
             if status == "finished":
-                self.save()
+                checkpoints.save(self.progress.samples_seen)
             failure, is_saved = checkpoints.close(self.progress.samples_seen)
             if checkpoints.stopped_by is not None:
                 self.message = self._stop_message(is_saved)
@@ -123,13 +119,13 @@ class Trainer:
             batch_size = self.plan.batch_size(progress.samples_seen)
             values = self.plan.at(progress.samples_seen, self.clock)
             try:
-                grad_norm = self.step(batch_size, values, progress)
+                update = self.step(batch_size, values, progress)
             except NonFiniteError as error:
                 if not self._skips(error, batch_size):
                     progress = self.progress  # of the checkpoint that the run went back to
                     log.stopwatch.lap()
                     continue
-                grad_norm = math.nan
+                update = Update(batch_size, values, math.nan)
             self.backend.align_buffers(self.bare_model, search=self._unaligned)
             self._unaligned = False
             progress.samples_seen += batch_size
@@ -138,11 +134,15 @@ class Trainer:
             if not done and self.meter is not None:
                 self._follow_noise(self.meter, batch_size)
             if done or progress.step % self.config.log.every_updates == 0:
-                log.update(progress, self._take_losses(), values, batch_size, grad_norm)
+                log.update(progress, self._take_losses(), update)
             with log.stopwatch.paused():
                 if done or self._crossed(self.config.evaluate.every_epochs, batch_size):
                     self._evaluate()
-                self._maybe_save(batch_size, done)
+                self._note_troubles()
+                if not done:
+                    every = self.config.checkpoint.every_epochs
+                    at_epoch = every is not None and self._crossed(every, batch_size)
+                    self.checkpoints.maybe_save(progress.step, progress.samples_seen, self.stop.reason(), at_epoch)
 
     def _take_losses(self) -> float:
         """Return the sum of the losses of all ranks since the last row, and begin the next. A collective."""
@@ -150,16 +150,12 @@ class Trainer:
         self.step.losses.zero_()
         return total
 
-    def _maybe_save(self, batch_size: int, done: bool) -> None:
-        """Save where a checkpoint is due, and find out whether the run is to stop."""
+    def _note_troubles(self) -> None:
+        """Write what went wrong beside the training, which goes on."""
         if (failure := self.checkpoints.failure()) is not None:
             self.log.event(self.progress, f"{failure}; training goes on")
         if (shortage := self.step.loader.shortage()) is not None:
             self.log.event(self.progress, shortage)
-        every = self.config.checkpoint.every_epochs
-        at_epoch = every is not None and self._crossed(every, batch_size)
-        if not done and self.checkpoints.is_due(self.progress.step, self.stop.reason(), at_epoch):
-            self.save()
 
     @property
     def clock(self) -> float:
@@ -202,37 +198,23 @@ class Trainer:
         backend.align_buffers(self.bare_model, search=True)
         return evaluate(self.bare_model, self.source, backend, size, loader, backend.dtype)
 
-    def save(self) -> None:
-        """Begin to write a checkpoint of where the run stands, unless there is one; every rank takes part."""
-        progress, backend = self.progress, self.backend
-        if self.checkpoints.has(progress.samples_seen):
-            return
+    def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a checkpoint holds beside the weights and the optimizer's state."""
         now = time.perf_counter()
-        progress.seconds += now - self._started
+        self.progress.seconds += now - self._started
         self._started = now
-        backend.align_buffers(self.bare_model, search=True)
-        tensors = {
-            **backend.state(self.bare_model, self.optimizer),
-            **random_state(backend.rank),
-            f"loss_sum.{backend.rank}": self.step.losses,
-        }
-        share = max(piece.stop - piece.start for piece in self.step.sampler.pieces(self.plan.batch_size_at_start))
-        state = {
-            "progress": asdict(progress),
+        self.logger.sync()  # a checkpoint must not outlive the rows before it
+        return {f"loss_sum.{self.backend.rank}": self.step.losses}, {
+            "progress": asdict(self.progress),
             "config": self.config.model_dump(mode="json"),
             "num_train": len(self.source.train),
             **({} if self.data is None else {"data": self.data}),
-            "world_size": backend.world_size,
-            "micro_size": share,
-            "engine": backend.describe(),
-            "groups": group_state(self.optimizer),
+            "micro_size": max(
+                piece.stop - piece.start for piece in self.step.sampler.pieces(self.plan.batch_size_at_start)
+            ),
             "growth": self.plan.growth,
             "noise": None if self.meter is None else self.meter.state_dict(),
-            "versions": {name: version(name) for name in ("largebatch", "torch")},
-            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        self.logger.sync()  # a checkpoint must not outlive the rows before it
-        self.checkpoints.save(progress.samples_seen, tensors, state)
 
     def restore(self, found: Checkpoint, rollbacks: int | None = None) -> None:
         """Continue from a checkpoint, whatever number of ranks wrote it; every rank takes part.
@@ -241,13 +223,12 @@ class Trainer:
             found: the checkpoint.
             rollbacks: number of the return to it that this is; None for a resumed run.
         """
-        path, state, backend = found.path, found.state, self.backend
-        backend.load_state(path, self.bare_model, self.optimizer)
-        load_group_state(self.optimizer, state["groups"])
+        state = found.state
         known = {field.name for field in fields(Progress)}
         self.progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
         if rollbacks is not None:
             self.progress.rollbacks = rollbacks
+        self.step.losses.copy_(self.checkpoints.load(found, self.progress.step, self.progress.samples_seen))
         if self.meter is not None:
             self.meter.start_at(self.progress.samples_seen)
             if state.get("noise"):
@@ -258,17 +239,10 @@ class Trainer:
             within = min(max(size, self.meter.smallest), self.meter.largest)
             if size != within:  # a branch has other limits
                 self._change_batch(within)
-        self.checkpoints.restart(self.progress.step, self.progress.samples_seen, path)
-        if self.config.batch.micro_size is None and backend.world_size < state["world_size"]:
+        if self.config.batch.micro_size is None and self.backend.world_size < state["world_size"]:
             self.micro_size = state["micro_size"]  # what is known to fit a rank
-        # Losses that wait for the next row: each rank its own, or the first one all where ranks came or went.
-        losses = read_tensors(path, [name for name in tensor_metadata(path) if name.startswith("loss_sum.")])
-        if backend.world_size == state["world_size"]:
-            self.step.losses.copy_(losses[f"loss_sum.{backend.rank}"])
-        else:
-            self.step.losses.fill_(float(sum(losses.values())) if backend.rank == 0 else 0.0)
         self.step.begin(self.plan, self.progress, self.micro_size)
-        load_random_state(path, backend.rank)  # after the loader, which draws a seed for its workers
+        self.checkpoints.load_random_state(found)  # after the loader, which draws a seed for its workers
 
     def _skips(self, error: NonFiniteError, batch_size: int) -> bool:
         """Deal with a non-finite gradient as the config says: True skips the update, False went back to a checkpoint.
@@ -287,23 +261,12 @@ class Trainer:
             return True
         if choice == "roll_back" and self._roll_back(what):
             return False
-        place = None
-        if self.folder is not None:
-            self.save()
-            place = CheckpointFolder(self.folder / "checkpoints").place(progress.samples_seen)
+        place = self.checkpoints.save(progress.samples_seen)
         raise Diverged(last_words(what, configured, progress, place)) from error
 
     def _roll_back(self, what: str) -> bool:
         """Continue from the newest checkpoint with other samples; return whether there is one."""
-        if self.folder is None:
-            return False
-        self.checkpoints.wait()
-        self.backend.barrier()
-        found = None
-        if self.backend.rank == 0:
-            with suppress(UserError):  # all of them are damaged
-                found, _ = find_checkpoint("auto", self.folder)
-        found = self.backend.broadcast(found)
+        found = self.checkpoints.latest()
         if found is None:
             return False
         seconds = self.progress.seconds
@@ -345,7 +308,7 @@ class Trainer:
         )
         if self.folder is None:
             return advice
-        self.save()
+        self.checkpoints.save(self.progress.samples_seen)
         failure, is_saved = self.checkpoints.close(self.progress.samples_seen)
         kept = f"everything up to update {self.progress.step} is in {self.folder}" if is_saved else f"{failure}"
         return f"{kept}; {advice}, then continue with --resume auto --out {self.folder}"
