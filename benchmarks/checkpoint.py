@@ -48,7 +48,9 @@ class Bench:
         self.model, self.inputs, self.targets = build(name, batch_size)
         self.optimizer = AdamW(param_groups(self.model, 0.01), 1e-4)
         self.folder = CheckpointFolder(folder)
-        self.writers = {mode: CheckpointWriter(self.folder, 0, 1, mode == "asynchronous") for mode in MODES}
+        self.writers = {
+            mode: CheckpointWriter(self.folder, 0, 1, asynchronous=mode == "asynchronous") for mode in MODES
+        }
         self.saves = 0
 
     def update(self) -> float:

@@ -115,7 +115,7 @@ def by_trainer(case: Case, source: Source, backend: Backend, updates: int, folde
     """Train with the trainer; return the seconds its loop took."""
     run = resolve(config(case, updates, len(source.train)), len(source.train), backend.world_size)
     logger = JsonLines(folder / f"metrics-{backend.rank}.jsonl")
-    trainer = Trainer(run, source, build_model(run.config, source.task), backend, logger, None)
+    trainer = Trainer(run, source, build_model(run.config, source.task), backend, logger=logger)
     started = time.perf_counter()
     summary = trainer.train()
     seconds = time.perf_counter() - started

@@ -15,13 +15,18 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from largebatch.errors import LostRankError, LostWorkerError, UserError
 from largebatch.process.launched import Place, is_under_torchrun, launched_place
 from largebatch.process.output import outlive_output, output_failure
 from largebatch.process.surroundings import settle
 from largebatch.section import displayable, user_path
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from largebatch.config.schema import Config
 
 EXIT_CODES = {
     "finished": 0,
@@ -170,20 +175,12 @@ def _main(arguments: list[str]) -> int:
 
 def _command(known: argparse.Namespace, rest: list[str]) -> int:
     if known.command == "inspect":
-        if rest:
-            raise UserError(f"command line: inspect takes one path, got '{rest[0]}' too")
-        from largebatch.reporting.inspection import inspect
-        from largebatch.reporting.tables import create_console
-
-        return 0 if inspect(user_path(known.path, "inspect"), create_console()) else EXIT_CODES["damaged"]
-    if known.help and known.config is None:
+        return _inspect(known, rest)
+    if known.help and (known.config is None or known.command == "study"):
         print(_usage(known.command))
         return 0
     if known.config is None:
         raise UserError(f"command line: name a config, like: largebatch {known.command} configs/digits.yaml")
-    if known.help and known.command == "study":
-        print(_usage(known.command))
-        return 0
     if known.command == "study":
         from largebatch.studies.study import run_study
 
@@ -196,11 +193,11 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
     flags = parse_flags(rest)
     if known.command == "noise":
         flags["noise.measure"] = True
-    run, warnings = load_config(known.config, flags)
+    config, warnings = load_config(known.config, flags)
     console = create_console()
     if known.help:
         print(_usage(known.command))
-        console.print(describe_settings(run), highlight=False)
+        console.print(describe_settings(config), highlight=False)
         return 0
     if known.command == "plan":
         from largebatch.planner.show import describe_plan, print_warnings
@@ -208,15 +205,26 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         if known.world_size < 1:
             raise UserError(f"--world-size: expected at least 1 rank, got {known.world_size}")
         print_warnings(console, warnings)
-        describe_plan(run, known.world_size, console)
+        describe_plan(config, known.world_size, console)
         return 0
-
     if known.command == "bench":
         from largebatch.studies.bench import bench
 
-        bench(run, known.updates, console)
+        bench(config, known.updates, console)
         return 0
+    return _train(known, config, tuple(warnings), console)
 
+
+def _inspect(known: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        raise UserError(f"command line: inspect takes one path, got '{rest[0]}' too")
+    from largebatch.reporting.inspection import inspect
+    from largebatch.reporting.tables import create_console
+
+    return 0 if inspect(user_path(known.path, "inspect"), create_console()) else EXIT_CODES["damaged"]
+
+
+def _train(known: argparse.Namespace, config: Config, warnings: tuple[str, ...], console: Console) -> int:
     from largebatch.training.resume import run_folder_of
     from largebatch.training.run import train
     from largebatch.training.run_folder import default_folder
@@ -228,7 +236,7 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         folder = user_path(known.out, "--out")
     else:
         folder = default_folder(known.config.stem) if is_default else run_folder_of(known.resume)
-    result = train(run, folder, console, warnings=tuple(warnings), resume=known.resume, may_rename=is_default)
+    result = train(config, folder, console=console, warnings=warnings, resume=known.resume, may_rename=is_default)
     if known.command == "noise" and result.folder is not None:
         from largebatch.reporting.tables import print_noise
 

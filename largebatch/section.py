@@ -139,7 +139,7 @@ def import_factory(path: str, where: str) -> Callable[..., Any]:
         elif not isinstance(error, SyntaxError):  # which says its own place
             reason += f" ({last.filename}, line {last.lineno})"
         raise UserError(f"{where}: cannot import '{module_name}': {reason}") from error
-    factory = getattr(module, attribute, None)
+    factory: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(factory):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UserError(f"{where}: module '{module_name}' has no callable '{attribute}'{nearest(attribute, known)}")

@@ -100,7 +100,7 @@ def trajectory(rank, world_size, run):
     start = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
     resolved = resolve(run, len(source.train), world_size)
     backend = create_backend(run.backend, run.precision, Ranks(rank, rank, world_size))
-    trainer = Trainer(resolved, source, model, backend, Rows(), None)
+    trainer = Trainer(resolved, source, model, backend, logger=Rows())
     rows = trainer.logger
     summary = trainer.train()
     assert summary.status == "finished", summary.message

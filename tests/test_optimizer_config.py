@@ -39,7 +39,7 @@ def _train_on_rank(rank, world_size, run):
     resolved = resolve(run, len(source.train), world_size)
     backend = create_backend(run.backend, run.precision, Ranks(rank, rank, world_size))
     logger = type("Rows", (), {"log": lambda self, row: rows.append(row)})()
-    Trainer(resolved, source, model, backend, logger, None).train()
+    Trainer(resolved, source, model, backend, logger=logger).train()
     backend.close()
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
 

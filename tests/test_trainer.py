@@ -174,7 +174,7 @@ def _final_weights(rank, world_size, run, folder):
     model = build_model(run, source.task)
     resolved = resolve(run, len(source.train), world_size)
     backend = create_backend(run.backend, run.precision, Ranks(rank, rank, world_size))
-    Trainer(resolved, source, model, backend, Loggers(), None).train()
+    Trainer(resolved, source, model, backend, logger=Loggers()).train()
     backend.close()
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -331,7 +331,9 @@ def test_a_checkpoint_restores_model_and_optimizer(tmp_path):
         source = run.data.load(run.seed)
         resolved = resolve(run, len(source.train))
         backend = create_backend(run.backend, run.precision, Ranks())
-        return Trainer(resolved, source, build_model(run, source.task), backend, Loggers(), tmp_path, found)
+        return Trainer(
+            resolved, source, build_model(run, source.task), backend, logger=Loggers(), folder=tmp_path, found=found
+        )
 
     trained = trainer()
     trained.train()

@@ -63,6 +63,7 @@ class CheckpointManager:
         backend: Backend,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        *,
         snapshot: Snapshot,
         samples_per_epoch: int,
         folder: Path | None,
@@ -81,11 +82,11 @@ class CheckpointManager:
                 self.folder,
                 backend.rank,
                 backend.world_size,
-                config.asynchronous,
-                config.keep_last,
-                None if every is None else every * samples_per_epoch,
-                backend.timeout_seconds,
-                backend.sum,
+                asynchronous=config.asynchronous,
+                keep_last=config.keep_last,
+                keep_every=None if every is None else every * samples_per_epoch,
+                timeout_seconds=backend.timeout_seconds,
+                sum_over_ranks=backend.sum,
             )
 
     def maybe_save(self, step: int, samples_seen: int, stop: Reason | None, at_epoch: bool) -> None:
@@ -131,7 +132,7 @@ class CheckpointManager:
             return None
         self.wait()
         self.backend.barrier()
-        found = None
+        found: Checkpoint | None = None
         if self.backend.rank == 0 and (newest := self.folder.newest_whole()[0]) is not None:
             with suppress(UserError):  # of a version to come
                 found = Checkpoint(newest, read_run_state(newest))

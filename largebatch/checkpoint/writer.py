@@ -53,6 +53,7 @@ class CheckpointWriter:
         folder: CheckpointFolder,
         rank: int,
         world_size: int,
+        *,
         asynchronous: bool = True,
         keep_last: int = 1,
         keep_every: float | None = None,

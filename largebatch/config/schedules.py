@@ -50,7 +50,7 @@ class ScheduleBase(Section):
         return self.schedule_class(**{name: value for name, value in values.items() if name in known})
 
     def _samples(self, epochs: Any, samples_per_epoch: int) -> int | tuple[int, ...]:
-        return max(1, round(epochs * samples_per_epoch))
+        return max(1, round(float(epochs) * samples_per_epoch))
 
 
 class ConstantConfig(ScheduleBase):

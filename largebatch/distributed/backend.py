@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from largebatch.process.launched import launched_place
 from largebatch.section import Count, Positive, Section
 
 Precision = Literal["fp32", "fp64", "bf16", "fp16"]
+T = TypeVar("T")
 
 
 class BackendConfig(Section):
@@ -210,7 +211,7 @@ class Backend(Protocol):
         """Wait for every rank."""
         ...
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank; it must be picklable."""
         ...
 

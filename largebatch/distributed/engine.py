@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
+from largebatch.distributed.backend import NonFiniteError, Precision, Ranks, T
 from largebatch.distributed.buffers import copy_from_first, sums_of, write_out
 from largebatch.distributed.route import ADVICE, Route
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
@@ -28,6 +28,7 @@ from largebatch.optim import gradients_and_squares, scale_gradients
 # fp16's loss scale, below which an overflow is none of the scale's: what is scaled by less than fp16's smallest normal number
 # loses its digits, and the scale was halved thirty times.
 LEAST_SCALE = 2.0**-14
+
 SCALER = "engine.scaler."  # what fp16's loss scaling has come to, in a checkpoint
 
 
@@ -329,7 +330,7 @@ class Engine(ABC):
             dist.all_reduce(values)
         return values
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank; it must be picklable."""
         if self.world_size == 1:
             return value

@@ -323,8 +323,8 @@ class RMSProp(AdaptiveOptimizer):
 
     def used_state(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return exp_avg_sq, with exp_avg where centered and momentum_buffer where there is momentum."""
-        names = ("exp_avg_sq",)
-        return names + ("exp_avg",) * group["centered"] + ("momentum_buffer",) * (group["momentum"] > 0)
+        has = {"exp_avg_sq": True, "exp_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
+        return tuple(name for name, is_used in has.items() if is_used)
 
     def update(
         self,

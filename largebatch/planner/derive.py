@@ -103,4 +103,4 @@ def largest_batch(config: Config, plan: Plan) -> int:
     if config.batch.growth != "adaptive":
         return plan.largest_batch()
     limit = max(size, min(config.batch.max_size or math.inf, plan.samples_per_epoch // 10))
-    return size * 2 ** int(math.log2(limit / size))
+    return size << int(math.log2(limit / size))

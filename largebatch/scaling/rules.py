@@ -158,7 +158,7 @@ def scaled_coefficient(beta: float, kappa: float, rule: AveragingRule | float) -
     if rule == "keep":
         return beta
     if rule == "half_life":
-        return beta**kappa
+        return float(beta**kappa)
     if rule == "length":
         return averaging_coefficient(max(1.0, averaging_length(beta) / kappa))
     raise ValueError(f"averaging rule: expected one of {get_args(AveragingRule)} or a number in [0, 1), got {rule!r}")

@@ -79,7 +79,7 @@ class Polynomial:
     def __call__(self, samples_seen: float) -> float:
         """Return the factor; constant after the end."""
         left = max(0.0, 1.0 - samples_seen / self.total_samples)
-        return self.final + (1.0 - self.final) * left**self.power
+        return self.final + (1.0 - self.final) * float(left**self.power)
 
     def breakpoints(self) -> tuple[int, ...]:
         """Return nothing: one formula."""
@@ -137,7 +137,7 @@ class RobbinsMonro:
 
     def __call__(self, samples_seen: float) -> float:
         """Return the factor."""
-        return (1.0 + samples_seen / self.timescale_samples) ** -self.power
+        return float((1.0 + samples_seen / self.timescale_samples) ** -self.power)
 
     def breakpoints(self) -> tuple[int, ...]:
         """Return nothing: one formula."""

@@ -74,7 +74,7 @@ def time_updates(config: Config, source: Source, backend: Backend, updates: int)
     run = resolve(config, len(source.train), backend.world_size, norm_group_size(model))
     size = config.batch.size
     plan = replace(run.plan, total_samples=(WARMUP_UPDATES + updates + 1) * size)  # whatever the config's length
-    trainer = Trainer(replace(run, plan=plan), source, model, backend, Loggers(), None)
+    trainer = Trainer(replace(run, plan=plan), source, model, backend, logger=Loggers())
     trainer.model.train()
     gc.collect()  # models hold themselves in cycles; the one before must not count in the peak
     if backend.device.type == "cuda":

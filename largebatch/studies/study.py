@@ -192,7 +192,7 @@ UNFINISHED = ("interrupted", "preempted", "unsaved")
 
 def _train_quietly(config: Config, folder: Path) -> dict[str, Any]:
     """Train one run of a study in a worker process, or the rest of one that was cut short; return its summary."""
-    summary = train(config, folder, None, Ranks(), resume="auto").summary
+    summary = train(config, folder, ranks=Ranks(), resume="auto").summary
     parent = parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)  # nobody is there to take the result

@@ -86,6 +86,7 @@ class Result:
 def train(
     config: Config,
     folder: Path | None = None,
+    *,
     console: Console | None = None,
     ranks: Ranks | None = None,
     source: Source | None = None,
@@ -111,10 +112,9 @@ def train(
     """
     ranks = launched_ranks() if ranks is None else ranks
     ranks = replace(ranks, timeout_seconds=config.backend.timeout_seconds)
-    folder_here, console = (folder, console) if ranks.rank == 0 else (None, None)
+    console = console if ranks.rank == 0 else None
     meeting = Meeting(ranks)
     ready = _prepare(config, folder, source, resume, may_rename, ranks, meeting)
-    source, model = ready.source, ready.model
     backend = ready.open_backend()
     # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
     seed_generators(int(np.random.SeedSequence([config.seed, ranks.rank + 1]).generate_state(1)[0]))
@@ -123,41 +123,60 @@ def train(
         with _told(backend, lambda: _what_is_kept(folder)) as opened:
             opened.callback(loggers.close)
             folder = backend.broadcast(folder)  # one by the clock may differ by rank
-            is_new = folder_here is not None and (may_rename or not folder_here.exists())
-            if folder_here is not None and not is_new:
-                held.enter_context(locked(folder_here, lock_wait()))
-                check_folder(folder_here, resume != "never")  # again: another run may have come and gone
+            mine = folder if ranks.rank == 0 else None
+            is_new = mine is not None and (may_rename or not mine.exists())
+            if mine is not None and not is_new:
+                held.enter_context(locked(mine, lock_wait()))
+                check_folder(mine, resume != "never")  # again: another run may have come and gone
             found, notes = _agree_on_checkpoint(config, folder, resume, ready.digest, backend, meeting)
             if found is None:
-                notes += _verify_squares(ready.run, model, source, backend)
+                notes += _verify_squares(ready, backend)
             if console is not None:
-                data = (
-                    f"{len(source.train):,} training and {len(source.val):,} validation samples; {backend.describe()}"
-                )
-                print_plan(console, ready.run, model, data)
-                print_warnings(console, (*warnings, *source.notes, *ready.run.warnings, *notes))
+                _print_head(console, ready, backend, (*warnings, *ready.source.notes, *ready.run.warnings, *notes))
             folder = _agree_on_folder(folder, is_new, may_rename, held, backend)
-            folder_here = None if folder_here is None else folder
-            trainer = Trainer(ready.run, source, model, backend, loggers, folder, found, ready.digest)
+            trainer = Trainer(
+                ready.run,
+                ready.source,
+                ready.model,
+                backend,
+                logger=loggers,
+                folder=folder,
+                found=found,
+                data=ready.digest,
+            )
             opened.callback(trainer.step.loader.close)  # the workers, before anything else is closed
-            if folder_here is not None:
-                _write_config(folder_here, config)
-                loggers.loggers += create_trackers(config, folder_here, _teller(console))
-                loggers.rewind(trainer.progress.samples_seen)
-            if console is not None:
-                for line in _resume_lines(found, trainer, ready.run):
-                    console.print(line, highlight=False)
-                loggers.loggers.append(create_progress(console, trainer.plan.total_samples, trainer.clock))
+            _open_loggers(loggers, folder if ranks.rank == 0 else None, console, trainer, found)
             summary = trainer.train()
             plan = trainer.plan  # with the changes of an adaptive batch
             del trainer
-        if folder_here is not None:
-            pictures = _write_results(folder_here, config, summary, plan)
-            if console is not None:
-                print_warnings(console, pictures)
+        folder = folder if ranks.rank == 0 else None
+        notes = () if folder is None else _write_results(folder, config, summary, plan)
     if console is not None:
-        console.print(summary_table(summary.as_dict(), str(folder_here) if folder_here else None))
-    return Result(summary, folder_here)
+        print_warnings(console, notes)
+        console.print(summary_table(summary.as_dict(), str(folder) if folder else None))
+    return Result(summary, folder)
+
+
+def _print_head(console: Console, ready: _Ready, backend: Backend, warnings: tuple[str, ...]) -> None:
+    """Print the plan and what its user should know."""
+    sizes = f"{len(ready.source.train):,} training and {len(ready.source.val):,} validation samples"
+    print_plan(console, ready.run, ready.model, f"{sizes}; {backend.describe()}")
+    print_warnings(console, warnings)
+
+
+def _open_loggers(
+    loggers: Loggers, folder: Path | None, console: Console | None, trainer: Trainer, found: Checkpoint | None
+) -> None:
+    """Open what takes the rows, on rank 0: the config and metrics.jsonl of the folder, trackers, the progress."""
+    config = trainer.config
+    if folder is not None:
+        _write_config(folder, config)
+        loggers.loggers += create_trackers(config, folder, _teller(console))
+        loggers.rewind(trainer.progress.samples_seen)
+    if console is not None:
+        for line in _resume_lines(found, trainer):
+            console.print(line, highlight=False)
+        loggers.loggers.append(create_progress(console, trainer.plan.total_samples, trainer.clock))
 
 
 @dataclass(frozen=True)
@@ -242,12 +261,13 @@ def _teller(console: Console | None) -> Callable[[str], None]:
     return lambda line: None if console is None else print_warnings(console, (line,))
 
 
-def _verify_squares(run: Run, model: nn.Module, source: Source, backend: Backend) -> tuple[str, ...]:
+def _verify_squares(ready: _Ready, backend: Backend) -> tuple[str, ...]:
     """Hold the squares of a model from elsewhere against single samples; return what to tell where that cannot be done.
 
     Raises:
         UserError: if they are wrong.
     """
+    run, model, source = ready.run, ready.model, ready.source
     if run.tracked != "sample" or not isinstance(run.config.model, FactoryModel) or len(source.train) < 2:
         return ()
     track(model, per="sample", fallback=run.fallback)
@@ -328,11 +348,11 @@ def _agree_on_checkpoint(
     return found, notes
 
 
-def _resume_lines(found: Checkpoint | None, trainer: Trainer, run: Run) -> list[str]:
+def _resume_lines(found: Checkpoint | None, trainer: Trainer) -> list[str]:
     """Return what a resumed run says before it goes on."""
     if found is None:
         return []
-    progress, saved = trainer.progress, found.state
+    progress, saved, run = trainer.progress, found.state, trainer.run
     lines = [
         f"resumed from {found.path}: update {progress.step:,}, {progress.samples_seen:,} samples, "
         f"written {saved['date']} by {saved['engine']}"

@@ -45,8 +45,9 @@ class Trainer:
         source: Source,
         model: nn.Module,
         backend: Backend,
+        *,
         logger: Logger,
-        folder: Path | None,
+        folder: Path | None = None,
         found: Checkpoint | None = None,
         data: dict[str, Any] | None = None,
     ) -> None:
@@ -67,9 +68,9 @@ class Trainer:
             backend,
             model,
             self.optimizer,
-            self._snapshot,
-            run.plan.samples_per_epoch,
-            folder,
+            snapshot=self._snapshot,
+            samples_per_epoch=run.plan.samples_per_epoch,
+            folder=folder,
         )
         if found is None:
             self.step.begin(self.plan, self.progress, self.micro_size)
