@@ -13,6 +13,7 @@ docs/limit.md derives them. Everything here takes numbers, or tensors element by
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import torch
@@ -29,7 +30,7 @@ def _require_average(beta: float) -> None:
 
 
 def _root(value: Value) -> Value:
-    return value.sqrt() if isinstance(value, Tensor) else value**0.5
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
 
 
 def stability_share(rate: Value, curvature: Value, beta: float) -> Value:

@@ -80,4 +80,4 @@ def _of_rmsprop(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
         mean: Tensor = state["grad_avg"] if "grad_avg" in state else state["exp_avg"]
         moment = moment.addcmul(mean, mean, value=-1.0).clamp_min_(0.0)
     root = moment.sqrt() if group.get("exponent", 0.5) == 0.5 else moment
-    return root + group["eps"]
+    return root.add(group["eps"])
