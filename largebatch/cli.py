@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from largebatch.errors import LostRankError, LostWorkerError, UserError
 from largebatch.process.launched import Place, is_under_torchrun, launched_place
@@ -50,6 +50,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; see {self.prog} --help")
 
 
+class Once(argparse.Action):
+    """A flag of which a second one is an error: the first would be gone without a word."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Keep the value."""
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            parser.error(f"{option_string} is there twice; leave one out")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 def create_parser() -> Parser:
     """Return the parser of everything but ``--section.key VALUE``."""
     parser = Parser(
@@ -60,20 +72,26 @@ def create_parser() -> Parser:
     noise = commands.add_parser("noise", add_help=False, help="train a config and say which batch size it bears")
     for command in (train, noise):
         command.add_argument("config", nargs="?", type=Path)
-        command.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
+        command.add_argument("--out", action=Once, type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
         command.add_argument(
-            "--resume", default="never", help="auto, never, or a checkpoint or run folder to continue from"
+            "--resume", action=Once, default="never", help="auto, never, or a checkpoint or run folder to continue from"
         )
     plan = commands.add_parser("plan", add_help=False, help="show what a config would do, without training")
     plan.add_argument("config", nargs="?", type=Path)
-    plan.add_argument("--world-size", type=int, default=1, help="ranks to plan for")
+    plan.add_argument("--world-size", action=Once, type=int, default=1, help="ranks to plan for")
     bench = commands.add_parser("bench", add_help=False, help="time a config here, with and without tracked squares")
     bench.add_argument("config", nargs="?", type=Path)
-    bench.add_argument("--updates", type=int, default=10, help="timed updates of each variant, three times over")
+    bench.add_argument(
+        "--updates", action=Once, type=int, default=10, help="timed updates of each variant, three times over"
+    )
     study = commands.add_parser("study", add_help=False, help="train a table of variants and seeds; compare them")
     study.add_argument("config", nargs="?", type=Path)
-    study.add_argument("--out", type=Path, help="study folder (default: runs/CONFIG); finished runs in it are kept")
-    study.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
+    study.add_argument(
+        "--out", action=Once, type=Path, help="study folder (default: runs/CONFIG); finished runs in it are kept"
+    )
+    study.add_argument(
+        "--jobs", action=Once, type=int, default=1, help="runs at a time, each with its share of the cores"
+    )
     inspect = commands.add_parser(
         "inspect", help="show what is in a run folder or a checkpoint, and whether it is whole"
     )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from largebatch.errors import UserError, nearest
 
@@ -19,6 +19,9 @@ LARGEST = 10**12
 Coefficient = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+# Durations of less than what a clock tells, or than a sample of any data set.
+Minutes = Annotated[Positive, AfterValidator(lambda value: _no_less(value, 1e-9))]
+Epochs = Annotated[Positive, AfterValidator(lambda value: _no_less(value, 1e-15))]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 # Samples of a data set, each of which has its number among the floats, too.
 NumSamples = Annotated[int, Field(ge=1, le=2**53)]
@@ -26,6 +29,12 @@ NumSamples = Annotated[int, Field(ge=1, le=2**53)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Side = Annotated[int, Field(ge=1, le=2**14)]
 Depth = Annotated[int, Field(ge=1, le=2**12)]
+
+
+def _no_less(value: float, least: float) -> float:
+    if value < least:
+        raise ValueError(f"{least:g} or more")
+    return value
 
 
 class Section(BaseModel):

@@ -37,6 +37,18 @@ def config(tmp_path):
         ("optimizer.lr", "1e40", "optimizer.lr: expected less than or equal to"),
         ("optimizer.weight_decay", "1e40", "optimizer.weight_decay: expected less than"),
         ("backend.timeout_seconds", "1e18", "backend.timeout_seconds: expected less than"),
+        ("backend.timeout_seconds", "1e-300", "backend.timeout_seconds: expected greater than or equal to 1, got"),
+        ("checkpoint.time_limit_minutes", "1e-300", "checkpoint.time_limit_minutes: expected 1e-09 or more, got"),
+        ("checkpoint.every_minutes", "5e-324", "checkpoint.every_minutes: expected 1e-09 or more, got"),
+        ("checkpoint.keep_every_epochs", "5e-324", "checkpoint.keep_every_epochs: expected 1e-15 or more, got"),
+        ("evaluate.every_epochs", "5e-324", "evaluate.every_epochs: expected 1e-15 or more, got"),
+        (
+            "schedule",
+            "{name: step, milestones_epochs: [1e-300], epochs: 1}",
+            "schedule.milestones_epochs.0: expected 1e-15 or",
+        ),
+        ("seed", "null", "seed: expected a valid integer, got null"),
+        ("batch", "null", "batch: expected a section with keys, got null"),
         ("schedule.epochs", "9223372036854775808", "schedule.epochs: expected less than"),
         ("schedule.epochs", "1000000000000", "no run has more than"),
         ("model.name", "x" * 300, "model.name: unknown 'xxx"),
@@ -66,6 +78,12 @@ def config(tmp_path):
         ),
         ("backend", "{name: deepspeed, compile: true}", "backend.compile: got True, which engine 'deepspeed'"),
         ("backend", "{name: deepspeed}", "precision: DeepSpeed has no float64"),
+        (
+            "backend",
+            "{name: accelerate, ds_config: {a: 1}}",
+            "backend.ds_config: got {'a': 1}, which engine 'accelerate'",
+        ),
+        ("backend", "{name: accelerate, zero_stage: 1}", "backend.zero_stage: got 1, which engine 'accelerate'"),
         ("data", "{name: digits, name: digits}", "'name' is there twice"),
         ("model.name", "a." * 3000 + "b:c", "is no name of a module"),
         ("data." + "k" * 1000, "1", "unknown key"),
@@ -167,9 +185,55 @@ def test_aliases_that_would_make_a_message_of_megabytes(config, capsys):
     refused(capsys, config)
 
 
-def test_weights_that_would_change_sign(config, capsys):
-    words = ["--optimizer.name", "adamw", "--optimizer.lr", "0.5", "--optimizer.weight_decay", "2"]
-    assert "turn its sign" in refused(capsys, config, *words)
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        ("{name: adamw, lr: 0.5, weight_decay: 2}", "take 2 of each weight, and turn its sign"),
+        ("{name: sgd, lr: 0.5, weight_decay: 1}", "take 1 of each weight, and turn its sign"),
+        ("{name: sgd, lr: 0.5, weight_decay: 1, momentum: 0.9, form: average}", "turn its sign"),
+        (
+            "{name: lamb, lr: 0.5}",
+            "optimizer.lr: with the learning rate of batch size 32 lamb would move each layer by 1 of",
+        ),
+        ("{name: lars, lr: 500}", "lars would move each layer by 1 of its own length"),
+        (
+            "{name: lars, lr: 5, weight_decay: 0.1, decay_norm_and_bias: true}",
+            "1 of each norm and bias, and turn its sign",
+        ),
+    ],
+)
+def test_weights_that_would_change_sign(optimizer, said, config, capsys):
+    words = ["--batch", "{reference_size: 16, size: 32}", "--scaling.momentum", "keep"]
+    if "lamb" in optimizer or "adamw" in optimizer:
+        words = words[:2]
+    assert said in refused(capsys, config, *words, "--optimizer", optimizer)
+
+
+def test_a_layers_own_length_bounds_its_decay(config, capsys):
+    words = ["--batch", "{reference_size: 16, size: 32}", "--optimizer", "{name: lars, lr: 5, weight_decay: 0.2}"]
+    assert main(["plan", str(config), *words]) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seed", "1", "--seed", "2"],
+        ["--seed=1", "--seed", "1"],
+        ["--world-size", "2", "--world-size", "2"],
+        ["--world-size", "2", "--world", "3"],
+    ],
+    ids=" ".join,
+)
+def test_a_flag_that_is_there_twice(words, config, capsys):
+    said = refused(capsys, config, *words)
+    assert f"{'--seed' if 'seed' in words[0] else '--world'}" in said and "is there twice" in said
+
+
+def test_a_headings_keys_may_all_be_left_out(config, capsys):
+    config.write_text(config.read_text().split("log:")[0] + "log:\nprecision: fp64\n")
+    assert main(["plan", str(config)]) == 0
+    config.write_text(config.read_text().replace("fp64", ""))
+    assert "precision: expected 'fp32', 'fp64', 'bf16' or 'fp16', got null" in refused(capsys, config)
 
 
 def test_an_empty_out(config, capsys):

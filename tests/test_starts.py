@@ -11,14 +11,15 @@ import pytest
 from jobs import ROOT, environment
 
 CONFIG = ROOT / "configs" / "digits.yaml"
-SHORT = ("--schedule.epochs", "0.5", "--evaluate.every_epochs", "0.5", "--schedule.name", "constant")
+SHORT = {"--schedule.epochs": "0.5", "--evaluate.every_epochs": "0.5", "--schedule.name": "constant"}
 
 
 def start(folder, *words, ranks=1):
     launcher = [sys.executable, "-m"]
     if ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    command = [*launcher, "largebatch", "train", str(CONFIG), *SHORT, *map(str, words)]
+    short = [word for pair in SHORT.items() if pair[0] not in words for word in pair]
+    command = [*launcher, "largebatch", "train", str(CONFIG), *short, *map(str, words)]
     variables = environment(OMP_NUM_THREADS="1")
     return subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -19,7 +19,7 @@ from largebatch.section import Section, leaf_types, user_path
 
 def short(value: Any) -> str:
     """Return a value as a message quotes it, of 80 characters at most."""
-    quoted = _REPR.repr(value) if not isinstance(value, str) else value
+    quoted = "null" if value is None else _REPR.repr(value) if not isinstance(value, str) else value
     return quoted if len(quoted) <= 80 else f"{quoted[:77]}..."
 
 
@@ -63,7 +63,7 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
     """Read ``--section.key VALUE`` and ``--section.key=VALUE`` into {"section.key": the text of the value}.
 
     Raises:
-        UserError: for a word that is no flag, or a flag without a value.
+        UserError: for a word that is no flag, a flag without a value, or one that is there twice.
     """
     values: dict[str, Any] = {}
     words = iter(flags)
@@ -76,6 +76,10 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
             if following is None:
                 raise UserError(f"command line: --{key} needs a value, like --{key} VALUE")
             text = following
+        if key in values:
+            raise UserError(
+                f"command line: --{key} is there twice, with {short(values[key])} and {short(text)}; leave one out"
+            )
         values[key] = FlagText(text)
     return values
 
@@ -137,6 +141,11 @@ def _members(annotation: Any) -> Iterator[type[Section]]:
     elif get_origin(annotation) is not None:
         for part in get_args(annotation):
             yield from _members(part)
+
+
+def _is_section(field: Any) -> bool:
+    info = Config.model_fields.get(field)
+    return info is not None and any(_members(info.annotation))
 
 
 def section_class(field: str, name: Any) -> type[Section] | None:
@@ -228,8 +237,8 @@ def load_config(path: Path, flags: Mapping[str, Any] | None = None) -> tuple[Con
         UserError: for anything wrong in the file or the flags, in one line.
     """
     values = read_yaml(path)
-    for key in [key for key, value in values.items() if value is None and key in Config.model_fields]:
-        values[key] = {}
+    for key in [key for key, value in values.items() if value is None and _is_section(key)]:
+        values[key] = {}  # a heading with nothing below it
     warnings = merge_flags(values, flags or {})
     return parse_config(values, str(path)), warnings
 

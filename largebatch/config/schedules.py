@@ -10,7 +10,7 @@ from pydantic import Field
 from largebatch.errors import UserError
 from largebatch.scaling import schedules
 from largebatch.scaling.schedules import Realization, Schedule
-from largebatch.section import NonNegative, Positive, Section
+from largebatch.section import Epochs, NonNegative, Positive, Section
 
 NAME = Field(
     description="Schedule: constant, step, linear, polynomial, cosine, inverse_sqrt, robbins_monro or trapezoid."
@@ -25,7 +25,7 @@ class ScheduleBase(Section):
     """What it builds: a dataclass whose fields are those of the section, with samples in place of epochs."""
 
     name: Annotated[str, NAME]
-    epochs: Positive
+    epochs: Epochs
     """Length of the run in epochs."""
     realize: Realization = "lr"
     """A falling temperature falls by the lr, by a growing batch, or by batch_then_lr (Smith et al. 2018)."""
@@ -67,7 +67,7 @@ class StepConfig(ScheduleBase):
     schedule_class: ClassVar = schedules.Step
 
     name: Annotated[Literal["step"], NAME]
-    milestones_epochs: list[Positive]
+    milestones_epochs: list[Epochs]
     """Epochs after which the temperature is multiplied by the factor."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Factor at each milestone."""
@@ -122,7 +122,7 @@ class InverseSqrtConfig(ScheduleBase):
     schedule_class: ClassVar = schedules.InverseSqrt
 
     name: Annotated[Literal["inverse_sqrt"], NAME]
-    timescale_epochs: Positive = 1.0
+    timescale_epochs: Epochs = 1.0
     """Epochs before the fall begins."""
 
 
@@ -132,7 +132,7 @@ class RobbinsMonroConfig(ScheduleBase):
     schedule_class: ClassVar = schedules.RobbinsMonro
 
     name: Annotated[Literal["robbins_monro"], NAME]
-    timescale_epochs: Positive = 1.0
+    timescale_epochs: Epochs = 1.0
     """tau in epochs."""
     power: Annotated[float, Field(gt=0.5, le=1)] = 1.0
     """p in (1/2, 1]."""
@@ -144,7 +144,7 @@ class TrapezoidConfig(ScheduleBase):
     schedule_class: ClassVar = schedules.Trapezoid
 
     name: Annotated[Literal["trapezoid"], NAME]
-    decay_epochs: Positive
+    decay_epochs: Epochs
     """Length of the fall at the end."""
     final: Factor = 0.0
     """Factor of the temperature at the end."""

@@ -18,7 +18,7 @@ from largebatch.data.workers import LoaderConfig
 from largebatch.distributed import BackendConfig, Precision
 from largebatch.models import ModelConfig
 from largebatch.scaling.rules import AveragingRule, LrRule
-from largebatch.section import Coefficient, Count, Positive, Section
+from largebatch.section import Coefficient, Count, Epochs, Positive, Section
 
 
 class BatchConfig(Section):
@@ -70,7 +70,7 @@ class NoiseConfig(Section):
 class EvaluateConfig(Section):
     """Evaluation on the validation set."""
 
-    every_epochs: Positive = 1.0
+    every_epochs: Epochs = 1.0
     """Epochs between evaluations; there is one at the end in any case."""
     batch_size: Count = 512
     """Samples of one forward pass on one rank."""

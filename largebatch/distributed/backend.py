@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from largebatch.distributed.watch import RankWatch
 from largebatch.errors import UserError
 from largebatch.process.launched import launched_place
-from largebatch.section import Count, Positive, Section
+from largebatch.section import LARGEST, Count, Section
 
 Precision = Literal["fp32", "fp64", "bf16", "fp16"]
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class BackendConfig(Section):
     """Compile the model with torch.compile."""
     channels_last: bool | None = None
     """ddp: keep the weights of convolutions with their channels last in memory. None: on a GPU in bf16 and fp16."""
-    timeout_seconds: Positive = 600.0
+    timeout_seconds: Annotated[float, Field(ge=1, le=LARGEST, allow_inf_nan=False)] = 600.0
     """A rank that is not heard of for so long stops the run; more than the slowest update with its compilation takes, and
     than reading a checkpoint through when the run is resumed."""
     squares_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -334,6 +334,7 @@ def check_engine(config: BackendConfig, precision: Precision) -> None:
     """
     name = "ddp" if config.name == "auto" else config.name
     if name == "accelerate":  # whose launcher has chosen the engine
+        _refuse_keys(config, name, "its own config decides it; remove it", "zero_stage", "ds_config")
         return
     if name != "fsdp":
         _refuse_keys(config, name, "only fsdp has it; remove it", "shard", "offload")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from largebatch.config.optimizers import QuenchConfig, RMSPropConfig
+from largebatch.config.optimizers import LAMBConfig, LARSConfig, QuenchConfig, RMSPropConfig
 from largebatch.config.schema import Config
 from largebatch.data.sampler import smallest_micro_batch
 from largebatch.distributed import check_engine
@@ -106,11 +106,23 @@ def _check_optimizer(config: Config, num_train: int) -> None:
             f"optimizer.K: the run's {total} samples end before quench takes its first step, after {optimizer.K}; "
             "lower it to several times the batch size"
         )
-    step = reference(config).at(config.batch.size)["lr"] * config.optimizer.weight_decay
-    if config.optimizer.name == "adamw" and step >= 1:
+    lr, size = reference(config).at(config.batch.size)["lr"], config.batch.size
+    if isinstance(optimizer, LARSConfig | LAMBConfig):
+        length = lr * getattr(optimizer, "trust_coefficient", 1.0)  # of a layer's step, relative to the layer
+        if length >= 1:
+            raise UserError(
+                f"optimizer.lr: with the learning rate of batch size {size:,} {optimizer.name} would move each layer by "
+                f"{length:.3g} of its own length in every update; expected less than 1"
+            )
+        # So long is a layer's decay at most; norms and biases are decayed where that is asked for, and have no such bound.
+        of = "norm and bias" if optimizer.decay_norm_and_bias and not optimizer.adapt_norm_and_bias else None
+    else:
+        of = "weight" if optimizer.name in ("sgd", "adamw") else None  # elsewhere it is part of a normalised gradient
+    step = lr * optimizer.weight_decay
+    if of is not None and step >= 1:
         raise UserError(
-            f"optimizer.weight_decay: with the learning rate of batch size {config.batch.size:,} every update would take "
-            f"{step:.3g} of each weight, and turn its sign; expected less than 1"
+            f"optimizer.weight_decay: with the learning rate of batch size {size:,} every update would take {step:.3g} of each "
+            f"{of}, and turn its sign; expected less than 1"
         )
 
 
