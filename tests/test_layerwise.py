@@ -275,3 +275,52 @@ def test_sharded_parameters_follow_whole_ones(rank_pool, name):
     """Three ranks, layers of 7 and 2 rows: uneven shards, one of them empty."""
     for whole, sharded in rank_pool(3, sharded_training, name):
         assert_same([sharded], [whole], rtol=1e-9)
+
+
+class Roles(nn.Module):
+    """Weights, and what has several dimensions and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4, bias=False), nn.LayerNorm([2, 4])
+        self.layer_scale, self.cls_token = nn.Parameter(torch.full((4, 1, 1), 0.5)), nn.Parameter(torch.ones(1, 2, 4))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_what_is_adapted_goes_by_role_and_not_by_dimension(name, decay):
+    """Of a matrix as by hand, of all else SGD's and AdamW's step without decay, whatever its shape."""
+    torch.manual_seed(0)
+    model = Roles().double()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.3)
+    groups = optim.param_groups(model, decay, by_role=True)
+    assert [group["adapted"] for group in groups] == [True, False]
+    kind = optim.LARS(groups, 0.1, trust_coefficient=0.02) if name == "lars" else optim.LAMB(groups, 0.1, eps=0.0)
+    kind.step()
+    for n, p in model.named_parameters():
+        rate = 0.1 * (0.3 if name == "lars" else 1.0)
+        expected = before[n] - rate
+        if n == "linear.weight" and name == "lars":
+            ratio = 0.02 * norm(before[n]) / (0.3 * 4 + decay * norm(before[n]))
+            expected = before[n] - 0.1 * ratio * (0.3 + decay * before[n])
+        elif n == "linear.weight":
+            u = 1.0 + decay * before[n]
+            expected = before[n] - 0.1 * norm(before[n]) / norm(u) * u
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-11, atol=1e-13)
+
+
+def test_a_group_that_was_one_is_continued_as_two():
+    """A run of LARS without weight decay, saved when it had one group of parameters."""
+    from largebatch.distributed.state import group_state, load_group_state
+
+    model = Roles()
+    saved = group_state(optim.LARS(optim.param_groups(model), 0.5))
+    saved[0]["batch_size"] = 96
+    optimizer = optim.LARS(optim.param_groups(model, by_role=True), 0.1)
+    load_group_state(optimizer, saved)
+    assert [(g["lr"], g["batch_size"], g["adapted"]) for g in optimizer.param_groups] == [
+        (0.1, 96, True),
+        (0.1, 96, False),
+    ]

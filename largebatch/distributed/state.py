@@ -77,11 +77,13 @@ def load_group_state(optimizer: torch.optim.Optimizer, groups: list[dict[str, An
     Raises:
         UserError: if the groups of parameters are others.
     """
-    of_the_run = {*optimizer.defaults, "role", "used"}
+    of_the_run = {*optimizer.defaults, "role", "used", "adapted"}
     own = optimizer.param_groups
     if len(own) != len(groups):
         trained = [saved for saved in groups if not is_shadow_group(saved)]
         places = [index for index, group in enumerate(own) if not is_shadow_group(group)]
+        if len(trained) == 1:  # parameters that were alike then and no longer are
+            trained *= len(places)
         if len(trained) != len(places):
             raise UserError(
                 f"--resume: the checkpoint has {len(trained)} groups of parameters, this run {len(places)}; "

@@ -14,11 +14,16 @@ from largebatch.optim.decay import undecayed
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 0.0, decay_norm_and_bias: bool = False, squares: bool = True
+    model: nn.Module,
+    weight_decay: float = 0.0,
+    decay_norm_and_bias: bool = False,
+    squares: bool = True,
+    by_role: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the trained parameters in groups: decayed ones, and norms, biases and their like without weight decay.
 
-    Which they are, `undecayed` tells by module and part played. Of a tracked model, each group is preceded by the group of its
+    Which they are, `undecayed` tells by module and part played; two groups say it in the key ``adapted``, by which LARS and
+    LAMB choose those with a trust ratio. Of a tracked model, each group is preceded by the group of its
     parameters' shadows, in the same order, with ``role: shadow``; the adaptive optimizers of this package read them, SGD and
     LARS pass them over, and no optimizer from elsewhere may be given them. With ``squares=False`` the groups are marked
     ``used: False``: the squares are there to be measured (a noise scale), and the second moments are plain, whatever the
@@ -27,22 +32,25 @@ def param_groups(
     Args:
         model: the model, tracked or not.
         weight_decay: of the first group, >= 0; at 0 there is one group.
-        decay_norm_and_bias: True decays all parameters alike.
+        decay_norm_and_bias: True decays all parameters alike, and makes one group.
+        by_role: True makes two groups in any case.
         squares: whether adaptive optimizers take their second moments from the tracked squares.
     """
     shadow_of = shadows(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_shadow(p)]
     groups: list[dict[str, Any]] = []
     all_alike = decay_norm_and_bias or weight_decay == 0.0  # one group is one pass of the optimizer
-    left_alone = {} if all_alike else undecayed(model)
-    for decayed, decay in ((True, weight_decay), (False, 0.0)):
-        chosen = [(name, p) for name, p in named if (name not in left_alone) == decayed]
+    apart = by_role or not all_alike
+    others = undecayed(model) if apart else {}
+    for is_weight, decay in ((True, weight_decay), (False, weight_decay if decay_norm_and_bias else 0.0)):
+        chosen = [(name, p) for name, p in named if (name not in others) == is_weight]
         if not chosen:
             continue
         if shadow_of:
             of_shadows = {"weight_decay": 0.0, "role": "shadow", "used": squares}
             groups.append({"params": [shadow_of[name] for name, _ in chosen], **of_shadows})
-        groups.append({"params": [p for _, p in chosen], "weight_decay": decay})
+        role = {"adapted": is_weight} if apart else {}
+        groups.append({"params": [p for _, p in chosen], "weight_decay": decay, **role})
     return groups
 
 

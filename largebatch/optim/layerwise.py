@@ -1,7 +1,8 @@
 """LARS and LAMB: the length of a layer's step follows the length of its weights.
 
-Norms and biases (parameters of at most one dimension) keep a trust ratio of 1, as both papers' experiments had it;
-`param_groups` keeps them out of the weight decay. The group key ``adapt_norm_and_bias`` takes them in. A layer is one
+Norms, biases and what else weight decay leaves alone keep a trust ratio of 1, as both papers' experiments had it; the
+groups of `param_groups` say which they are (``adapted``), and in others it is the parameters of at most one dimension. The
+group key ``adapt_norm_and_bias`` takes them in. A layer is one
 parameter tensor, so engines that flatten parameters (DeepSpeed ZeRO) do not fit; sharded DTensors do: their norms are
 those of the whole parameter.
 """
@@ -34,7 +35,8 @@ def _trust_ratios(numerators: Tensor, denominators: Tensor) -> list[Tensor]:
 
 def _adapted(group: dict[str, Any], params: list[Tensor]) -> list[int]:
     """Return the indices of the parameters that have a trust ratio of their own."""
-    return [index for index, p in enumerate(params) if group["adapt_norm_and_bias"] or p.dim() > 1]
+    everything = group["adapt_norm_and_bias"] or group.get("adapted")
+    return [index for index, p in enumerate(params) if everything or ("adapted" not in group and p.dim() > 1)]
 
 
 class LARS(torch.optim.Optimizer):
@@ -50,7 +52,7 @@ class LARS(torch.optim.Optimizer):
         momentum: mu in [0, 1), of the form that takes the learning rate in (``velocity`` of `SGD`).
         weight_decay: L2 coefficient, added to the gradient.
         trust_coefficient: how far a layer may move, relative to its length, at lr = 1; > 0.
-        adapt_norm_and_bias: True adapts parameters of at most one dimension too.
+        adapt_norm_and_bias: True adapts norms, biases and their like too.
 
     Raises:
         UserError: if an argument lies outside its range.
@@ -136,7 +138,7 @@ class LAMB(AdamW):
         weight_decay: added to the direction, decoupled from the averages.
         bias_correction: ``published`` (c = 1 - beta^t) or ``running_mean`` (weights 1/min(t, N), c = 1).
         reference_batch_size: B_ref, where the parameters are those of a tracked model (see `Moment`).
-        adapt_norm_and_bias: True adapts parameters of at most one dimension too.
+        adapt_norm_and_bias: True adapts norms, biases and their like too.
     """
 
     def __init__(

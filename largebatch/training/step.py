@@ -87,7 +87,8 @@ class TrainStep:
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         config, squares = self.run.config.optimizer, self.run.second_moment is not None
-        groups = param_groups(model, config.weight_decay, config.decay_norm_and_bias, squares)
+        by_role = isinstance(config, LARSConfig | LAMBConfig) and not config.adapt_norm_and_bias
+        groups = param_groups(model, config.weight_decay, config.decay_norm_and_bias, squares, by_role)
         return config.build(groups, self.run.config.batch.reference_size)
 
     def begin(self, plan: Plan, progress: Progress, micro_size: int | None) -> None:
