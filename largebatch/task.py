@@ -33,6 +33,8 @@ class Task:
         loss: a loss of one's own in place of the kind's: takes outputs and targets of n samples, returns (n,), each
             sample's own loss.
         correct: with it, how far each sample is right, (n,) in [0, 1], for the accuracy; None reports no accuracy.
+        num_tokens: tokens that inputs of whole numbers may hold, 0 to num_tokens - 1. None: the vocabulary of a language
+            model; in other tasks they are not looked at.
     """
 
     kind: TaskKind
@@ -40,6 +42,7 @@ class Task:
     num_outputs: int
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
     correct: Callable[[Tensor, Tensor], Tensor] | None = None
+    num_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a kind that there is not, and what leaves nothing to learn."""
@@ -58,16 +61,25 @@ class Task:
         """Whether samples are right or wrong."""
         return self.correct is not None if self.loss is not None else self.kind != "regression"
 
-    def check(self, targets: Tensor, numbers: Sequence[int] | np.ndarray) -> None:
-        """Refuse targets of another kind, before there are outputs.
+    def check(self, targets: Tensor, numbers: Sequence[int] | np.ndarray, inputs: Tensor | None = None) -> None:
+        """Refuse targets of another kind, and tokens that there are not, before there are outputs.
 
         Args:
             targets: of n samples, on the CPU: a GPU would end the process at a class that is none.
             numbers: of those samples in their data set, (n,).
+            inputs: of those samples, likewise; None to look at the targets alone.
 
         Raises:
-            UserError: for label maps, soft labels, and a class that is none.
+            UserError: for label maps, soft labels, and a class or a token that is none.
         """
+        for what, part in (("inputs", inputs), ("targets", targets)):
+            if part is not None and (part.is_meta or part.layout != torch.strided):
+                kind = "meta" if part.is_meta else str(part.layout).removeprefix("torch.")
+                raise UserError(
+                    f"data: the {what} of {len(targets)} samples are a {kind} tensor; expected one that holds values"
+                )
+        if inputs is not None:
+            self._check_tokens(inputs, numbers)
         if not self.can_ignore:
             return
         places = 1 if self.kind == "classification" else 2
@@ -86,6 +98,22 @@ class Task:
                 f"data: the target of sample {int(numbers[row])} is {int(targets[row][wrong[row]].flatten()[0])}, where the "
                 f"task has {self.num_outputs} {what}: expected 0 to {self.num_outputs - 1}, or {IGNORED} for one that is "
                 "ignored"
+            )
+
+    def _check_tokens(self, inputs: Tensor, numbers: Sequence[int] | np.ndarray) -> None:
+        known = self.num_tokens
+        if known is None and self.kind == "language_modeling":
+            known = self.num_outputs
+        if known is None or inputs.is_floating_point() or inputs.is_complex() or inputs.dtype == torch.bool:
+            return
+        inputs = inputs.long()
+        wrong = (inputs < 0) | (inputs >= known)
+        if bool(wrong.any()):
+            row = int(wrong.reshape(len(inputs), -1).any(dim=1).nonzero()[0])
+            raise UserError(
+                f"data: the input of sample {int(numbers[row])} holds the token {int(inputs[row][wrong[row]].flatten()[0])}, "
+                f"where the task has {known} tokens: expected 0 to {known - 1}; where the model knows more than it predicts, "
+                "Task(num_tokens=) says so"
             )
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -368,3 +368,37 @@ def test_of_two_classes_true_is_the_second():
     two, outputs, targets = Task("classification", (3,), 2), torch.randn(N, 2), torch.tensor([True, False, True, False])
     two.check(targets, range(N))
     assert torch.equal(two.losses(outputs, targets), two.losses(outputs, targets.long()))
+
+
+@pytest.mark.parametrize(
+    ("task", "token", "said"),
+    [
+        (TOKENS, 5, "the input of sample 12 holds the token 5, where the task has 5 tokens: expected 0 to 4"),
+        (TOKENS, -100, "holds the token -100"),
+        (Task("language_modeling", (6,), 5, num_tokens=7), 7, "where the task has 7 tokens"),
+        (Task("classification", (6,), 5, num_tokens=7), 7, "holds the token 7"),
+        (Task("language_modeling", (6,), 5, num_tokens=7), 6, None),
+        (CLASSES, 300, None),
+    ],
+)
+def test_a_token_that_is_none_names_its_sample(task, token, said):
+    inputs, targets = (
+        torch.ones(N, 6, dtype=torch.int64),
+        torch.ones((N,) if task.kind == "classification" else (N, 6)).long(),
+    )
+    task.check(targets, range(10, 10 + N), inputs)
+    inputs[2, 3] = token
+    if said is None:
+        task.check(targets, range(10, 10 + N), inputs)
+        return
+    with pytest.raises(UserError, match=re.escape(said)):
+        task.check(targets, range(10, 10 + N), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.float32, torch.bool])
+def test_tokens_of_any_whole_numbers_are_looked_at(dtype):
+    TOKENS.check(torch.ones(N, 6).long(), range(N), torch.ones(N, 6, dtype=dtype))
+    if dtype in (torch.float32, torch.bool):
+        return
+    with pytest.raises(UserError, match="sample 0 holds the token 9"):
+        TOKENS.check(torch.ones(N, 6).long(), range(N), torch.full((N, 6), 9, dtype=dtype))

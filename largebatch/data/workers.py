@@ -42,7 +42,7 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 LOOK_SECONDS = 1.0
 
 
-Check = Callable[[Tensor, np.ndarray], None]
+Check = Callable[[Tensor, np.ndarray, Tensor], None]
 
 
 class LoaderConfig(Section):
@@ -371,7 +371,10 @@ class _Guarded:
                 )
         missing = batch[2] if len(batch) == 3 and isinstance(batch[2], Mapping) else {}
         rows = [row for row in range(len(keys)) if row not in missing]
-        self.check(batch[1][rows] if missing else batch[1], keys.indices[rows] if missing else keys.indices)
+        if missing:
+            self.check(batch[1][rows], keys.indices[rows], batch[0][rows])
+        else:
+            self.check(batch[1], keys.indices, batch[0])
         return batch
 
     def _read(self, keys: SampleKeys) -> Batch:
