@@ -1,10 +1,15 @@
 """Code that a config names: what exits, is none, or gives what a run cannot take, is one line, and nothing is written."""
 
+import io
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_trainer import digits
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -74,6 +79,44 @@ class Exiting(nn.Module):
         return self.layer(inputs) if not self.training else sys.exit(0)
 
 
+def without_values(sparse):
+    inputs = torch.eye(64, 8).to_sparse() if sparse else torch.empty(64, 8, device="meta")
+    half = TensorDataset(inputs, torch.arange(64) % 5)
+    return half, half, Task("classification", (8,), 5)
+
+
+def tokens(token, stacked=True):
+    inputs = torch.ones(64, 8, dtype=torch.int64)
+    inputs[5, 3] = token
+    half = TensorDataset(inputs, inputs * 0) if stacked else [(row, row * 0) for row in inputs]
+    return half, half, Task("language_modeling", (8,), 5)
+
+
+LEFT_BEHIND = {
+    "standard output closed": lambda: sys.stdout.close(),
+    "standard output detached": lambda: sys.stdout.detach(),
+    "standard output in another wrapper": lambda: setattr(sys, "stdout", io.TextIOWrapper(sys.stdout.detach())),
+    "standard output gone": lambda: setattr(sys, "stdout", None),
+    "standard output elsewhere": lambda: setattr(sys, "stdout", io.StringIO()),
+    "standard error closed": lambda: sys.stderr.close(),
+    "descriptors closed": lambda: (os.close(1), os.close(2)),
+    "another folder": lambda: os.chdir("/"),
+    "a default device without values": lambda: torch.set_default_device("meta"),
+}
+
+
+def data_leaving(what):
+    made = data()
+    LEFT_BEHIND[what]()
+    return made
+
+
+def model_leaving(what):
+    layer = nn.Linear(8, 5)
+    LEFT_BEHIND[what]()
+    return layer
+
+
 MODULES = {
     "quits": "import sys; sys.exit(0)",
     "wrong": "def f(:",
@@ -97,6 +140,9 @@ CASES = {
     "data test_factories:exits_at {sample: 0}": r"data: the data set's own code called sys.exit\(0\) for a sample",
     "data test_factories:words": r"data: the targets of 2 samples should be a tensor \(2, ...\), they are a tuple",
     "data test_factories:drawn": r"data.name: samples of list cannot be stacked to a batch: .*found <class 'object'>",
+    "data test_factories:without_values {sparse: false}": "the inputs of 64 samples are a meta tensor; expected one that",
+    "data test_factories:without_values {sparse: true}": "the inputs of 64 samples are a sparse_coo tensor",
+    "data test_factories:tokens {token: 5}": r"the input of sample 5 holds the token 5, where the task has 5 tokens",
     "data test_factories:far {sample: 63}": r"data: the target of sample 63 is 7, where the task has 5 classes: expected",
     "data test_factories:data {targets: soft}": r"takes targets \(n,\).*those of 64 are \[64, 5\] of float32",
     "data test_factories:data {targets: map}": r"takes targets \(n,\).*those of 64 are \[64, 4, 4\] of int64",
@@ -129,6 +175,11 @@ IN_MID_RUN = {
     "data that exit": ("{name: test_factories:exits_at, options: {sample: 5}}", "mlp", r"called sys\.exit\(0\) for a sample"),
     "a model that exits": ("{name: test_factories:data}", "test_factories:Exiting", r"exits \(code 0\) where it should"),
     "inputs of other sizes": ("{name: test_factories:ragged}", "mlp", "cannot be stacked to a batch: stack expects each"),
+    "a token that is none": (
+        "{name: test_factories:tokens, options: {token: 99, stacked: false}}",
+        "gpt",
+        r"input of sample 5 holds the token 99, where the task has 5 tokens: expected 0 to 4",
+    ),
     "a class that is none": ("{name: test_factories:far, options: {sample: 5}}", "mlp", "target of sample 5 is 7, .* 5 classes"),
 }  # fmt: skip
 
@@ -265,3 +316,50 @@ def test_it_is_refused_by_the_run_and_would_have_failed(tmp_path, monkeypatch):
 def test_the_batch_sizes_of_a_plan_are_those_of_its_updates(at_epoch_end, num_train, size, epochs):
     plan = Plan(Reference(size, 0.1), size, round(epochs * num_train), num_train, at_epoch_end=at_epoch_end)
     assert plan.batch_sizes() == {size for _, size in plan.updates()}
+
+
+# --- what code of one's own leaves behind ---------------------------------------------------------------------------
+
+
+def in_a_process_of_its_own(code, folder):
+    """Run code whose streams are those of a process; return what it printed, a line each."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done
+    return done.stdout.splitlines()
+
+
+LEAVING = """
+import os, sys, torch
+from largebatch.process.output import outlive_output
+from largebatch.process.own_code import process_kept
+from test_factories import LEFT_BEHIND
+outlive_output()
+folder = os.getcwd()
+for what, leave in LEFT_BEHIND.items():
+    with process_kept():
+        leave()
+    print(what, os.getcwd() == folder, torch.empty(1).device)
+    print(what, file=sys.stderr)
+"""
+
+
+def test_what_code_of_ones_own_leaves_behind_is_put_back(tmp_path):
+    assert in_a_process_of_its_own(LEAVING, tmp_path) == [f"{what} True cpu" for what in LEFT_BEHIND]
+
+
+def test_a_run_goes_on_behind_a_factory_that_leaves_things_behind(tmp_path):
+    config = {
+        "data": {"name": "test_factories:data_leaving", "options": {"what": "standard output detached"}},
+        "model": {
+            "name": "test_factories:model_leaving",
+            "options": {"what": "a default device without values"},
+        },
+        "batch": {"reference_size": 8, "size": 32},
+        "optimizer": {"name": "adamw", "lr": 0.01},
+        "schedule": {"name": "constant", "epochs": 1},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    code = "from largebatch.cli import main; assert main(['train', 'run.yaml', '--out', 'run']) == 0"
+    assert any("finished" in line for line in in_a_process_of_its_own(code, tmp_path))

@@ -17,6 +17,7 @@ from largebatch.data.sampler import SampleKeys
 from largebatch.data.seeding import random_states_kept, seed_generators
 from largebatch.data.source import DataSection, Samples, Source, TensorSamples
 from largebatch.errors import UserError
+from largebatch.process.own_code import process_kept
 from largebatch.section import call_factory
 from largebatch.task import Task
 
@@ -105,7 +106,8 @@ class FactoryData(DataSection):
             UserError: if it cannot be imported, the options do not fit it, or it returns something else.
         """
         seed_generators(seed)
-        result = call_factory(self.name, "data", self.options, {"seed": seed})
+        with process_kept():
+            result = call_factory(self.name, "data", self.options, {"seed": seed})
         if isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], Task):
             train, val, task = result
             result = Source(as_samples(train, seed), as_samples(val, seed), task)
@@ -123,5 +125,5 @@ class FactoryData(DataSection):
             if len(samples) == 0:
                 raise UserError(f"data.name: the {half} set of '{self.name}' is empty")
             if isinstance(samples, TensorSamples):  # others are checked as they are read
-                result.task.check(samples.targets, range(len(samples)))
+                result.task.check(samples.targets, range(len(samples)), samples.inputs)
         return result

@@ -10,6 +10,7 @@ from torch import nn
 
 from largebatch.errors import UserError, nearest
 from largebatch.models.norm import convert_batch_norm
+from largebatch.process.own_code import process_kept
 from largebatch.section import Count, Section, call_factory
 from largebatch.task import Task
 
@@ -91,7 +92,8 @@ class FactoryModel(Section):
             except TypeError as error:
                 raise UserError(f"model.options: {error}") from error
         else:
-            model = call_factory(self.name, "model", self.options, {"task": task})
+            with process_kept():
+                model = call_factory(self.name, "model", self.options, {"task": task})
         if not isinstance(model, nn.Module):
             raise UserError(
                 f"model.name: '{self.name}' should return a torch.nn.Module, it returned a {type(model).__name__}"

@@ -87,6 +87,14 @@ class Outlived(io.RawIOBase):
         return True
 
 
+class Stream(io.TextIOWrapper):
+    """A text stream over `Outlived` that nobody closes: it is asked to by code that does not own it."""
+
+    def close(self) -> None:
+        """Hand on what is waiting."""
+        self.flush()
+
+
 def outlive_output() -> None:
     """Let nothing that happens to standard output and standard error end this process, or change its exit code.
 
@@ -108,8 +116,17 @@ def _outlived(stream: TextIO | None, original: TextIO | None) -> TextIO:
         return open(os.devnull, "w", encoding="utf-8")  # for the life of the process
     if stream is not original:
         return stream
-    raw = io.BufferedWriter(Outlived(stream.fileno()))
-    return io.TextIOWrapper(raw, encoding=stream.encoding, errors="largebatch.plain", line_buffering=True)
+    return _stream(stream.fileno(), stream.encoding)
+
+
+def _stream(descriptor: int, encoding: str) -> Stream:
+    raw = io.BufferedWriter(Outlived(descriptor))
+    return Stream(raw, encoding=encoding, errors="largebatch.plain", line_buffering=True)
+
+
+def to_be_spoilt(stream: TextIO | None) -> TextIO | None:
+    """Return a stream for code that may close it, detach it or wrap its buffer, like one of `outlive_output`; others as are."""
+    return _stream(stream.fileno(), stream.encoding) if isinstance(stream, Stream) else stream
 
 
 def output_failure() -> str | None:
