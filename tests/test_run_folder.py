@@ -127,7 +127,8 @@ def test_a_checkpoint_that_is_not_what_it_seems_is_told_and_the_one_before_it_us
 
 def test_a_number_that_is_no_decimal_names_no_checkpoint(run):
     before = CheckpointFolder(run / "checkpoints").saved()
-    (run / "checkpoints" / "samples-²").mkdir()
+    for name in ("samples-²", "samples-٠٠٠٠٠٠٠٠٠٩٩٩", "samples-999"):
+        (run / "checkpoints" / name).mkdir()
     assert CheckpointFolder(run / "checkpoints").saved() == before
 
 
@@ -292,3 +293,50 @@ def test_a_home_is_expanded(tmp_path, monkeypatch):
     assert user_path("~/run", "--out") == tmp_path / "run"
     assert command(tmp_path, "--out=~/run") == 0
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(run, tmp_path, capsys):
+    shutil.rmtree(run / "checkpoints")
+    before = contents(run)
+    said = refused(tmp_path, capsys, "--out", run, "--resume", "auto")
+    assert "holds the weights of a finished run (model.safetensors) and no checkpoint" in said
+    assert contents(run) == before
+
+
+def test_a_run_that_begins_again_says_so(run, tmp_path, capsys):
+    shutil.rmtree(run / "checkpoints")
+    (run / "model.safetensors").unlink()
+    assert command(tmp_path, "--out", run, "--resume", "auto") == 0
+    assert "has no checkpoint: the run begins again" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_what_has_the_name_of_a_checkpoint_is_out_of_its_way(kind, run, tmp_path):
+    checkpoints = CheckpointFolder(run / "checkpoints")
+    last, keep = newest(run), tmp_path / "keep"
+    shutil.rmtree(last)
+    keep.mkdir()
+    (keep / "file").write_text("precious")
+    for place in (last, last.with_name(last.name + ".part")):
+        if kind == "link":
+            place.symlink_to(keep)
+        elif kind == "file":
+            place.write_text("x")
+        else:
+            place.mkdir()
+    (run / "model.safetensors").unlink()
+    train(digits(**SHORT), run, ranks=Ranks(), resume="auto")
+    assert checkpoints.newest_whole() == (last, []) and not last.is_symlink()
+    assert (keep / "file").read_text() == "precious"
+    assert not list((run / "checkpoints").glob("*.part"))
+
+
+def test_rows_that_cannot_be_read_are_told_of_or_left_out(run, capsys):
+    metrics = run / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b"[" * 100_000 + b"\n")
+    train(digits(**SHORT), run, ranks=Ranks(), resume="auto")
+    assert all(json.loads(line) for line in metrics.read_text().splitlines())
+    metrics.unlink()
+    metrics.mkdir()
+    assert main(["inspect", str(run)]) == 2
+    assert "metrics.jsonl: cannot be read (Is a directory)" in capsys.readouterr().err

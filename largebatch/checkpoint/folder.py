@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ from typing import Any
 import yaml
 
 from largebatch.errors import UserError
-from largebatch.section import Count, Positive, Section
+from largebatch.section import Count, Epochs, Minutes, Section
 
 PREFIX, PART = "samples-", ".part"
 STATE, MANIFEST, LATEST, BEST, LOCK = "state.json", "manifest.json", "latest", "best", ".lock"
@@ -45,21 +46,21 @@ Entry = dict[str, Any]
 class CheckpointConfig(Section):
     """When the state of a run is kept, and for how long. There is one at the end, and one where a run is stopped."""
 
-    every_minutes: Positive | None = 10.0
+    every_minutes: Minutes | None = 10.0
     """Minutes between two checkpoints; null for none by the clock."""
-    every_epochs: Positive | None = None
+    every_epochs: Epochs | None = None
     """Epochs between two checkpoints, beside those by the clock."""
     keep_last: Count = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = False
     """Save where an evaluation has the lowest validation loss so far, and keep that one too."""
-    keep_every_epochs: Positive | None = None
+    keep_every_epochs: Epochs | None = None
     """Keep for good the first checkpoint after each multiple of so many epochs."""
     asynchronous: bool = True
     """Write beside the training, from a copy in the host's memory; false stops the training while it writes."""
     same_data: bool = True
     """Continue only on the data that the checkpoint was written with; false tells what differs and goes on."""
-    time_limit_minutes: Positive | None = None
+    time_limit_minutes: Minutes | None = None
     """Stop after this time with a checkpoint, as at a signal of pre-emption."""
 
 
@@ -112,9 +113,9 @@ def describe_file(path: Path) -> Entry:
 
 
 def samples_of(path: Path) -> int | None:
-    """Return the samples seen at a checkpoint by its folder's name; None for any other folder."""
-    digits = path.name.removeprefix(PREFIX)
-    return int(digits) if path.name.startswith(PREFIX) and digits.isdecimal() else None
+    """Return the samples seen at a checkpoint by its folder's name, as `CheckpointFolder.place` has it; None for any other."""
+    name = re.fullmatch(f"{PREFIX}([0-9]{{12,}})", path.name)
+    return int(name[1]) if name else None
 
 
 def find_problems(path: Path) -> list[str]:
@@ -285,7 +286,7 @@ class CheckpointFolder:
     def begin(self, samples_seen: int) -> Path:
         """Make the folder `part` anew and return it."""
         part = self.part(samples_seen)
-        shutil.rmtree(part, ignore_errors=True)
+        _discard(part)
         part.mkdir(parents=True)
         return part
 
@@ -301,7 +302,7 @@ class CheckpointFolder:
         entries = {**files, STATE: describe_file(part / STATE)}
         replace_text(part / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
         place = part.with_name(part.name.removesuffix(PART))
-        if place.exists():  # a damaged one that the run has come past again
+        if os.path.lexists(place):  # a damaged one that the run has come past again
             _remove(place)
         _sync_folder(part)
         part.rename(place)
@@ -349,19 +350,24 @@ class CheckpointFolder:
         """Remove what was being written when a process died, as far as that can be done."""
         names = (PREFIX + "*" + PART, LATEST + PART, BEST + PART)  # what else is there is somebody's
         for part in (part for name in names for part in self.path.glob(name)):
-            if part.is_dir():
-                shutil.rmtree(part, ignore_errors=True)
-            else:
-                with suppress(OSError):
-                    part.unlink()
+            _discard(part)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, a file or a link, as far as that can be done; of a link not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint; out of the way first, as a half-removed folder must not look like one."""
     doomed = path.with_name(f"{path.name}.old{PART}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    _discard(doomed)
     path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _discard(doomed)
 
 
 def _sync_folder(path: Path) -> None:

@@ -88,7 +88,7 @@ class JsonLines:
         for line in lines:
             try:
                 is_kept = line.endswith(b"\n") and json.loads(line)["samples"] <= samples
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 is_kept = False
             kept += [line] * is_kept
         beside = self.path.with_name(self.path.name + ".part")
@@ -364,10 +364,14 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
     """Return the rows of updates and the rows of evaluations in a metrics.jsonl, which may still be written to.
 
     Raises:
-        UserError: if a line of it is no row.
+        UserError: if it cannot be read, or a line of it is no row.
     """
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.endswith(b"\n") else {}
         except (ValueError, RecursionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from largebatch.config.schema import Config
 from largebatch.data import changed_parts
 from largebatch.errors import UserError
 from largebatch.section import leaves, user_path
-from largebatch.training.run_folder import CHECKPOINTS, CONFIG, config_of, is_run
+from largebatch.training.run_folder import CHECKPOINTS, CONFIG, METRICS, WEIGHTS, config_of, is_run
 
 # What may differ from the run that wrote a checkpoint: who computes a sample and where, what is shown and kept; never
 # which samples enter an update and what they do to the weights.
@@ -174,6 +175,24 @@ def _check_data(config: Config, found: Checkpoint, data: Mapping[str, Any]) -> t
     return (line,)
 
 
+def _begun_again(folder: Path) -> tuple[str, ...]:
+    """Say that a run begins again, whose checkpoints are gone.
+
+    Raises:
+        UserError: if it had finished: its weights would be replaced.
+    """
+    if os.path.lexists(folder / WEIGHTS):
+        raise UserError(
+            f"--resume: {folder} holds the weights of a finished run ({WEIGHTS}) and no checkpoint to continue from; name "
+            f"another --out, or remove {WEIGHTS} to begin it again"
+        )
+    try:
+        has_rows = (folder / METRICS).stat().st_size > 0
+    except OSError:
+        has_rows = False
+    return (f"{folder} has no checkpoint: the run begins again, and so do its rows",) if has_rows else ()
+
+
 def choose_checkpoint(
     config: Config, resume: str, folder: Path, data: Mapping[str, Any]
 ) -> tuple[Checkpoint | None, tuple[str, ...]]:
@@ -194,7 +213,7 @@ def choose_checkpoint(
         # Begun, but dead before its first checkpoint: it begins again, if it is this run.
         if (folder / CONFIG).exists():
             check_same_run(config, read_mapping(folder / CONFIG, "config of a run"), folder)
-        return None, notes
+        return None, (*notes, *_begun_again(folder))
     is_own = found.path.resolve().parent == own.path.resolve()
     changed = check_same_run(config, found.state["config"], found.path, is_branch=not is_own)
     if is_own and (folder / CONFIG).exists():  # a checkpoint that was put there is not the run's

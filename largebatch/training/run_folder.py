@@ -24,9 +24,9 @@ from largebatch.checkpoint.folder import (
 )
 from largebatch.errors import UserError
 
-CHECKPOINTS, CONFIG, METRICS = "checkpoints", "config.yaml", "metrics.jsonl"
+CHECKPOINTS, CONFIG, METRICS, WEIGHTS = "checkpoints", "config.yaml", "metrics.jsonl", "model.safetensors"
 # What a run writes as a whole, so that it would replace what has the name.
-WRITTEN = (CONFIG, METRICS, "summary.json", "curve.png", "model.safetensors", "wandb_id")
+WRITTEN = (CONFIG, METRICS, "summary.json", "curve.png", WEIGHTS, "wandb_id")
 SECTIONS = ("data", "model", "batch", "optimizer", "schedule")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from largebatch.config.optimizers import LAMBConfig, LARSConfig
 from largebatch.data import FactoryData, Source
 from largebatch.data.loader import TrainLoader
 from largebatch.data.sampler import PlanSampler, evenly_spaced
