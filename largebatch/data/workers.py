@@ -370,11 +370,8 @@ class _Guarded:
                     f"data: the {what} of {len(keys)} samples should be a tensor ({len(keys)}, ...), they are {came}"
                 )
         missing = batch[2] if len(batch) == 3 and isinstance(batch[2], Mapping) else {}
-        rows = [row for row in range(len(keys)) if row not in missing]
-        if missing:
-            self.check(batch[1][rows], keys.indices[rows], batch[0][rows])
-        else:
-            self.check(batch[1], keys.indices, batch[0])
+        rows: Any = [row for row in range(len(keys)) if row not in missing] if missing else slice(None)
+        self.check(batch[1][rows], keys.indices[rows], batch[0][rows])
         return batch
 
     def _read(self, keys: SampleKeys) -> Batch:
