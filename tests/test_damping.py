@@ -180,13 +180,13 @@ def test_a_resume_is_exact(name):
     assert set(optimizer.to_torch().state[model[0].weight]).isdisjoint({"previous_grad", "step_sq"})
 
 
-def on_rank(rank, world_size, name):
+def on_rank(rank, world_size, name, updates=12, damping=True, tell=None):
     model, (inputs, targets) = build(), data()
     optimizer = batch_size_invariant(
-        MAKERS[name](model.parameters()), reference_batch_size=2, micro_batch_size=4, damping=True
+        MAKERS[name](model.parameters()), reference_batch_size=2, micro_batch_size=4, damping=damping
     )
     wrapped = DistributedDataParallel(model)
-    for units in equal(4, 4):
+    for units in equal(4, 4, updates):
         mine = units[2 * rank : 2 * rank + 2]
         for index, u in enumerate(mine):
             with wrapped.no_sync() if index == 0 else nullcontext():
@@ -194,6 +194,8 @@ def on_rank(rank, world_size, name):
         optimizer.step()
         optimizer.zero_grad()
     del wrapped
+    if tell is not None:
+        tell(optimizer)
     return weights(model)
 
 

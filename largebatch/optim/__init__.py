@@ -12,6 +12,7 @@ from largebatch.optim.groups import (
 )
 from largebatch.optim.invariant import BatchSizeInvariant, batch_size_invariant
 from largebatch.optim.layerwise import LAMB, LARS
+from largebatch.optim.limit import Limit
 from largebatch.optim.quench import Quench
 from largebatch.optim.scheduler import SampleScheduler
 from largebatch.optim.sgd import SGD
@@ -24,6 +25,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "BatchSizeInvariant",
+    "Limit",
     "Quench",
     "RMSProp",
     "SampleScheduler",

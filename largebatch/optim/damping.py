@@ -110,8 +110,10 @@ def begin_damped(
 
 
 @torch.no_grad()
-def end_damped(damped: Damped, responses: list[Any], beta: float, lookahead: float, shrink: float) -> None:
-    """Damp the step that was made, and note it.
+def end_damped(
+    damped: Damped, responses: list[Any], beta: float, lookahead: float, shrink: float
+) -> dict[Tensor, Tensor]:
+    """Damp the step that was made, and note it; return what the steps of parameters were multiplied by.
 
     Args:
         damped: what `begin_damped` returned.
@@ -120,6 +122,7 @@ def end_damped(damped: Damped, responses: list[Any], beta: float, lookahead: flo
         lookahead: how many times nearer than that of plain momentum the limit is (`response.lookahead_of`).
         shrink: what decoupled weight decay multiplied the parameters by: no part of the step.
     """
+    factors: dict[Tensor, Tensor] = {}
     pieces = (damped.params, damped.states, damped.before, damped.grads, damped.variances, responses)
     for p, state, before, gradient, variance, response in zip(*pieces, strict=True):
         effective = response * damped.clip
@@ -130,7 +133,7 @@ def end_damped(damped: Damped, responses: list[Any], beta: float, lookahead: flo
             factor = share.mul_(1.0 - 1.0 / damped.kappa).add_(1.0).reciprocal_()
             start = before * shrink
             p.copy_(torch.lerp(start, p, factor))
-            effective = effective * factor
+            effective, factors[p] = effective * factor, factor
         else:
             state[PREVIOUS] = torch.empty_like(p)
             for name in AVERAGES:
@@ -139,6 +142,7 @@ def end_damped(damped: Damped, responses: list[Any], beta: float, lookahead: flo
         state[AVERAGES[1]].lerp_((p - before).square_(), weight)
         state[AVERAGES[2]].lerp_((variance * effective).to(p.dtype), weight)
         state[PREVIOUS].copy_(gradient)
+    return factors
 
 
 def forget_damping(states: Sequence[dict[str, Any]]) -> None:
@@ -190,14 +194,16 @@ class Damping:
             )
             self._damped.append((group, part))
 
-    def end(self, updates_of: Callable[[Tensor], float]) -> None:
-        """Damp the step that was made, while the groups have its values.
+    def end(self, updates_of: Callable[[Tensor], float]) -> dict[Tensor, Tensor]:
+        """Damp the step that was made, while the groups have its values; return what it was multiplied by, by parameter.
 
         Args:
             updates_of: the updates of a parameter so far, this one included, where torch's Adam counts them.
         """
+        factors: dict[Tensor, Tensor] = {}
         for group, part in self._damped:
             shrink = 1.0 - group["lr"] * group["weight_decay"] if is_decoupled(self.optimizer, group) else 1.0
             found = responses(self.optimizer, group, part.states, [updates_of(p) for p in part.params])
-            end_damped(part, found, momentum_of(group), lookahead_of(group), shrink)
+            factors |= end_damped(part, found, momentum_of(group), lookahead_of(group), shrink)
         self._damped = []
+        return factors

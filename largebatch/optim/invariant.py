@@ -24,6 +24,7 @@ from largebatch.optim.averages import Moment
 from largebatch.optim.damping import Damping, forget_damping
 from largebatch.optim.fused import may_fuse
 from largebatch.optim.host import loader_size, samples, warn_of_short_batches
+from largebatch.optim.limit import Limit, LimitWatch
 from largebatch.optim.progress import Progress
 from largebatch.optim.quench import Quench
 from largebatch.optim.shift import Count, Row, coefficient_at, move_second_moments, noise_sums, shift_of
@@ -120,7 +121,7 @@ class BatchSizeInvariant(Around):
         damping: bool = False,
     ) -> None:
         self._moment_name = second_moment_name(optimizer)
-        self._damping = Damping(optimizer) if damping else None
+        self._damping, self._watch = Damping(optimizer) if damping else None, LimitWatch(optimizer)
         micro = micro_batch_size if hasattr(micro_batch_size, "__index__") else loader_size(micro_batch_size)
         reference, micro = samples("reference_batch_size", reference_batch_size), samples("micro_batch_size", micro)
         if loss not in ("mean", "sum"):
@@ -186,6 +187,15 @@ class BatchSizeInvariant(Around):
         """
         return self._noise.whole
 
+    @property
+    def limit(self) -> Limit:
+        """How near the updates are to the largest stable ones (`largebatch.optim.Limit`), whole and by parameter.
+
+        Measured in two updates in a row of sixteen, of two backward passes or more each, on at most 4,096 elements of each
+        parameter, and averaged over sixteen times that; for Adam, AdamW, RMSprop and SGD.
+        """
+        return self._watch.meter.limit()
+
     # The update
 
     @torch.no_grad()
@@ -240,6 +250,7 @@ class BatchSizeInvariant(Around):
         if self._measures(progress.updates):
             signal, variance = noise_sums(units.slots, units, spread)
             self._measured(signal, variance)
+        self._watch.before(self._parameters, units, size, progress.updates)
         if self._damping is not None:
             self._damping.begin(units, spread, kappa)
         move_second_moments(self._rows(units, kappa), units, spread)
@@ -247,8 +258,8 @@ class BatchSizeInvariant(Around):
             if isinstance(self.base, AdaptiveOptimizer):
                 self.base.moment_source = lambda _, params: self._moment(params, units, spread, kappa)
             self.base.step()
-            if self._damping is not None:
-                self._damping.end(lambda p: progress.counts.setdefault(p, Count()).updates)
+            factors = {} if self._damping is None else self._damping.end(self._updates_of)
+            self._watch.after(self._updates_of, factors)
         progress.updates += 1
         if units.num_units <= 1:
             for slot in units.slots:
@@ -256,6 +267,9 @@ class BatchSizeInvariant(Around):
                     slot.keep_gradient(units.clip)
                 else:
                     slot.holds = ""
+
+    def _updates_of(self, parameter: Tensor) -> float:
+        return self._progress.counts.setdefault(parameter, Count()).updates
 
     @staticmethod
     def _measures(update: int) -> bool:
@@ -421,6 +435,7 @@ class BatchSizeInvariant(Around):
             **{name: getattr(progress, name) for name in SAVED},
             "counts": [[count.updates, count.log_decay, count.stretch] for count in counts],
             "noise": self._noise.state_dict(),
+            "limit": self._watch.meter.state_dict(),
             # Where updates have one backward pass: the gradient before, half of the next estimate.
             "previous": {index: slot.region for index, slot in enumerate(slots) if slot.holds == "previous"},
         }
@@ -451,6 +466,8 @@ class BatchSizeInvariant(Around):
         for name in SAVED:
             setattr(self._progress, name, own[name])
         self._noise.load_state_dict(own["noise"])
+        if "limit" in own:  # not before this was measured
+            self._watch.meter.load_state_dict(own["limit"])
         if self._moment_name == "exp_avg_sq":
             self._progress.counts = {p: Count(*count) for p, count in zip(parameters, own["counts"], strict=True)}
         self._squares.take_previous({parameters[index]: tensor for index, tensor in own["previous"].items()})

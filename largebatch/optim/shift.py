@@ -237,6 +237,16 @@ def variances_of(slots: list[Slot], units: Units) -> list[Tensor]:
 
 
 @torch.no_grad()
+def sampled_noise(slots: list[Slot], units: Units) -> tuple[list[Tensor], list[Tensor]]:
+    """Return a sample of each gradient before clipping, and of V there; n > 1."""
+    of_mean = 1.0 / (units.num_units - 1.0)
+    scale = units.scale * of_mean / units.clip**2
+    grads = [slot.sample(slot.gradient()) / units.clip for slot in slots]
+    squares = [slot.sample(slot.region) for slot in slots]
+    return grads, [q * scale - g.square() * of_mean for q, g in zip(squares, grads, strict=True)]
+
+
+@torch.no_grad()
 def noise_sums(slots: list[Slot], units: Units, spread: float) -> tuple[float, float]:
     """Return |ghat|^2 and the sum of V over all parameters, of the gradients before clipping."""
     grads = [slot.gradient() for slot in slots]
