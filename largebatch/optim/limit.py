@@ -156,7 +156,7 @@ class LimitMeter:
         return Limit(share, size, {name: self._share(sums) for name, sums in layers.items()})
 
     def _share(self, sums: Tensor) -> float:
-        extra, step_sq, step_noise = sums.tolist()
+        extra, step_sq, step_noise = (float(value) for value in sums)
         return curvature_of_steps(extra, step_sq, step_noise) / (2.0 * (1.0 + self.momentum))
 
     def state_dict(self) -> dict[str, Any]:
