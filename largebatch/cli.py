@@ -14,11 +14,12 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from largebatch.errors import LostRankError, LostWorkerError, UserError
-from largebatch.process.launched import Place, is_under_torchrun, launched_place
+from largebatch.process.launched import Place, hand_over, is_under_torchrun, launched_place, tell_begun
 from largebatch.process.output import outlive_output, output_failure
 from largebatch.process.surroundings import settle
 from largebatch.section import displayable, user_path
@@ -104,6 +105,7 @@ def create_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
     outlive_output()
+    tell_begun()
     # Figures go into files, and a notebook hands on a backend that may not be installed here.
     os.environ["MPLBACKEND"] = "agg"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"largebatch: error: rank {place.rank}: {_one_line(error)}", file=sys.stderr)
         elif place.rank == 0 or place.local_rank == 0:  # under torchrun, one line a node
             print(f"largebatch: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return hand_over(2)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:  # which a name alone can cause, wherever it was given
             raise
@@ -126,21 +128,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"largebatch: error: {name[:80]}... of {len(name):,} characters is no name of a file: too long",
             file=sys.stderr,
         )
-        return 2
+        return hand_over(2)
     except KeyboardInterrupt:
-        return EXIT_CODES["interrupted"]
+        return hand_over(EXIT_CODES["interrupted"])
     except LostWorkerError as error:
         place = _place_of(arguments)
         rank = f"rank {place.rank} stops: " if place.world_size > 1 else ""
         print(f"largebatch: error: {rank}{_one_line(error)}", file=sys.stderr)
-        return EXIT_CODES["lost worker"]
+        return hand_over(EXIT_CODES["lost worker"])
     except LostRankError as error:
         print(
             f"largebatch: error: rank {_place_of(arguments).rank} stops: {_one_line(error)}",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(EXIT_CODES["lost"])  # threads that wait for the lost rank would keep the process
+        code = 2 if error.is_mistake else EXIT_CODES["lost"]
+        os._exit(hand_over(code))  # threads that wait for the lost rank would keep the process
 
 
 def _one_line(message: object) -> str:
@@ -176,10 +179,10 @@ def _tell_of_lost_output(command: str) -> None:
 
 
 def _main(arguments: list[str]) -> int:
-    if "--out=" in arguments or any(pair == ("--out", "") for pair in itertools.pairwise(arguments)):
-        raise UserError("command line: --out is empty; name a folder, or '.' for this one")
-    parser = create_parser()
-    known, rest = parser.parse_known_args(arguments)
+    with _told_to_others("".join(arguments[:1])):
+        if "--out=" in arguments or any(pair == ("--out", "") for pair in itertools.pairwise(arguments)):
+            raise UserError("command line: --out is empty; name a folder, or '.' for this one")
+        known, rest = create_parser().parse_known_args(arguments)
     settle(getattr(known, "out", None))
     try:
         return _command(known, rest)
@@ -198,22 +201,25 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         print(_usage(known.command))
         return 0
     if known.config is None:
-        raise UserError(f"command line: name a config, like: largebatch {known.command} configs/digits.yaml")
+        with _told_to_others(known.command):
+            raise UserError(f"command line: name a config, like: largebatch {known.command} configs/digits.yaml")
     if known.command == "study":
         from largebatch.studies.study import run_study
 
         return run_study(known.config, known.out and user_path(known.out, "--out"), known.jobs, rest)
 
-    from largebatch.config.file import load_config, parse_flags
-    from largebatch.config.help import describe_settings
-    from largebatch.reporting.tables import create_console
+    with _told_to_others(known.command):
+        from largebatch.config.file import load_config, parse_flags
+        from largebatch.reporting.tables import create_console
 
-    flags = parse_flags(rest)
-    if known.command == "noise":
-        flags["noise.measure"] = True
-    config, warnings = load_config(known.config, flags)
+        flags = parse_flags(rest)
+        if known.command == "noise":
+            flags["noise.measure"] = True
+        config, warnings = load_config(known.config, flags)
     console = create_console()
     if known.help:
+        from largebatch.config.help import describe_settings
+
         print(_usage(known.command))
         console.print(describe_settings(config), highlight=False)
         return 0
@@ -243,17 +249,18 @@ def _inspect(known: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _train(known: argparse.Namespace, config: Config, warnings: tuple[str, ...], console: Console) -> int:
-    from largebatch.training.resume import run_folder_of
-    from largebatch.training.run import train
-    from largebatch.training.run_folder import default_folder
+    with _told_to_others(known.command):
+        from largebatch.training.resume import run_folder_of
+        from largebatch.training.run import train
+        from largebatch.training.run_folder import default_folder
 
-    if known.out is None and known.resume == "auto":
-        raise UserError("--resume: auto needs --out, the run folder to continue or to begin")
-    is_default = known.out is None and known.resume == "never"
-    if known.out is not None:
-        folder = user_path(known.out, "--out")
-    else:
-        folder = default_folder(known.config.stem) if is_default else run_folder_of(known.resume)
+        if known.out is None and known.resume == "auto":
+            raise UserError("--resume: auto needs --out, the run folder to continue or to begin")
+        is_default = known.out is None and known.resume == "never"
+        if known.out is not None:
+            folder = user_path(known.out, "--out")
+        else:
+            folder = default_folder(known.config.stem) if is_default else run_folder_of(known.resume)
     result = train(config, folder, console=console, warnings=warnings, resume=known.resume, may_rename=is_default)
     if known.command == "noise" and result.folder is not None:
         from largebatch.reporting.tables import print_noise
@@ -261,9 +268,19 @@ def _train(known: argparse.Namespace, config: Config, warnings: tuple[str, ...],
         print_noise(console, result.folder)
     if result.summary.message and result.folder is not None:
         print(f"largebatch: {result.summary.status}: {result.summary.message}", file=sys.stderr)
-    if result.summary.stopped_by == "time_limit" and is_under_torchrun():
-        return 0  # torchrun would start it again; who reads summary.json knows that it is not finished
-    return EXIT_CODES[result.summary.status]
+    is_over = result.summary.stopped_by == "time_limit" and is_under_torchrun()
+    code = hand_over(EXIT_CODES[result.summary.status], is_final=is_over)
+    return 0 if is_over else code  # torchrun would start it again; who reads summary.json knows that it is not finished
+
+
+def _told_to_others(command: str) -> AbstractContextManager[None]:
+    """Return the context of what comes before ranks meet: the others are told what ends it."""
+    place = _place_of([command]) if command in ("train", "noise") else Place()
+    if place.world_size == 1:
+        return nullcontext()
+    from largebatch.distributed import Ranks, before_the_meeting
+
+    return before_the_meeting(Ranks(place.rank, place.local_rank, place.world_size))
 
 
 def _usage(command: str) -> str:

@@ -27,7 +27,13 @@ class UnreadableError(SharedError):
 
 
 class LostRankError(RuntimeError):
-    """The ranks can no longer reach each other; the message names those that are missing or failed first."""
+    """The ranks can no longer reach each other; the message names those that are missing or failed first.
+
+    Attributes:
+        is_mistake: what ended the other rank is the user's to mend, and another start would meet it again.
+    """
+
+    is_mistake = False
 
 
 class LostWorkerError(RuntimeError):

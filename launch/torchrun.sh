@@ -13,10 +13,13 @@
 # Environment:
 #   NPROC_PER_NODE    processes on this node (default: the number of GPUs; without a GPU, 1)
 #   NNODES            number of nodes, or MIN:MAX for an elastic job (default 1)
-#   MASTER_ADDR       host name of the first node (default localhost; needed for several nodes)
-#   MASTER_PORT       free port there (default 29500)
-#   JOB_ID            name of the job, the same on each node (default largebatch)
+#   MASTER_ADDR       address of the first node that all nodes know (default localhost; needed for several nodes)
+#   MASTER_PORT       free port there (default: one of 20000 to 29999, by JOB_ID)
+#   RESOLVE_SECONDS   how long a node may take to know the name in MASTER_ADDR (default 60)
+#   JOB_ID            name of the job, the same on each node and no other's (default: made of --out, which several nodes need)
 #   MAX_RESTARTS      restarts after a failed process or a node that left (default 0; 10 for an elastic job); they need --out
+#   MAX_STARTS        how often torchrun itself is started where it fails (default 1); more need --out
+#   PAUSE_SECONDS     between two starts (default 5)
 #   SHUTDOWN_SECONDS  after a signal, time for the processes to write a checkpoint before they are killed (default 120)
 #   TORCHRUN          the torchrun to start (default: torchrun)
 # Where PET_NNODES is set (Kubeflow Trainer), torchrun reads nodes, processes and addresses from PET_* by itself.
@@ -24,8 +27,9 @@
 # Signals: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C are passed on; the processes finish their update and write a checkpoint. Under
 # nohup SIGHUP does nothing. The job goes on when nobody reads its output any more.
 #
-# Exit codes: 0 finished, 75 stopped by a signal or its time limit (start it again), 130 stopped by Ctrl-C, 3 diverged, 4 the
-# last state could not be written, 2 wrong usage of this script, 1 everything else; what happened stands above.
+# Exit codes: those of largebatch train: 0 finished, 75 stopped by a signal or its time limit (start it again), 130 stopped by
+# Ctrl-C, 2 a mistake, 3 diverged, 4 the last state could not be written, 5 lost a rank, 6 lost a process that loads data; 1
+# everything else. What happened stands above. After 2 and 3 nothing is started again: it would end alike.
 set -euo pipefail
 
 # A run outlives its output: a message that nobody reads ends nothing, and no file gets the number of a closed descriptor.
@@ -49,17 +53,49 @@ for ((i = 0; i < ${#words[@]}; i++)); do
 done
 if [[ -n $out && -z $resume ]]; then words+=(--resume auto); fi
 
+fail() {
+    echo "torchrun.sh: $1" >&2
+    exit 2
+}
+
+# Each would train alone, into one folder.
+if [[ -z ${NNODES:-}${PET_NNODES:-} && ${SLURM_STEP_NUM_TASKS:-1} -gt 1 ]]; then
+    fail "this is one of $SLURM_STEP_NUM_TASKS tasks of Slurm and NNODES is not set: submit launch/slurm.sbatch, or set NNODES and MASTER_ADDR (NNODES=1 where each task is a run of its own)"
+fi
 NNODES=${NNODES:-1}
 TORCHRUN=${TORCHRUN:-torchrun}
+MAX_STARTS=${MAX_STARTS:-1}
 if [[ $NNODES == *:* ]]; then MAX_RESTARTS=${MAX_RESTARTS:-10}; else MAX_RESTARTS=${MAX_RESTARTS:-0}; fi
-if [[ $MAX_RESTARTS != 0 && -z $out ]]; then
-    echo "torchrun.sh: MAX_RESTARTS is $MAX_RESTARTS, so --out must name the run folder that a restarted run continues" >&2
-    exit 2
+if [[ $MAX_RESTARTS:$MAX_STARTS != 0:1 && -z $out ]]; then
+    fail "MAX_RESTARTS is $MAX_RESTARTS, MAX_STARTS $MAX_STARTS, so --out must name the run folder that a restarted run continues"
 fi
-if [[ $NNODES != 1 && -z ${MASTER_ADDR:-} ]]; then
-    echo "torchrun.sh: NNODES is $NNODES, so MASTER_ADDR must name the first node" >&2
-    exit 2
+if ! type -P "$TORCHRUN" >/dev/null; then
+    fail "there is no '$TORCHRUN' on this node (${HOSTNAME:-}): activate the environment that largebatch is installed in, or let TORCHRUN name its torchrun"
 fi
+
+# Prints this node's address on the way to the first one, whose own name for itself may lead nowhere from the others.
+find_address() {
+    python3 - "$MASTER_ADDR" "${RESOLVE_SECONDS:-60}" <<'END'
+import socket, sys, time
+name, deadline = sys.argv[1], time.monotonic() + float(sys.argv[2])
+while True:
+    try:
+        found = socket.getaddrinfo(name, 1, type=socket.SOCK_DGRAM)
+        break
+    except (OSError, UnicodeError) as error:  # a name server may come to know it a while after the node was started
+        if time.monotonic() > deadline:
+            sys.exit(getattr(error, "strerror", None) or str(error))
+        time.sleep(1)
+family, _, _, _, there = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    try:
+        probe.connect(there)  # sends nothing
+    except OSError as error:
+        sys.exit(f"no way to {there[0]}: {error.strerror}")
+    here = probe.getsockname()[0]
+print(name if here == "::1" or here.startswith("127.") else here)
+END
+}
 
 # The workers' store shared with the rendezvous hangs for a minute and then fails when a node is replaced (torch 2.13).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -78,21 +114,34 @@ if [[ -z ${PET_NNODES:-} ]]; then
     if [[ $NNODES == 1 ]]; then
         how+=(--standalone)
     else
-        how+=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}")
-        how+=(--rdzv-id="${JOB_ID:-largebatch}")
+        if [[ -z ${MASTER_ADDR:-} ]]; then fail "NNODES is $NNODES, so MASTER_ADDR must name the first node"; fi
+        if [[ -z $out && -z ${JOB_ID:-} ]]; then
+            fail "NNODES is $NNODES, so --out must name the run folder (or JOB_ID the job): by it the nodes of a run find each other, and no other's"
+        fi
+        folder=${out%/}
+        if [[ $folder != /* ]]; then folder=$PWD/${folder#./}; fi
+        read -r number _ < <(cksum <<<"${JOB_ID:-$folder}")
+        JOB_ID=${JOB_ID:-largebatch-$number}
+        where=$MASTER_ADDR:${MASTER_PORT:-$((20000 + number % 10000))}
+        how+=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$where" --rdzv-id="$JOB_ID")
+        if [[ -z ${PET_LOCAL_ADDR:-} ]] && type -P python3 >/dev/null; then
+            address=$(find_address 2>&1) || fail "MASTER_ADDR: $MASTER_ADDR cannot be found from this node (${HOSTNAME:-}: ${address##*$'\n'}); name the first node by an address that every node knows"
+            how+=(--local-addr="${address##*$'\n'}")
+        fi
+        # A node whose clock is behind counts as dead. Where no other could take its place, that may wait for two minutes.
+        if [[ $MAX_RESTARTS == 0 && -z ${PET_RDZV_CONF:-} ]]; then how+=(--rdzv-conf=keep_alive_max_attempt=24); fi
     fi
 fi
 
-# Status of the run's summary, where it is not the one that was there before: torchrun makes 1 of every worker's code.
-identify() { stat -c '%i %Y' "$out/summary.json" 2>/dev/null || true; }
-read_status() {
-    if [[ -n $out && $(identify) != "$before" ]]; then
-        sed -n 's/^ *"status": "\([a-z]*\)".*/\1/p' "$out/summary.json" 2>/dev/null || true
-    fi
-}
-before=$(identify)
+# The processes write their exit codes there, and that they have begun: torchrun makes 1 of every code.
+codes=''
+for folder in "${TMPDIR:-/tmp}" /tmp /dev/shm "$(dirname "${out:-.}")"; do
+    if codes=$(mktemp "$folder/.largebatch-codes-XXXXXX" 2>/dev/null); then break; fi
+done
+export LARGEBATCH_EXIT_CODES=$codes
+trap 'rm -f "$codes"' EXIT
 
-caught='' child=''
+caught='' child='' reminder=''
 # shellcheck disable=SC2329  # trap calls it
 pass_on() {
     caught=$1
@@ -102,41 +151,81 @@ for name in TERM USR1 INT HUP; do
     # shellcheck disable=SC2064  # the name of now is meant
     trap "pass_on $name" "$name"
 done
-# A background process starts with SIGINT ignored, and would not hear of Ctrl-C while it imports torch.
-(
-    trap - INT QUIT
-    exec "$TORCHRUN" "${how[@]}" -m largebatch train "${words[@]}"
-) &
-child=$!
-if [[ -n $caught ]]; then pass_on "$caught"; fi
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do # a signal ends wait
+
+# Say after a minute that the nodes have not come together, which torchrun waits for in silence.
+remind() {
+    local sleeper=''
+    trap 'if [[ -n $sleeper ]]; then kill "$sleeper"; fi; exit' TERM
+    sleep 60 >/dev/null 2>&1 &
+    sleeper=$!
+    wait "$sleeper"
+    if [[ ! -s $codes ]]; then
+        echo "torchrun.sh: this node (${HOSTNAME:-}) has waited 60 s for the others: NNODES is $NNODES, they meet at $where; see that the same command was started on each, from the same folder" >&2
+    fi
+}
+
+# Start torchrun, and wait for it; its exit code is in $code.
+run_torchrun() {
+    if [[ -n $codes ]]; then : >"$codes"; fi
+    # A background process starts with SIGINT ignored, and would not hear of Ctrl-C while it imports torch.
+    (
+        trap - INT QUIT
+        export PET_NNODES=${PET_NNODES:-$NNODES} # as torchrun would read it: its processes see that as many have come
+        exec "$TORCHRUN" "${how[@]}" -m largebatch train "${words[@]}"
+    ) &
+    child=$!
+    if [[ -n ${where:-} && -n $codes ]]; then
+        remind &
+        reminder=$!
+    fi
+    if [[ -n $caught ]]; then pass_on "$caught"; fi
     code=0
     wait "$child" || code=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ends wait
+        code=0
+        wait "$child" || code=$?
+    done
+    if [[ -n $reminder ]]; then
+        kill "$reminder" 2>/dev/null || true
+        wait "$reminder" || true
+    fi
+}
+
+# Make the exit code of this node out of torchrun's and those of the processes, in the order in which they ended.
+read_codes() {
+    local ended=() own=''
+    if [[ -n $codes ]]; then mapfile -t ended < <(grep -x '[0-9][0-9]*' "$codes"); fi
+    if [[ ${#ended[@]} != 0 ]]; then own=${ended[-1]}; fi
+    if [[ $code != 0 && " ${ended[*]} " == *" 2 "* ]]; then own=2; fi # where others were lost by it
+    case $own:$caught in
+    0:?*) code=0 ;; # the signal came too late to matter
+    0:) ;;
+    2:* | 3:* | 4:* | 75:* | 130:*) code=$own ;;
+    *:INT) code=130 ;;
+    *:?*) code=75 ;;
+    [0-9]*:) if [[ $code != 0 ]]; then code=$own; fi ;;
+    esac
+}
+
+for ((start = 1; ; start++)); do
+    run_torchrun
+    read_codes
+    case $code in 0 | 2 | 3 | 75 | 130) break ;; esac
+    if [[ -n $caught ]] || ((start >= MAX_STARTS)); then break; fi
+    echo "torchrun.sh: exit code $code: start $((start + 1)) of at most $MAX_STARTS" >&2 || true
+    sleep "${PAUSE_SECONDS:-5}"
+    if [[ -n $caught ]]; then break; fi
 done
 
-status=$(read_status)
-if [[ $code != 0 && -z $caught && ${PET_NNODES:-$NNODES} != 1 ]]; then
-    # The first node's process writes the summary, when the others may be gone.
-    for ((i = 0; i < 20 && ${#status} == 0; i++)); do
-        sleep 0.5
-        status=$(read_status)
-    done
-fi
-if [[ $code != 0 && -z $status$caught ]]; then
+if [[ ! $code =~ ^(0|3|4|75|130)$ && -z $caught ]]; then
     # Below the tracebacks of torchrun.
+    why='why is in the line above that begins with largebatch:'
+    if [[ -n ${where:-} && -n $codes && ! -s $codes ]]; then
+        why="no process of this node has begun: the nodes did not come together at $where; another node's log may say why, and each needs the same command, a way to that address, and the right time"
+    fi
     again=''
     if [[ -n $out ]]; then again="; once that is mended, the same command continues from the newest checkpoint in $out"; fi
     if [[ -n $out && $NNODES != 1 ]]; then again+=" (on each node; with another's MASTER_ADDR where $MASTER_ADDR is lost)"; fi
-    echo "torchrun.sh: exit code $code: why is in the line above that begins with largebatch:$again" >&2 || true
+    echo "torchrun.sh: exit code $code: $why$again" >&2 || true
 fi
-case $status:$caught in
-finished:?*) exit 0 ;; # the signal came too late to matter
-preempted:*) exit 75 ;;
-interrupted:* | :INT) exit 130 ;;
-diverged:*) exit 3 ;;
-unsaved:*) exit 4 ;;
-:?*) exit 75 ;; # before there was anything to summarise
-*) exit "$code" ;;
-esac
+exit "$code"

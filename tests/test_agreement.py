@@ -15,7 +15,7 @@ from torch import nn
 from largebatch.checkpoint.folder import CheckpointFolder
 from largebatch.distributed import Meeting, Ranks
 from largebatch.distributed import meeting as meeting_module
-from largebatch.distributed.meeting import name_ranks
+from largebatch.distributed.watch import name_ranks
 from largebatch.errors import LostRankError, UserError
 from largebatch.task import Task
 from largebatch.training.agreement import difference, show_model, show_run

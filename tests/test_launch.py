@@ -18,7 +18,8 @@ printf '%s\n' "$@" >"$FAKE_LOG"
 env >>"$FAKE_LOG"
 finish() {
     echo "signal $1" >>"$FAKE_LOG"
-    if [[ -n ${FAKE_STATUS:-} ]]; then printf '{\n  "status": "%s"\n}\n' "$FAKE_STATUS" >"$FAKE_OUT/summary.json"; fi
+    echo begun >>"$LARGEBATCH_EXIT_CODES"
+    for code in ${FAKE_RANKS:-}; do echo "$code" >>"$LARGEBATCH_EXIT_CODES"; done
     exit "${FAKE_CODE:-0}"
 }
 for name in TERM USR1 INT; do trap "finish $name" "$name"; done
@@ -66,26 +67,32 @@ def test_a_run_folder_makes_it_resume(launch):
 
 
 @pytest.mark.parametrize(
-    ("status", "torchruns", "ours"),
+    ("ranks", "torchruns", "ours"),
     [
-        ("finished", 0, 0),
-        ("finished", 1, 1),
-        ("preempted", 1, 75),
-        ("preempted", 0, 75),  # the time limit
-        ("interrupted", 1, 130),
-        ("diverged", 1, 3),
-        ("unsaved", 1, 4),
-        ("", 1, 1),
+        ("0 0", 0, 0),
+        ("0 0", 1, 1),
+        ("75 75", 1, 75),
+        ("75", 0, 75),  # the time limit
+        ("130", 1, 130),
+        ("3 3", 0, 3),
+        ("4", 1, 4),
+        ("5 2", 1, 2),
+        ("2 5", 1, 2),  # lost by the mistake
+        ("2 2", 0, 2),
+        ("6 5", 1, 5),
+        ("5 5 0 0", 0, 0),  # restarted by torchrun
+        ("5 5", 0, 0),
+        ("", 1, 1),  # killed
         ("", 0, 0),
     ],
 )
-def test_the_summary_tells_the_exit_code(launch, status, torchruns, ours):
-    assert launch(CONFIG, "--out", launch.out, FAKE_STATUS=status, FAKE_CODE=torchruns)[0] == ours
+def test_the_processes_tell_the_exit_code(launch, ranks, torchruns, ours):
+    assert launch(CONFIG, "--out", launch.out, FAKE_RANKS=ranks, FAKE_CODE=torchruns)[0] == ours
 
 
 def test_a_failure_has_the_last_word(launch):
     """Where to look and how to go on, below torchrun's tracebacks; nothing where the run itself says how it ended."""
-    nodes = {"NNODES": "1:2", "MASTER_ADDR": "first"}
+    nodes = {"NNODES": "1:2", "MASTER_ADDR": "127.0.0.1"}
     line = "torchrun.sh: exit code 1: why is in the line above that begins with largebatch:"
     more = f"; once that is mended, the same command continues from the newest checkpoint in {launch.out}"
     for words, variables, expected in (
@@ -94,25 +101,28 @@ def test_a_failure_has_the_last_word(launch):
         (
             [CONFIG, "--out", launch.out],
             nodes,
-            f"{line}{more} (on each node; with another's MASTER_ADDR where first is lost)",
+            f"{line}{more} (on each node; with another's MASTER_ADDR where 127.0.0.1 is lost)",
         ),
     ):
         assert launch(*words, FAKE_CODE=1, **variables)[2].splitlines()[-1] == expected
     before = launch(CONFIG)[2]
-    assert launch(CONFIG, "--out", launch.out, FAKE_STATUS="diverged", FAKE_CODE=1)[2] == before
+    assert launch(CONFIG, "--out", launch.out, FAKE_RANKS="3", FAKE_CODE=1)[2] == before
 
 
-def test_a_summary_of_an_earlier_part_tells_nothing(launch):
-    """A command line that is refused must not be requeued for ever."""
-    (launch.out / "summary.json").write_text('{\n  "status": "preempted"\n}\n')
-    assert launch(CONFIG, "--out", launch.out, FAKE_CODE=1)[0] == 1
+@pytest.mark.parametrize(
+    ("ranks", "code", "starts"),
+    [("5 5", 1, 3), ("", 1, 3), ("4", 1, 3), ("2 2", 0, 1), ("5 2", 1, 1), ("3 3", 0, 1), ("75", 0, 1), ("130", 1, 1)],
+)
+def test_what_would_end_alike_is_not_started_again(launch, ranks, code, starts):
+    printed = launch(CONFIG, "--out", launch.out, FAKE_RANKS=ranks, FAKE_CODE=code, MAX_STARTS=3, PAUSE_SECONDS=0)[2]
+    assert printed.count("of at most 3") == starts - 1
 
 
 @pytest.mark.parametrize("name", ["TERM", "USR1", "INT"])
 def test_signals_are_passed_on(launch, name):
-    status = "interrupted" if name == "INT" else "preempted"
+    ranks = "130" if name == "INT" else "75"
     number = getattr(signal, f"SIG{name}")
-    code, said, _ = launch(CONFIG, "--out", launch.out, number=number, FAKE_WAIT=1, FAKE_CODE=1, FAKE_STATUS=status)
+    code, said, _ = launch(CONFIG, "--out", launch.out, number=number, FAKE_WAIT=1, FAKE_CODE=1, FAKE_RANKS=ranks)
     assert said[-1] == f"signal {name}" and code == (130 if name == "INT" else 75)
     assert "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in said
 
@@ -134,25 +144,69 @@ def test_a_signal_before_anything_ran_is_a_pre_emption_too(launch):
 
 
 def test_a_signal_after_the_end_is_none(launch):
-    given = {"FAKE_WAIT": 1, "FAKE_CODE": 1, "FAKE_STATUS": "finished"}
+    given = {"FAKE_WAIT": 1, "FAKE_CODE": 1, "FAKE_RANKS": "0"}
     assert launch(CONFIG, "--out", launch.out, number=signal.SIGTERM, **given)[0] == 0
 
 
 def test_nodes(launch):
-    given = {"NNODES": "1:3", "MASTER_ADDR": "first", "MASTER_PORT": "1234", "JOB_ID": "job"}
+    given = {"NNODES": "1:3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234", "JOB_ID": "job"}
     _, said, _ = launch(CONFIG, "--out", launch.out, **given)
     expected = [
         "--nnodes=1:3",
         "--rdzv-backend=c10d",
-        "--rdzv-endpoint=first:1234",
+        "--rdzv-endpoint=localhost:1234",
         "--rdzv-id=job",
         "--max-restarts=10",
     ]
     assert set(expected) <= set(said) and "--standalone" not in said
     code, _, printed = launch(CONFIG, NNODES=2)
     assert code == 2 and "MASTER_ADDR must name" in printed
-    code, _, printed = launch(CONFIG, MAX_RESTARTS=1)
-    assert code == 2 and "--out must name the run folder" in printed
+    code, _, printed = launch(CONFIG, NNODES=2, MASTER_ADDR="localhost")
+    assert code == 2 and "--out must name the run folder (or JOB_ID the job)" in printed
+    for name in ("MAX_RESTARTS", "MAX_STARTS"):
+        code, _, printed = launch(CONFIG, **{name: 2})
+        assert code == 2 and "--out must name the run folder" in printed
+
+
+def test_a_job_on_several_nodes_has_a_name_and_a_port_of_its_own(launch, tmp_path):
+    """The same on each of its nodes, and no other's: a second run does not join the first as one more node."""
+
+    def place(*words, **given):
+        code, said, printed = launch(CONFIG, *words, NNODES="1:2", MASTER_ADDR="localhost", **given)
+        assert code == 0, printed
+        found = dict(word.split("=", 1) for word in said if word.startswith("--rdzv-"))
+        return found["--rdzv-endpoint"], found["--rdzv-id"]
+
+    first, again, other = (place("--out", name) for name in ("runs/a", "runs/a", "runs/b"))
+    assert first == again and first[0] != other[0] and first[1] != other[1]
+    assert (
+        place("--out", ROOT / "runs/a") == place("--out=./runs/a/") == place("--out", "runs/a", "--seed", "3") == first
+    )
+    assert place("--out", tmp_path / "runs/a")[1] != first[1]
+    assert place("--out", "runs/a", JOB_ID="job")[1] == "job" and place("--out", "runs/a", JOB_ID="job")[0] != first[0]
+    assert place("--out", "runs/a", MASTER_PORT=7)[0] == "localhost:7"
+    assert 20000 <= int(first[0].split(":")[1]) < 30000
+
+
+def test_a_nodes_name_that_is_not_known_is_one_line(launch):
+    given = {"NNODES": 2, "MASTER_ADDR": "no-such-host.invalid", "RESOLVE_SECONDS": 0}
+    code, said, printed = launch(CONFIG, "--out", launch.out, **given)
+    assert code == 2 and said == [] and printed.count("\n") == 1
+    assert printed.startswith("torchrun.sh: MASTER_ADDR: no-such-host.invalid cannot be found from this node (")
+
+
+def test_no_torchrun_is_one_line(launch):
+    code, _, printed = launch(CONFIG, TORCHRUN="no-such-torchrun")
+    assert code == 2 and printed.startswith("torchrun.sh: there is no 'no-such-torchrun' on this node (")
+    assert printed.count("\n") == 1
+
+
+def test_slurms_tasks_do_not_each_train_alone(launch):
+    """As where srun was given no environment: NNODES is not set, and a task knows of the others."""
+    code, said, printed = launch(CONFIG, SLURM_STEP_NUM_TASKS=2)
+    assert code == 2 and said == [] and "one of 2 tasks of Slurm and NNODES is not set" in printed
+    assert launch(CONFIG, SLURM_STEP_NUM_TASKS=2, NNODES=1)[0] == 0
+    assert launch(CONFIG, SLURM_STEP_NUM_TASKS=1)[0] == 0
 
 
 def test_what_kubeflow_sets_is_left_to_torchrun(launch):
@@ -202,6 +256,7 @@ def submit(tmp_path):
             "SLURM_JOB_ID": 42,
             "SLURM_JOB_NODELIST": "node[7-8]",
             "SLURM_NNODES": 2,
+            "SLURM_CPUS_ON_NODE": 6,
             "MASTER_ADDR": "",
         } | variables
         path = f"{tmp_path}:{os.environ['PATH']}"
@@ -215,14 +270,27 @@ def test_slurm_requeues_what_is_not_finished(submit):
     code, called = submit(0, CONFIG, "--seed", "3")
     assert code == 0 and "requeue" not in called
     assert f"launch/torchrun.sh {CONFIG} --seed 3 --out runs/slurm-42 node7" in called
+    assert "srun --export=ALL --cpus-per-task=6 " in called
     code, called = submit(75, CONFIG, OUT="shared/run")
     assert code == 75 and "scontrol requeue 42" in called and "--out shared/run" in called
     code, called = submit(75, CONFIG, SLURM_RESTART_COUNT=2, MAX_REQUEUES=2)
     assert code == 75 and "requeue" not in called
-    for failed in (1, 3):
+    for failed in (1, 2, 3, 5):
         code, called = submit(failed, CONFIG)
         assert code == failed and "requeue" not in called
     assert submit(0)[0] == 2
+
+
+def test_nothing_that_is_shipped_tries_a_mistake_or_a_divergence_again():
+    """Exit codes 2 and 3: the processes hand them over (`test_launched.py`), torchrun.sh and slurm.sbatch as above."""
+    compose = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+    assert all(node["restart"] == "no" for node in compose["services"].values())  # docker's policies ask for no code
+    (runtime,) = (d for d in _manifest() if d["kind"] == "TrainingRuntime")
+    template = runtime["spec"]["template"]["spec"]
+    (job,) = template["replicatedJobs"]
+    (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2, 3]
+    assert template["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
 
 
 def _manifest():

@@ -12,8 +12,8 @@ from largebatch.distributed.backend import (
     launched_ranks,
     resolve,
 )
-from largebatch.distributed.meeting import Meeting, name_ranks
-from largebatch.distributed.watch import is_communication
+from largebatch.distributed.meeting import Meeting, before_the_meeting
+from largebatch.distributed.watch import is_communication, name_ranks
 
 __all__ = [
     "Backend",
@@ -22,6 +22,7 @@ __all__ = [
     "NonFiniteError",
     "Precision",
     "Ranks",
+    "before_the_meeting",
     "check_engine",
     "choose_backend",
     "create_backend",

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from largebatch.distributed.arrival import check_interface
 from largebatch.distributed.watch import RankWatch
 from largebatch.errors import UserError
 from largebatch.process.launched import launched_place
@@ -304,6 +305,8 @@ def choose_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
         )
     if use_cuda and (ranks.world_size > 1 or name != "ddp") and not torch.distributed.is_nccl_available():
         raise UserError("backend.device: GPUs speak through NCCL, which this torch was built without; use cpu")
+    if not use_cuda and ranks.world_size > 1:
+        check_interface()
     device = torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
     if name == "deepspeed":
         from largebatch.distributed.deepspeed import DeepSpeed, require_deepspeed

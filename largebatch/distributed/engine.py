@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from largebatch.distributed.arrival import open_group, open_store
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks, T
 from largebatch.distributed.buffers import copy_from_first, sums_of, write_out
 from largebatch.distributed.route import ADVICE, Route
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
 from largebatch.distributed.usage import Usage, Used, trained_parameters
-from largebatch.distributed.watch import RankWatch, open_group, open_store
+from largebatch.distributed.watch import RankWatch
 from largebatch.errors import UserError
 from largebatch.moments import check_statistics, is_shadow, shadows, track, tracked_parameters
 from largebatch.moments.presence import largest_gradient
@@ -81,7 +82,7 @@ class Engine(ABC):
         self.owns_group = (self.world_size > 1 or self.needs_group_alone) and not dist.is_initialized()
         store = None
         if self.owns_group:
-            store = ranks.store or open_store(self.rank, self.world_size, ranks.timeout_seconds)
+            store = ranks.store or open_store(ranks)
             open_group(store, self.rank, self.world_size, device, ranks.timeout_seconds)
         self.watch = RankWatch(store, self.rank, self.world_size)
 

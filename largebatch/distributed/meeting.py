@@ -16,11 +16,16 @@ from typing import Any
 
 import torch.distributed as dist
 
+from largebatch.distributed.arrival import START_SECONDS, open_store
 from largebatch.distributed.backend import Ranks
-from largebatch.distributed.watch import GRACE_SECONDS, START_SECONDS, open_store, short_cause
+from largebatch.distributed.watch import GRACE_SECONDS, name_ranks, short_cause, wait_until
 from largebatch.errors import LostRankError, SharedError, UserError, first_few
+from largebatch.process.launched import is_under_torchrun
 
 Shown = dict[str, Any]
+
+# How long a mistake waits to be told to ranks that perhaps nobody starts.
+PATIENCE_SECONDS = 20.0
 
 
 class Meeting:
@@ -28,6 +33,7 @@ class Meeting:
 
     Args:
         ranks: this process among all. A group that is open already lends its store.
+        seconds: how long to wait for the others to come; None for as long as ranks wait for each other.
 
     Attributes:
         store: through which the ranks met, for the engine to open its group; None where there is one rank, or a group.
@@ -36,9 +42,9 @@ class Meeting:
         LostRankError: if they do not meet.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, seconds: float | None = None) -> None:
         self.rank, self.world_size = ranks.rank, ranks.world_size
-        self.seconds = max(ranks.timeout_seconds, START_SECONDS)
+        self.seconds = max(ranks.timeout_seconds, START_SECONDS) if seconds is None else seconds
         self.store: dist.Store | None = None
         if self.world_size == 1:
             return
@@ -47,7 +53,7 @@ class Meeting:
             store = dist.distributed_c10d._get_default_store()
             number = store.add(f"largebatch/meetings/{self.rank}", 1)
         else:
-            self.store = store = open_store(self.rank, self.world_size, ranks.timeout_seconds)
+            self.store = store = open_store(ranks, seconds)
             number = 0
         self._notes = dist.PrefixStore(f"largebatch/meeting/{number}", store)
         self._notes.set(f"place/{self.rank}", f"{platform.node()}, process {os.getpid()}")
@@ -81,7 +87,9 @@ class Meeting:
         is_own = raised is not None and not isinstance(raised, UserError)
         text = None if raised is None else f"{type(raised).__name__}: {raised}" if is_own else str(raised)
         try:
-            verdict = self._exchange(on, {"shown": shown, "error": text, "is_own": is_own}, difference)
+            verdict = self._exchange(
+                on, {"shown": shown, "error": text, "is_own": is_own, "host": platform.node()}, difference
+            )
         except RuntimeError as error:
             if raised is not None:
                 raise raised from None
@@ -103,12 +111,12 @@ class Meeting:
             notes.set(f"{on}/verdict", json.dumps(verdict))
             if verdict is not None:  # the store may go with this process
                 readers = self.world_size - 1
-                _wait_until(lambda: notes.add(f"{on}/read", 0) >= readers, GRACE_SECONDS)
+                wait_until(lambda: notes.add(f"{on}/read", 0) >= readers, GRACE_SECONDS)
             return verdict
-        if not _wait_until(lambda: notes.check([f"{on}/0"]), self.seconds):
+        if not wait_until(lambda: notes.check([f"{on}/0"]), self.seconds):
             return {"is_mistake": False, "text": self._missing([0], on)}
         # It waits as long for the others, and has then something to say.
-        if not _wait_until(lambda: notes.check([f"{on}/verdict"]), self.seconds + 2 * GRACE_SECONDS):
+        if not wait_until(lambda: notes.check([f"{on}/verdict"]), self.seconds + 2 * GRACE_SECONDS):
             return {"is_mistake": False, "text": self._missing([0], on)}
         verdict = json.loads(notes.get(f"{on}/verdict"))
         if verdict is not None:
@@ -119,7 +127,7 @@ class Meeting:
         deadline = time.monotonic() + self.seconds
         keys = [f"{on}/{rank}" for rank in range(self.world_size)]
         for key in keys:
-            _wait_until(lambda key=key: self._notes.check([key]), deadline - time.monotonic())  # type: ignore[misc]
+            wait_until(lambda key=key: self._notes.check([key]), deadline - time.monotonic())  # type: ignore[misc]
         missing = [rank for rank, key in enumerate(keys) if not self._notes.check([key])]
         if missing:
             return {"is_mistake": False, "text": self._missing(missing, on)}
@@ -134,7 +142,8 @@ class Meeting:
         if not failed:
             return None
         lines = [
-            text if len(ranks) == self.world_size else f"{name_ranks(ranks)}: {text}" for text, ranks in failed.items()
+            text if len(ranks) == self.world_size else f"{name_ranks(ranks)}{_on_hosts(accounts, ranks)}: {text}"
+            for text, ranks in failed.items()
         ]
         return {"is_mistake": not any(account["is_own"] for account in accounts), "text": first_few(lines)}
 
@@ -147,24 +156,32 @@ class Meeting:
         return f"no word from {first_few(places, ', ')} on the {on} for {self.seconds:.0f} s: dead, or still at it"
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Ask until a condition holds, less often in time, and return whether it came to; Ctrl-C is heard meanwhile."""
-    deadline, pause = time.monotonic() + seconds, 0.001
-    while not condition():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(pause)
-        pause = min(0.25, 1.5 * pause)
-    return True
+def _on_hosts(accounts: list[Shown], ranks: list[int]) -> str:
+    """Return the hosts of ranks in brackets; nothing where all ranks are on one host."""
+    if len({account["host"] for account in accounts}) == 1:
+        return ""
+    return f" ({first_few(list(dict.fromkeys(accounts[rank]['host'] for rank in ranks)), ', ', most=3)})"
 
 
-def name_ranks(ranks: list[int]) -> str:
-    """Return "rank 3", or "ranks 1, 4 to 7", for numbers in rising order."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    names = [str(run[0]) if len(run) == 1 else f"{run[0]}{' to ' if len(run) > 2 else ', '}{run[-1]}" for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}"
+@contextmanager
+def before_the_meeting(ranks: Ranks) -> Iterator[None]:
+    """Run a block that comes before the ranks meet, and tell the others where it ends this one.
+
+    Args:
+        ranks: this process among all; one rank has nobody to tell.
+
+    Raises:
+        SharedError: where it raised a `UserError`, here or on another rank that came to the meeting with it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if ranks.world_size == 1:
+            raise
+        # Torchrun has started all of them. Where nobody has, a mistake is not kept waiting for long.
+        try:
+            meeting = Meeting(ranks, START_SECONDS if is_under_torchrun() else PATIENCE_SECONDS)
+        except (LostRankError, UserError):
+            raise error from None
+        with meeting.agree("config", lambda shown: None):
+            raise

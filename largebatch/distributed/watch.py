@@ -15,20 +15,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from largebatch.errors import LostRankError
 from largebatch.process.signals import handled_by
 
 # How long a rank that has failed waits for the others' accounts. Launchers kill what is left of a job 30 s after a failure.
 GRACE_SECONDS = 5.0
-
-# Ranks start at their own pace (imports from a slow disk), so that their first meeting may take this long at least.
-START_SECONDS = 300.0
 
 # What gloo and the stores say in plain RuntimeErrors when a peer is gone or silent.
 _SIGNS = (
@@ -84,21 +77,25 @@ class RankWatch:
 
     Attributes:
         where: returns what to add on where this rank was, or nothing.
+        found_mistake: whether what `explain` found was a user's mistake, met by another rank.
     """
 
     def __init__(self, store: dist.Store | None, rank: int, world_size: int) -> None:
         self.store = None if store is None else dist.PrefixStore("largebatch/watch", store)
         self.rank, self.world_size = rank, world_size
         self.where: Callable[[], str] = str
+        self.found_mistake = False
         if self.store is not None:
             self.store.set(f"place/{rank}", f"{platform.node()}, process {os.getpid()}")
 
-    def report(self, cause: str, is_own: bool) -> None:
-        """Leave this rank's account: what failed, and whether it was this rank's own doing."""
+    def report(self, cause: str, is_own: bool, is_mistake: bool = False) -> None:
+        """Leave this rank's account: what failed, whether it was this rank's own doing, and whether the user's mistake."""
         if self.store is not None:
             # Where the rank that keeps the store is gone, the others find out alike.
             with suppress(RuntimeError):
-                self.store.set(f"account/{self.rank}", f"{'own' if is_own else 'peer'} {cause}")
+                self.store.set(
+                    f"account/{self.rank}", f"{'mistake' if is_mistake else 'own' if is_own else 'peer'} {cause}"
+                )
 
     def announce(self, line: str) -> None:
         """Leave a line that begins with the number of a pass: how this rank's pass differs from the one before."""
@@ -151,9 +148,10 @@ class RankWatch:
             missing = [f"rank {rank} ({self.store.get(f'place/{rank}').decode()})" for rank in waiting]
         except RuntimeError:
             return f"rank 0, which keeps the ranks' meeting place, is gone or cannot be reached: its own log says why ({cause})"
-        own = [f"rank {rank}: {text[4:]}" for rank, text in accounts.items() if text.startswith("own ")]
+        own = {rank: text.split(" ", 1) for rank, text in accounts.items() if not text.startswith("peer ")}
         if own:
-            return "; ".join(own)
+            self.found_mistake = all(kind == "mistake" for kind, _ in own.values())
+            return "; ".join(f"rank {rank}: {text}" for rank, (_, text) in own.items())
         if missing:
             return f"no word from {', '.join(missing)}: dead, hanging or cut off ({cause}){parted}"
         return f"the link between the ranks broke ({cause}){parted}"
@@ -169,42 +167,24 @@ class RankWatch:
         return waiting
 
 
-def open_store(rank: int, world_size: int, timeout_seconds: float) -> dist.Store:
-    """Return the store through which ranks meet, at the place that torchrun's environment names; one rank needs none.
-
-    Raises:
-        LostRankError: if they do not meet.
-    """
-    start = timedelta(seconds=max(timeout_seconds, START_SECONDS))
-    store: Any = dist.HashStore()
-    if world_size > 1:
-        try:
-            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start))
-        except (RuntimeError, ValueError) as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise LostRankError(
-                f"the {world_size} ranks did not meet at {where} within {start.total_seconds():.0f} s ({error}); see that "
-                "every node was started, and that this address can be reached from all of them"
-            ) from error
-    store.set_timeout(start)
-    return store
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Ask until a condition holds, less often in time, and return whether it came to; Ctrl-C is heard meanwhile."""
+    deadline, pause = time.monotonic() + seconds, 0.001
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(0.25, 1.5 * pause)
+    return True
 
 
-def open_group(store: dist.Store, rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> None:
-    """Open the default process group.
-
-    Args:
-        store: from `open_store`.
-        rank: this process.
-        world_size: number of ranks.
-        device: of this process; GPUs speak through NCCL, others through gloo.
-        timeout_seconds: after which a collective fails that a rank does not take part in.
-    """
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.index is not None else None,
-    )
+def name_ranks(ranks: list[int]) -> str:
+    """Return "rank 3", or "ranks 1, 4 to 7", for numbers in rising order."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    names = [str(run[0]) if len(run) == 1 else f"{run[0]}{' to ' if len(run) > 2 else ', '}{run[-1]}" for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}"

@@ -236,20 +236,22 @@ def _told(backend: Backend, what_is_kept: Callable[[], str]) -> Iterator[ExitSta
         raise
     except UserError as error:
         error.everywhere = False  # a broken sample, say, which one rank alone has met
-        backend.watch.report(str(error), is_own=True)
+        backend.watch.report(str(error), is_own=True, is_mistake=True)
         raise
     except LostWorkerError as error:
         backend.watch.report(str(error), is_own=True)
         raise LostWorkerError(f"{error}; {what_is_kept()}") from error
     except SystemExit as error:  # of the model's or the data's own code
-        backend.watch.report(f"its code exits (code {error.code})", is_own=True)
+        backend.watch.report(f"its code exits (code {error.code})", is_own=True, is_mistake=True)
         raise
     except Exception as error:
         if backend.world_size == 1 or not is_communication(error):
             backend.watch.report(f"{type(error).__name__}: {cause_of(error)}", is_own=True)
             raise
         is_lost = True
-        raise LostRankError(f"{backend.watch.explain(cause_of(error))}; {what_is_kept()}") from error
+        lost = LostRankError(f"{backend.watch.explain(cause_of(error))}; {what_is_kept()}")
+        lost.is_mistake = backend.watch.found_mistake
+        raise lost from error
     finally:
         opened.close()
         if not is_lost:  # a group that has lost a rank cannot be left in good order

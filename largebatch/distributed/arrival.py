@@ -1,0 +1,285 @@
+"""How the ranks of a run come together: at the address that their launcher names, through one store, and then as a group."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from largebatch.distributed.watch import GRACE_SECONDS, cause_of, is_communication, name_ranks, wait_until
+from largebatch.errors import LostRankError, UserError, first_few
+from largebatch.process.launched import NAMES, is_under_torchrun
+
+if TYPE_CHECKING:
+    from largebatch.distributed.backend import Ranks
+
+# Ranks start at their own pace (imports from a slow disk), so that their first meeting may take this long at least.
+START_SECONDS = 300.0
+# Who waits longer than this for others says so.
+SAY_SECONDS = 15.0
+# A name server may come to know a node's name a while after the node was started.
+RESOLVE_SECONDS = 60.0
+PROBE_SECONDS = 5.0
+
+
+def open_store(ranks: Ranks, seconds: float | None = None) -> dist.Store:
+    """Return the store through which ranks meet, at the place that torchrun's environment names, when all have come.
+
+    Where gloo would give the others a loopback address of this host, as under Debian's own hosts file, GLOO_SOCKET_IFNAME
+    is set to the interface through which the others are reached.
+
+    Args:
+        ranks: this process among all; one rank needs no place.
+        seconds: how long to wait; None for as long as ranks wait for each other, `START_SECONDS` at the least.
+
+    Raises:
+        LostRankError: if they do not meet.
+        UserError: if the environment's address cannot be known, or is another's, or another process has this rank.
+    """
+    if ranks.world_size == 1:
+        return dist.HashStore()
+    return _Arrival(ranks, max(ranks.timeout_seconds, START_SECONDS) if seconds is None else seconds).store
+
+
+class _Arrival:
+    """One rank's way to the others."""
+
+    def __init__(self, ranks: Ranks, seconds: float) -> None:
+        self.rank, self.world_size, self.speaks = ranks.rank, ranks.world_size, ranks.local_rank == 0
+        self.host, self.port = os.environ["MASTER_ADDR"].strip(), int(os.environ["MASTER_PORT"])
+        self.seconds, self.started = seconds, time.monotonic()
+        self.is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+        self.address = ""  # of this host, as the others see it; nothing where it is not known
+        if self.rank == 0 and not self.is_served:
+            self.store = self._serve()
+        else:
+            self.address = self._reach()
+            self.store = self._open(self.host, is_master=False)
+        self.notes = dist.PrefixStore("largebatch/arrival", self.store)
+        try:
+            self._call_the_roll()
+            if _is_loopback(self.address) and self.notes.check(["address"]):
+                self.address = _source_address(self.notes.get("address").decode(), self.port)
+        except dist.DistError as error:
+            raise LostRankError(
+                f"rank 0, which keeps the ranks' meeting place at {self.host}:{self.port}, is gone or cannot be reached: its "
+                f"own log says why ({cause_of(error)})"
+            ) from error
+        settle_interface(self.address)
+        self.store.set_timeout(timedelta(seconds=seconds))
+
+    def _open(self, host: str, is_master: bool) -> dist.Store:
+        return dist.TCPStore(
+            host,
+            self.port,
+            self.world_size,
+            is_master,
+            timeout=timedelta(seconds=max(self.seconds, PROBE_SECONDS)),
+            wait_for_workers=False,
+            multi_tenant=True,
+            use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+        )
+
+    def _serve(self) -> dist.Store:
+        try:
+            return self._open("127.0.0.1", is_master=True)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise LostRankError(f"port {self.port} cannot be listened at ({cause_of(error)})") from error
+            text = f"MASTER_PORT: port {self.port} is in use here, by another run or by a process that is rank 0 too"
+            if is_under_torchrun():  # which has found a free one, that somebody else has taken meanwhile
+                raise LostRankError(text) from error
+            raise UserError(f"{text}; give each process its own RANK, and each run its own MASTER_PORT") from error
+
+    def _reach(self) -> str:
+        """Wait until the store's host answers; return this host's address on the way there."""
+        pause = 0.05
+        while True:
+            known = True
+            try:
+                with socket.create_connection((self.host, self.port), PROBE_SECONDS) as probe:
+                    return str(probe.getsockname()[0])
+            except (socket.gaierror, UnicodeError) as error:
+                known, cause = False, getattr(error, "strerror", None) or str(error)
+            except OSError as error:
+                cause = error.strerror or "no answer"
+            waited = time.monotonic() - self.started
+            if not known and waited >= min(RESOLVE_SECONDS, self.seconds):
+                raise UserError(
+                    f"MASTER_ADDR: this node does not know the name '{self.host}' ({cause}); name the first node by an address "
+                    "that all nodes know"
+                )
+            if waited >= self.seconds:
+                raise LostRankError(
+                    f"rank 0 did not come to {self.host}:{self.port} within {self.seconds:.0f} s ({cause}); see that it was "
+                    "started, and that this address can be reached from every node"
+                )
+            self._say_once(f"rank {self.rank} waits for rank 0 at {self.host}:{self.port} ({cause})")
+            time.sleep(pause)
+            pause = min(1.0, 1.5 * pause)
+
+    def _call_the_roll(self) -> None:
+        """Wait until all have come, as rank 0 counts them; leave the others the address of one that is not on its host."""
+        notes = self.notes
+        # Under torchrun a store may outlive the processes, and torchrun numbers them.
+        if not is_under_torchrun() and notes.add(f"number/{self.rank}", 1) > 1:
+            raise UserError(
+                f"environment: RANK is {self.rank} in two processes that meet at {self.host}:{self.port}; give each its own"
+            )
+        if not _is_loopback(self.address):
+            notes.set("address", self.address)
+        notes.set(f"came/{self.rank}", "1")
+        notes.add("count", 1)
+        if self.rank == 0:
+            if self._wait(lambda: notes.add("count", 0) >= self.world_size, self._missing):
+                notes.set("verdict", "")
+                return
+            text = (
+                f"{self._missing()} did not come to {self.host}:{self.port} within {self.seconds:.0f} s; see that every node "
+                "was started, and that this address can be reached from all of them"
+            )
+            notes.set("verdict", text)
+            time.sleep(GRACE_SECONDS)  # the store goes with this process
+            raise LostRankError(text)
+        self.seconds += 2 * GRACE_SECONDS  # rank 0 has something to say when its time is over
+        if not self._wait(lambda: notes.check(["verdict"]), lambda: "the others"):
+            raise LostRankError(
+                f"no word from rank 0 at {self.host}:{self.port} for {self.seconds:.0f} s: dead, hanging or cut off"
+            )
+        text = notes.get("verdict").decode()
+        if text:
+            raise LostRankError(text)
+
+    def _missing(self) -> str:
+        return name_ranks([rank for rank in range(self.world_size) if not self.notes.check([f"came/{rank}"])])
+
+    def _wait(self, condition: Callable[[], bool], whom: Callable[[], str]) -> bool:
+        deadline = self.started + self.seconds
+        if wait_until(condition, min(self.started + SAY_SECONDS, deadline) - time.monotonic()):
+            return True
+        if time.monotonic() < deadline:
+            self._say_once(f"rank {self.rank} waits for {whom()} at {self.host}:{self.port}")
+        return wait_until(condition, deadline - time.monotonic())
+
+    def _say_once(self, text: str) -> None:
+        if not self.speaks or time.monotonic() - self.started < SAY_SECONDS:
+            return
+        self.speaks = False
+        where = "the log of its node says why it does not come"
+        if not is_under_torchrun():
+            where = (
+                f"WORLD_SIZE is {self.world_size}: start the other processes, or, where another job has left these variables "
+                f"in this shell, unset {' '.join(NAMES)}"
+            )
+        print(f"largebatch: {text}; {where}", file=sys.stderr, flush=True)
+
+
+def open_group(store: dist.Store, rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> None:
+    """Open the default process group.
+
+    Args:
+        store: from `open_store`.
+        rank: this process.
+        world_size: number of ranks.
+        device: of this process; GPUs speak through NCCL, others through gloo.
+        timeout_seconds: after which a collective fails that a rank does not take part in.
+
+    Raises:
+        LostRankError: if the ranks, which have met, cannot reach each other.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.index is not None else None,
+        )
+    except RuntimeError as error:
+        if not is_communication(error):
+            raise
+        raise LostRankError(
+            f"the ranks have met, but cannot reach each other ({cause_of(error)}); set {backend.upper()}_SOCKET_IFNAME on "
+            f"every node to the network interface that leads to the others; this one has {_interfaces_in_words()}"
+        ) from error
+
+
+def check_interface() -> None:
+    """See that gloo can use what GLOO_SOCKET_IFNAME names here.
+
+    Raises:
+        UserError: if there is no such interface, or it has no address.
+    """
+    name = os.environ.get("GLOO_SOCKET_IFNAME")
+    if name:
+        try:
+            dist.ProcessGroupGloo.create_default_device()
+        except RuntimeError as error:
+            raise UserError(
+                f"GLOO_SOCKET_IFNAME: '{name}' is no network interface with an address here ({cause_of(error)}); this node has "
+                f"{_interfaces_in_words()}"
+            ) from error
+
+
+def settle_interface(address: str) -> None:
+    """Let gloo speak through the interface of an address, where it would give out a loopback address otherwise.
+
+    Args:
+        address: of this host, under which the others reach it; nothing where all ranks are on this host.
+    """
+    if os.environ.get("GLOO_SOCKET_IFNAME") or _is_loopback(address):
+        return
+    with suppress(OSError, UnicodeError):  # gloo takes the loopback where the host does not know its own name
+        first = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0]
+        if not _is_loopback(str(first[4][0])):
+            return
+    name = next((name for name, own in _interfaces() if own == address), None)
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _is_loopback(address: str) -> bool:
+    return not address or ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _source_address(there: str, port: int) -> str:
+    """Return this host's address on the way to another; nothing where there is no way."""
+    family = socket.AF_INET6 if ":" in there else socket.AF_INET
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((there, port))  # sends nothing
+        return str(probe.getsockname()[0])
+    return ""
+
+
+def _interfaces() -> list[tuple[str, str]]:
+    """Return the network interfaces that have an address, with it, the loopback last."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR of Linux
+                found.append((name, socket.inet_ntoa(answer[20:24])))
+    with suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            words = line.split()
+            found.append((words[-1], str(ipaddress.IPv6Address(bytes.fromhex(words[0])))))
+    return sorted(found, key=lambda entry: _is_loopback(entry[1]))
+
+
+def _interfaces_in_words() -> str:
+    return first_few([f"{name} ({address})" for name, address in _interfaces()], ", ") or "none"
