@@ -185,7 +185,7 @@ def test_the_node_that_keeps_the_rendezvous_dies(tmp_path, untouched, rank):
         f"the rendezvous' node, of rank {rank}, died at {at} samples: the other's rank ended after {ended:.1f} s, its agent "
         f"after {time.monotonic() - died:.1f} s with {code}:\n" + "\n".join(said)
     )
-    assert code == 1 and not stays.family()
+    assert code == 5 and not stays.family()
     assert "RendezvousConnectionError" in stays.printed()
     lost = "rank 0, which keeps the ranks' meeting place, is gone" if rank == 0 else "no word from rank 1 ("
     assert said[0].startswith(f"largebatch: error: rank {1 - rank} stops: {lost}")

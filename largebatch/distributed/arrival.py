@@ -224,10 +224,9 @@ def check_interface() -> None:
     Raises:
         UserError: if there is no such interface, or it has no address.
     """
-    name = os.environ.get("GLOO_SOCKET_IFNAME")
-    if name:
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
         try:
-            dist.ProcessGroupGloo.create_default_device()
+            dist.ProcessGroupGloo.create_device(interface=name)
         except RuntimeError as error:
             raise UserError(
                 f"GLOO_SOCKET_IFNAME: '{name}' is no network interface with an address here ({cause_of(error)}); this node has "
