@@ -87,7 +87,8 @@ class Cluster:
         words = self.call("scontrol", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def submit(self, config, out, **variables):
+    def submit(self, config, out, *flags, **variables):
+        """Submit the launcher with flags of sbatch, and return the job's number."""
         given = {
             "TORCHRUN": write_torchrun(out.parent),
             "NPROC_PER_NODE": 1,
@@ -95,7 +96,7 @@ class Cluster:
             "LARGEBATCH_TEST_SECONDS": 0.05,
             "OUT": out,
         }
-        words = ["sbatch", "--parsable", "-o", out.with_suffix(".log"), "launch/slurm.sbatch", config]
+        words = ["sbatch", "--parsable", "-o", out.with_suffix(".log"), *flags, "launch/slurm.sbatch", config]
         return self.call(*words, **given | variables).strip()
 
     def finish(self, job, seconds=200):
@@ -148,3 +149,35 @@ def test_a_requeued_job_ends_as_if_nothing_had_happened(cluster, tmp_path):
     assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", printed[-3000:]
     assert "goes back into the queue" in printed and "resumed from" in printed
     assert_same_run(out, whole)
+
+
+def test_a_job_has_its_nodes_and_their_cpus_whatever_environment_it_was_given(cluster, tmp_path):
+    """With a list for --export, srun hands on that list alone: NNODES would be missing, and each node train by itself."""
+    out = tmp_path / "run"
+    given = {"TORCHRUN": write_torchrun(tmp_path), "OUT": out, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": ROOT / "tests"}
+    export = ",".join(f"{name}={value}" for name, value in (given | {"GLOO_SOCKET_IFNAME": "lo"}).items())
+    job = cluster.submit(write_config(tmp_path, schedule={"epochs": 1}), out, f"--export={export}")
+    state = cluster.finish(job)
+    printed = out.with_suffix(".log").read_text()
+    assert state["JobState"] == "COMPLETED" and summary(out)["world_size"] == 2, printed[-3000:]
+    assert state["NumCPUs"] == "8" and printed.count("2 x CPU") == 1
+
+
+def test_a_mistake_ends_a_job_for_good(cluster, tmp_path):
+    out = tmp_path / "run"
+    given = {"none": ("--export=NONE", "there is no 'torchrun' on this node ("), "config": ("", "no such config file")}
+    for name, (flag, line) in given.items():
+        state = cluster.finish(cluster.submit(tmp_path / f"{name}.yaml", out, *filter(None, [flag])))
+        printed = out.with_suffix(".log").read_text()
+        assert state["JobState"] == "FAILED" and state["ExitCode"] == "2:0" and state["Restarts"] == "0", printed[
+            -3000:
+        ]
+        assert printed.count(line) == 2 and "Traceback" not in printed, "one line a node"
+        out.with_suffix(".log").unlink()
+
+
+def test_srun_alone_does_not_train_each_task_by_itself(cluster, tmp_path):
+    words = ["srun", "-N2", "--ntasks-per-node=1", "-o", tmp_path / "said", ROOT / "launch/torchrun.sh"]
+    cluster.call(*words, write_config(tmp_path), "--out", tmp_path / "run", TORCHRUN=write_torchrun(tmp_path))
+    said = (tmp_path / "said").read_text()
+    assert said.count("this is one of 2 tasks of Slurm and NNODES is not set") == 2 and not (tmp_path / "run").exists()
