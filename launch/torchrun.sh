@@ -15,7 +15,7 @@
 #   NNODES            number of nodes, or MIN:MAX for an elastic job (default 1)
 #   MASTER_ADDR       address of the first node that all nodes know (default localhost; needed for several nodes)
 #   MASTER_PORT       free port there (default: one of 20000 to 29999, by JOB_ID)
-#   RESOLVE_SECONDS   how long a node may take to know the name in MASTER_ADDR (default 60)
+#   PATIENCE_SECONDS  how long a node may take to know the name in MASTER_ADDR, and the others to come before it says so (default 60)
 #   JOB_ID            name of the job, the same on each node and no other's (default: made of --out, which several nodes need)
 #   MAX_RESTARTS      restarts after a failed process or a node that left (default 0; 10 for an elastic job); they need --out
 #   MAX_STARTS        how often torchrun itself is started where it fails (default 1); more need --out
@@ -31,6 +31,8 @@
 # Ctrl-C, 2 a mistake, 3 diverged, 4 the last state could not be written, 5 lost a rank, 6 lost a process that loads data; 1
 # everything else. What happened stands above. After 2 and 3 nothing is started again: it would end alike.
 set -euo pipefail
+
+{ # read as a whole before it begins: the file may be changed under a long run
 
 # A run outlives its output: a message that nobody reads ends nothing, and no file gets the number of a closed descriptor.
 trap '' PIPE
@@ -73,9 +75,10 @@ if ! type -P "$TORCHRUN" >/dev/null; then
     fail "there is no '$TORCHRUN' on this node (${HOSTNAME:-}): activate the environment that largebatch is installed in, or let TORCHRUN name its torchrun"
 fi
 
-# Prints this node's address on the way to the first one, whose own name for itself may lead nowhere from the others.
+# Prints this node's address on the way to the first one, as its own name for itself may lead nowhere from the others; and,
+# where it does not know its own name, which torchrun asks for, whether it is the first one.
 find_address() {
-    python3 - "$MASTER_ADDR" "${RESOLVE_SECONDS:-60}" <<'END'
+    python3 - "$MASTER_ADDR" "${PATIENCE_SECONDS:-60}" <<'END'
 import socket, sys, time
 name, deadline = sys.argv[1], time.monotonic() + float(sys.argv[2])
 while True:
@@ -93,7 +96,13 @@ with socket.socket(family, socket.SOCK_DGRAM) as probe:
     except OSError as error:
         sys.exit(f"no way to {there[0]}: {error.strerror}")
     here = probe.getsockname()[0]
+is_first = here in ("::1", there[0]) or here.startswith("127.")
 print(name if here == "::1" or here.startswith("127.") else here)
+try:
+    socket.getaddrinfo(socket.gethostname(), None)
+    print()
+except (OSError, UnicodeError):
+    print(f"is_host={int(is_first)}")
 END
 }
 
@@ -124,12 +133,16 @@ if [[ -z ${PET_NNODES:-} ]]; then
         JOB_ID=${JOB_ID:-largebatch-$number}
         where=$MASTER_ADDR:${MASTER_PORT:-$((20000 + number % 10000))}
         how+=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$where" --rdzv-id="$JOB_ID")
+        rendezvous=''
         if [[ -z ${PET_LOCAL_ADDR:-} ]] && type -P python3 >/dev/null; then
-            address=$(find_address 2>&1) || fail "MASTER_ADDR: $MASTER_ADDR cannot be found from this node (${HOSTNAME:-}: ${address##*$'\n'}); name the first node by an address that every node knows"
-            how+=(--local-addr="${address##*$'\n'}")
+            found=$(find_address 2>&1) || fail "MASTER_ADDR: $MASTER_ADDR cannot be found from this node (${HOSTNAME:-}: ${found##*$'\n'}); name the first node by an address that every node knows"
+            mapfile -t found <<<"$found"
+            how+=(--local-addr="${found[0]}")
+            if [[ -n ${found[1]:-} ]]; then rendezvous+=",${found[1]}"; fi
         fi
         # A node whose clock is behind counts as dead. Where no other could take its place, that may wait for two minutes.
-        if [[ $MAX_RESTARTS == 0 && -z ${PET_RDZV_CONF:-} ]]; then how+=(--rdzv-conf=keep_alive_max_attempt=24); fi
+        if [[ $MAX_RESTARTS == 0 ]]; then rendezvous+=,keep_alive_max_attempt=24; fi
+        if [[ -n $rendezvous && -z ${PET_RDZV_CONF:-} ]]; then how+=(--rdzv-conf="${rendezvous#,}"); fi
     fi
 fi
 
@@ -156,11 +169,11 @@ done
 remind() {
     local sleeper=''
     trap 'if [[ -n $sleeper ]]; then kill "$sleeper"; fi; exit' TERM
-    sleep 60 >/dev/null 2>&1 &
+    sleep "${PATIENCE_SECONDS:-60}" >/dev/null 2>&1 &
     sleeper=$!
     wait "$sleeper"
     if [[ ! -s $codes ]]; then
-        echo "torchrun.sh: this node (${HOSTNAME:-}) has waited 60 s for the others: NNODES is $NNODES, they meet at $where; see that the same command was started on each, from the same folder" >&2
+        echo "torchrun.sh: this node (${HOSTNAME:-}) has waited ${PATIENCE_SECONDS:-60} s for the others: NNODES is $NNODES, they meet at $where; see that the same command was started on each, from the same folder" >&2
     fi
 }
 
@@ -222,6 +235,8 @@ if [[ ! $code =~ ^(0|3|4|75|130)$ && -z $caught ]]; then
     why='why is in the line above that begins with largebatch:'
     if [[ -n ${where:-} && -n $codes && ! -s $codes ]]; then
         why="no process of this node has begun: the nodes did not come together at $where; another node's log may say why, and each needs the same command, a way to that address, and the right time"
+    elif [[ -n ${where:-} && -n $codes ]] && ! grep -q '[0-9]' "$codes"; then
+        why="no process of this node came to say why: see above, and the other nodes' logs"
     fi
     again=''
     if [[ -n $out ]]; then again="; once that is mended, the same command continues from the newest checkpoint in $out"; fi
@@ -229,3 +244,4 @@ if [[ ! $code =~ ^(0|3|4|75|130)$ && -z $caught ]]; then
     echo "torchrun.sh: exit code $code: $why$again" >&2 || true
 fi
 exit "$code"
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from largebatch.errors import UserError
+from largebatch.task import Task
 
 ROOT = Path(__file__).parent.parent
 CLOCKS = ("samples_per_second",)
@@ -63,6 +67,26 @@ class PartingMLP(torch.nn.Module):
     def forward(self, x):
         self.calls += self.training
         return self.ways[self.calls == 3 and os.environ.get("RANK") == "1"](x.flatten(1))
+
+
+def mistaken_mlp(task):
+    """An MLP of which rank 1 finds in its third pass that it is asked for what it cannot do."""
+    return MistakenMLP(task.num_outputs)
+
+
+class MistakenMLP(SlowMLP):
+    def forward(self, x):
+        if self.calls == 2 and os.environ.get("RANK") == "1":
+            raise UserError("model.name: not for these samples")
+        return super().forward(x)
+
+
+def rows_of_a_node():
+    """Rows that are on nodes where LARGEBATCH_TEST_DATA is set."""
+    if not os.environ.get("LARGEBATCH_TEST_DATA"):
+        raise UserError("data.path: nothing lies at '/nowhere'")
+    rows = torch.utils.data.TensorDataset(torch.randn(256, 64), torch.randint(10, (256,)))
+    return rows, rows, Task("classification", (64,), 10)
 
 
 CONFIG = {
@@ -192,6 +216,32 @@ def no_job_left():
     yield
     while Job.started:
         Job.started.pop().kill()
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts with a link between them, as network namespaces; returns their names."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and the ip command")
+    names = [f"lbt{uuid.uuid4().hex[:5]}{i}" for i in (0, 1)]
+    made = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+    try:
+        ip("netns", "add", names[1])
+        ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.78.0.{number}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                ip("-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True)
 
 
 def rows(folder: Path) -> list[dict]:

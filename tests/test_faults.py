@@ -3,10 +3,8 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-import uuid
 
 import pytest
 from jobs import (
@@ -14,6 +12,8 @@ from jobs import (
     assert_same_run,
     checkpoints,
     free_port,
+    hosts,  # noqa: F401
+    ip,
     no_job_left,  # noqa: F401
     summary,
     wait_until,
@@ -214,33 +214,7 @@ def test_nodes_that_differ(tmp_path, what):
     assert expected in lines.pop() and not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def hosts():
-    """Two hosts with a link between them, as network namespaces; returns their names."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and the ip command")
-    names = [f"lbt{uuid.uuid4().hex[:5]}{i}" for i in (0, 1)]
-    made = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
-    try:
-        _ip("netns", "add", names[1])
-        _ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        for number, name in enumerate(names, 1):
-            _ip("-n", name, "addr", "add", f"10.78.0.{number}/24", "dev", "eth0")
-            for device in ("lo", "eth0"):
-                _ip("-n", name, "link", "set", device, "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False)
-
-
-def _ip(*words):
-    subprocess.run(["ip", *words], check=True)
-
-
-def test_the_link_between_nodes_is_lost(tmp_path, hosts):
+def test_the_link_between_nodes_is_lost(tmp_path, hosts):  # noqa: F811
     """No connection closes: nothing arrives any more, and each side can only wait until its time is over."""
     ranks = start_long(
         tmp_path,
@@ -249,7 +223,7 @@ def test_the_link_between_nodes_is_lost(tmp_path, hosts):
         GLOO_SOCKET_IFNAME="eth0",
     )
     started = time.monotonic()
-    _ip("-n", hosts[1], "link", "set", "eth0", "down")
+    ip("-n", hosts[1], "link", "set", "eth0", "down")
     ended = {}  # (exit code, seconds) by rank
     while len(ended) < 2 and time.monotonic() - started < 2 * TIMEOUT + NOTICE:
         for number, rank in enumerate(ranks):

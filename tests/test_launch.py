@@ -41,9 +41,11 @@ def launch(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
 
+    given = {"TORCHRUN": fake, "FAKE_LOG": log, "FAKE_OUT": out}
+
     def run(*words, number=None, **variables):
         log.unlink(missing_ok=True)
-        variables = {"TORCHRUN": fake, "FAKE_LOG": log, "FAKE_OUT": out} | variables
+        variables = given | variables
         job = Job(["launch/torchrun.sh", *words], tmp_path / "printed", **variables)
         if number is not None:
             wait_until((out / "ready").exists, 20)
@@ -51,7 +53,7 @@ def launch(tmp_path):
         code = job.wait(30)
         return code, log.read_text().splitlines() if log.exists() else [], job.printed()
 
-    run.out = out
+    run.out, run.given = out, given
     return run
 
 
@@ -93,16 +95,15 @@ def test_the_processes_tell_the_exit_code(launch, ranks, torchruns, ours):
 def test_a_failure_has_the_last_word(launch):
     """Where to look and how to go on, below torchrun's tracebacks; nothing where the run itself says how it ended."""
     nodes = {"NNODES": "1:2", "MASTER_ADDR": "127.0.0.1"}
-    line = "torchrun.sh: exit code 1: why is in the line above that begins with largebatch:"
+    line = "torchrun.sh: exit code {}: why is in the line above that begins with largebatch:"
     more = f"; once that is mended, the same command continues from the newest checkpoint in {launch.out}"
+    elsewhere = " (on each node; with another's MASTER_ADDR where 127.0.0.1 is lost)"
+    killed = "torchrun.sh: exit code 1: no process of this node came to say why: see above, and the other nodes' logs"
     for words, variables, expected in (
-        ([CONFIG], {}, line),
-        ([CONFIG, "--out", launch.out], {}, line + more),
-        (
-            [CONFIG, "--out", launch.out],
-            nodes,
-            f"{line}{more} (on each node; with another's MASTER_ADDR where 127.0.0.1 is lost)",
-        ),
+        ([CONFIG], {}, line.format(1)),
+        ([CONFIG, "--out", launch.out], {"FAKE_RANKS": "6"}, line.format(6) + more),
+        ([CONFIG, "--out", launch.out], {"FAKE_RANKS": "5"} | nodes, line.format(5) + more + elsewhere),
+        ([CONFIG, "--out", launch.out], nodes, killed + more + elsewhere),
     ):
         assert launch(*words, FAKE_CODE=1, **variables)[2].splitlines()[-1] == expected
     before = launch(CONFIG)[2]
@@ -189,10 +190,20 @@ def test_a_job_on_several_nodes_has_a_name_and_a_port_of_its_own(launch, tmp_pat
 
 
 def test_a_nodes_name_that_is_not_known_is_one_line(launch):
-    given = {"NNODES": 2, "MASTER_ADDR": "no-such-host.invalid", "RESOLVE_SECONDS": 0}
+    given = {"NNODES": 2, "MASTER_ADDR": "no-such-host.invalid", "PATIENCE_SECONDS": 0}
     code, said, printed = launch(CONFIG, "--out", launch.out, **given)
     assert code == 2 and said == [] and printed.count("\n") == 1
     assert printed.startswith("torchrun.sh: MASTER_ADDR: no-such-host.invalid cannot be found from this node (")
+
+
+def test_nodes_that_do_not_come_together_are_said(launch):
+    """Torchrun waits for them in silence: one was not started, or with another run folder."""
+    given = {"NNODES": 2, "MASTER_ADDR": "localhost", "PATIENCE_SECONDS": 0.3, "FAKE_WAIT": 1}
+    job = Job(["launch/torchrun.sh", CONFIG, "--out", launch.out], launch.out / "said", **launch.given | given)
+    line = "has waited 0.3 s for the others: NNODES is 2, they meet at localhost:2"
+    wait_until(lambda: line in job.printed(), 20)
+    job.send(signal.SIGTERM)
+    assert job.wait(20) == 75 and not job.family()
 
 
 def test_no_torchrun_is_one_line(launch):
@@ -366,3 +377,27 @@ def test_the_time_limit_of_a_real_job(tmp_path):
     job = Job(["launch/torchrun.sh", config, "--out", out], tmp_path / "printed", **given)
     assert job.wait() == 75
     assert summary(out)["stopped_by"] == "time_limit"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "code", "line"),
+    [
+        (
+            {"data": {"name": "mnist", "path": "/nowhere"}},
+            2,
+            "largebatch: error: data.path: nothing lies at '/nowhere'",
+        ),
+        ({"model": {"name": "jobs:mistaken_mlp"}}, 2, "largebatch: error: rank 1: model.name: "),
+        ({"optimizer": {"lr": 1e30, "second_moment": "batch"}}, 3, "largebatch: diverged: "),
+    ],
+)
+def test_a_mistake_is_not_restarted(tmp_path, changes, code, line):
+    """Nor a divergence, by torchrun or by torchrun.sh; one rank alone may have met it."""
+    given = {"TORCHRUN": write_torchrun(tmp_path), "NPROC_PER_NODE": 2, "MAX_RESTARTS": 2, "MAX_STARTS": 2}
+    job = Job(
+        ["launch/torchrun.sh", write_config(tmp_path, **changes), "--out", tmp_path / "run"], tmp_path / "said", **given
+    )
+    assert job.wait() == code, job.printed()
+    assert job.printed().count(line) == 1, job.printed()
+    assert "resumed from" not in job.printed() and "start 2 of" not in job.printed()

@@ -229,7 +229,7 @@ def check_interface() -> None:
             dist.ProcessGroupGloo.create_device(interface=name)
         except RuntimeError as error:
             raise UserError(
-                f"GLOO_SOCKET_IFNAME: '{name}' is no network interface with an address here ({cause_of(error)}); this node has "
+                f"GLOO_SOCKET_IFNAME: '{name}' is no network interface with an address here; this node has "
                 f"{_interfaces_in_words()}"
             ) from error
 
