@@ -146,13 +146,19 @@ if [[ -z ${PET_NNODES:-} ]]; then
     fi
 fi
 
-# The processes write their exit codes there, and that they have begun: torchrun makes 1 of every code.
-codes=''
-for folder in "${TMPDIR:-/tmp}" /tmp /dev/shm "$(dirname "${out:-.}")"; do
-    if codes=$(mktemp "$folder/.largebatch-codes-XXXXXX" 2>/dev/null); then break; fi
+# The processes write their exit codes there, and that they have begun: torchrun makes 1 of every code. Where one folder alone
+# can be written, it serves torchrun too, which needs a place for temporary files.
+codes='' beside=$(dirname "${out:-./x}")
+until [[ -d $beside ]]; do beside=$(dirname "$beside"); done
+for place in "${TMPDIR:-/tmp}" /tmp /var/tmp "$beside" /dev/shm; do
+    if scratch=$(mktemp -d "$place/.largebatch-XXXXXX" 2>/dev/null); then
+        trap 'rm -rf "$scratch"' EXIT
+        codes=$scratch/codes
+        if [[ $place != "${TMPDIR:-/tmp}" ]]; then export TMPDIR=$scratch; fi
+        break
+    fi
 done
 export LARGEBATCH_EXIT_CODES=$codes
-trap 'rm -f "$codes"' EXIT
 
 caught='' child='' reminder=''
 # shellcheck disable=SC2329  # trap calls it

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 from jobs import Job, hosts, no_job_left, summary, write_config, write_torchrun  # noqa: F401
 
@@ -91,3 +95,37 @@ def test_two_nodes(tmp_path, hosts, lacks):  # noqa: F811
             assert text.splitlines()[-1].startswith("torchrun.sh: exit code 1: no process of this node has begun: ")
         else:
             assert line in text and "Traceback" not in text
+
+
+# All that can be written is the folder of the runs.
+READ_ONLY = """
+mount --make-rprivate / && mount --bind "$0" "$0"
+for place in /tmp /dev/shm /var/tmp; do
+    if [[ $(stat -c %m "$place") != / ]]; then mount -o remount,bind,ro "$(stat -c %m "$place")"; fi
+done
+mount -o remount,bind,ro / && ! touch /tmp/x && ! touch /dev/shm/x && touch "$0"/x && rm "$0"/x && exec "$@"
+"""
+
+
+@pytest.mark.parametrize("by", ["alone", "torchrun.sh"])
+@pytest.mark.parametrize("machine", ["read-only", "unknown uid"])
+def test_a_machine_with_little_of_its_own(tmp_path, machine, by):
+    """As containers are: nothing can be written but one folder; nobody knows who runs it."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting and other users need root")
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    config = write_config(tmp_path, schedule={"epochs": 0.2}, optimizer={"second_moment": "batch"})
+    words = ["unshare", "--mount", "bash", "-c", READ_ONLY, folder]
+    if machine == "unknown uid":
+        folder.chmod(0o777)
+        uid = "54321"  # which may read what root's tests are made of
+        words = ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups", "--inh-caps", "+dac_read_search"]
+        words += ["--ambient-caps", "+dac_read_search", "env", "-u", "HOME", "-u", "USER", "-u", "LOGNAME"]
+    run = [sys.executable, "-m", "largebatch", "train"] if by == "alone" else ["launch/torchrun.sh"]
+    given = {"NPROC_PER_NODE": 2, "TORCHRUN": Path(sys.executable).with_name("torchrun")}
+    job = Job([*words, *run, config, "--out", folder / "run"], tmp_path / "said", **given)
+    assert job.wait() == 0, job.printed()
+    assert summary(folder / "run")["status"] == "finished" and "warning: log" not in job.printed()
+    left = [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
+    assert left == ["run"], "but for what torch keeps among temporary files"
