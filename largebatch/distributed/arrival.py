@@ -186,27 +186,26 @@ class _Arrival:
         print(f"largebatch: {text}; {where}", file=sys.stderr, flush=True)
 
 
-def open_group(store: dist.Store, rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> None:
-    """Open the default process group.
+def open_group(ranks: Ranks, device: torch.device) -> dist.Store:
+    """Open the default process group; return the store that it was opened through.
 
     Args:
-        store: from `open_store`.
-        rank: this process.
-        world_size: number of ranks.
+        ranks: this process among all; without a store they meet first (`open_store`). After their ``timeout_seconds`` a
+            collective fails that a rank does not take part in.
         device: of this process; GPUs speak through NCCL, others through gloo.
-        timeout_seconds: after which a collective fails that a rank does not take part in.
 
     Raises:
-        LostRankError: if the ranks, which have met, cannot reach each other.
+        LostRankError: if the ranks do not meet, or cannot reach each other.
     """
+    store = ranks.store or open_store(ranks)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
             backend,
             store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_seconds),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=ranks.timeout_seconds),
             device_id=device if device.index is not None else None,
         )
     except RuntimeError as error:
@@ -216,6 +215,7 @@ def open_group(store: dist.Store, rank: int, world_size: int, device: torch.devi
             f"the ranks have met, but cannot reach each other ({cause_of(error)}); set {backend.upper()}_SOCKET_IFNAME on "
             f"every node to the network interface that leads to the others; this one has {_interfaces_in_words()}"
         ) from error
+    return store
 
 
 def check_interface() -> None:

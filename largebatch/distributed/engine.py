@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from largebatch.distributed.arrival import open_group, open_store
+from largebatch.distributed.arrival import open_group
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks, T
 from largebatch.distributed.buffers import copy_from_first, sums_of, write_out
 from largebatch.distributed.route import ADVICE, Route
@@ -80,10 +80,7 @@ class Engine(ABC):
             torch.cuda.set_device(device)
         # A process group that the caller opened (a test, a notebook) stays the caller's to close.
         self.owns_group = (self.world_size > 1 or self.needs_group_alone) and not dist.is_initialized()
-        store = None
-        if self.owns_group:
-            store = ranks.store or open_store(ranks)
-            open_group(store, self.rank, self.world_size, device, ranks.timeout_seconds)
+        store = open_group(ranks, device) if self.owns_group else None
         self.watch = RankWatch(store, self.rank, self.world_size)
 
     def describe(self) -> str:
