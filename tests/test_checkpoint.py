@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -730,11 +731,23 @@ def test_a_skipped_update_is_left_out(rank_pool, tmp_path):
     assert events[0]["samples"] == 600 and "rank 1" in events[0]["event"]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("choice", ["skip", "roll_back"])
-@pytest.mark.parametrize("flags", [{}, ADAMW], ids=["sgd", "adamw"])
-def test_fp16_goes_on_after_a_loss_that_is_not_finite(engine, world_size, choice, flags, rank_pool, tmp_path):
+QUICK_FP16 = {
+    ("ddp", 1, "skip", "adamw"),
+    ("ddp", 2, "roll_back", "adamw"),
+    ("fsdp", 2, "skip", "adamw"),
+    ("fsdp", 2, "roll_back", "sgd"),
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size", "choice", "optimizer"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK_FP16 else [pytest.mark.slow])
+        for case in itertools.product(("ddp", "fsdp"), (1, 2), ("skip", "roll_back"), ("sgd", "adamw"))
+    ],
+)
+def test_fp16_goes_on_after_a_loss_that_is_not_finite(engine, world_size, choice, optimizer, rank_pool, tmp_path):
+    flags = ADAMW if optimizer == "adamw" else {}
     """Its loss scaling has seen gradients that are gone."""
     flags = flags | {"precision": "fp16", "optimizer.non_finite": choice, "batch.size": 90, "backend.name": engine}
     passes = 2 if flags.get("optimizer.name") == "adamw" and world_size == 1 else 1
@@ -781,7 +794,10 @@ OVERFLOWS = {  # (passes, choice, updates, skipped)
 }
 
 
-@pytest.mark.parametrize("engine, world_size", [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)])
+@pytest.mark.parametrize(
+    ("engine", "world_size"),
+    [("ddp", 1), ("fsdp", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ddp", 2), ("fsdp", 1)))],
+)
 @pytest.mark.parametrize("case", OVERFLOWS)
 def test_an_overflow_that_no_loss_scale_mends_is_none_of_the_scale(case, engine, world_size, rank_pool, tmp_path):
     """Its scale begins at 2^16 and is halved at each overflow; below 2^-14 the gradient is what is not finite."""
