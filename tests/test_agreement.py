@@ -374,7 +374,7 @@ def check_same_buffers(run, results, folder, tolerance):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_buffers_are_the_same_on_every_rank(engine, world_size, model, rank_pool, tmp_path):
     if engine == "accelerate":

@@ -90,7 +90,7 @@ def _train_and_again(rank, world_size, run, folder):
 
 @needs_deepspeed
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_buffers_are_the_same_on_every_rank(stage, model, rank_pool, tmp_path):
     """As on every engine (tests/test_agreement.py), in float32."""
     engine = {"backend.name": "deepspeed", "backend.zero_stage": stage, "precision": "fp32"}

@@ -31,20 +31,20 @@ def outcomes(processes):
 
 
 def test_runs_without_a_name_have_a_folder_each(tmp_path):
-    found = outcomes([start(tmp_path, "--seed", seed) for seed in range(4)])
-    assert [code for _, code in found] == [0] * 4, found
+    found = outcomes([start(tmp_path, "--seed", seed) for seed in range(2)])
+    assert [code for _, code in found] == [0] * 2, found
     folders = sorted((tmp_path / "runs").iterdir())
-    assert len(folders) == 4
+    assert len(folders) == 2
     seeds = {(folder / "config.yaml").read_text().split("seed: ")[1].split()[0] for folder in folders}
-    assert seeds == {"0", "1", "2", "3"}
+    assert seeds == {"0", "1"}
     assert all(json.loads((folder / "summary.json").read_text())["status"] == "finished" for folder in folders)
 
 
 @pytest.mark.parametrize("resume", [[], pytest.param(["--resume", "auto"], marks=pytest.mark.slow)])
 def test_of_runs_with_one_name_one_trains(resume, tmp_path):
-    found = outcomes([start(tmp_path, "--seed", seed, "--out", tmp_path / "x", *resume) for seed in range(4)])
+    found = outcomes([start(tmp_path, "--seed", seed, "--out", tmp_path / "x", *resume) for seed in range(3)])
     codes = sorted(code for _, code in found)
-    assert codes == [0, 2, 2, 2], found
+    assert codes == [0, 2, 2], found
     for (_, error), code in found:
         if code == 2:
             assert error.count("\n") == 1 and "largebatch: error: --" in error, error
@@ -78,7 +78,7 @@ def test_a_mistake_leaves_no_folder(tmp_path):
 def test_a_folder_that_is_moved_in_mid_run_is_told_of(tmp_path):
     process = start(tmp_path, "--out", tmp_path / "x", "--schedule.epochs", "400", "--log.every_updates", "1")
     metrics = tmp_path / "x" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
     (tmp_path / "x").rename(tmp_path / "y")

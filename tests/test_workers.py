@@ -22,7 +22,8 @@ from jobs import (
 )
 
 from largebatch.checkpoint.folder import find_problems
-from largebatch.data.workers import Batches, LoaderConfig, Parcel
+from largebatch.data.parcel import Parcel
+from largebatch.data.workers import Batches, LoaderConfig
 from largebatch.errors import LostWorkerError, UserError
 
 SECONDS = 10.0  # in which a run ends, whatever ended it

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import Queue, active_children
 from multiprocessing.connection import wait
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from largebatch.data.parcel import Parcel
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import Batch, Samples, may_miss, readable
 from largebatch.errors import LostWorkerError, UserError
@@ -85,35 +85,6 @@ class MicroBatch:
 
 class NoWorkersError(UserError):
     """Worker processes cannot be started here."""
-
-
-class Parcel:
-    """A batch on its way from a worker: in memory that it shares with the rank, or as bytes where there is none to share.
-
-    It is packed before it is queued: what fails in the queue's own thread is dropped there, and waited for in vain.
-
-    Args:
-        batch: the batch.
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch: Batch | None = None
-        self.shortage: str | None = None
-        try:
-            self.data = bytes(ForkingPickler.dumps(batch))
-        except (OSError, RuntimeError) as error:  # /dev/shm is full or missing, or there is no folder for a socket
-            self.data, self.shortage = pickle.dumps(batch), str(error)
-
-    def open(self) -> Batch:
-        """Return the batch; once, as the worker hands its memory over."""
-        return pickle.loads(self.data) if self.batch is None else self.batch
-
-    def pin_memory(self) -> Parcel:
-        """Open it in pinned memory, as a DataLoader's thread for that asks."""
-        inputs, targets, *missing = self.open()
-        pinned: Any = (inputs.pin_memory(), targets.pin_memory(), *missing)
-        self.batch = pinned
-        return self
 
 
 def _packed(batch: Any) -> Any:
@@ -251,8 +222,13 @@ class Batches:
         except (RuntimeError, OSError, EOFError) as error:
             is_early = "DataLoader timed out" in str(error)
             waited = time.monotonic() - self._waits_since
-            if self._workers and not is_early:  # the connection to one that dies goes before it does
-                wait([worker.sentinel for worker in self._workers], LOOK_SECONDS)
+            if (
+                self._workers and not is_early
+            ):  # the connection to one that dies goes before it does, and so does its sentinel
+                gone = wait([worker.sentinel for worker in self._workers], KILLED_SECONDS)
+                for worker in self._workers:
+                    if worker.sentinel in gone:
+                        worker.join(KILLED_SECONDS)
             dead = [f"{w.pid} {_ending(w.exitcode)}" for w in self._workers if w.exitcode is not None]
             if self._hanging or (is_early and not dead and waited >= self.timeout_seconds):
                 hanging = self._hanging or self._find_hanging()
