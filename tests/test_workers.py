@@ -1,5 +1,6 @@
 """Runs whose samples are loaded by processes of their own: every way out of a run ends them too, at once."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -249,8 +250,10 @@ def test_a_dev_shm_without_room_for_a_worker_is_one_line(tmp_path):
     assert "Traceback" not in job.printed() and "ignored" not in job.printed() and not (tmp_path / "run").exists()
 
 
-def test_workers_that_cannot_be_started_leave_none(monkeypatch):
-    """The second of three meets a limit on processes: one line, and the first is ended."""
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("what", ["process", "thread"])
+def test_workers_that_cannot_be_started_leave_none(what, monkeypatch):
+    """The second of three, or the thread that feeds the first, meets a limit: one line, and those that are there are ended."""
     fork, calls = os.fork, []
 
     def limited():
@@ -260,9 +263,17 @@ def test_workers_that_cannot_be_started_leave_none(monkeypatch):
         return fork()
 
     before = set(multiprocessing.active_children())
-    monkeypatch.setattr(os, "fork", limited)
+
+    def no_thread(*_):
+        raise RuntimeError("can't start new thread")
+
+    if what == "process":
+        monkeypatch.setattr(os, "fork", limited)
+    else:
+        monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_put_index", no_thread)
     with pytest.raises(UserError, match=r"worker processes could not be started .*ulimit -u"):
         Batches(range(16), [], LoaderConfig(num_workers=3), torch.device("cpu"), torch.float32, 5.0, lambda *_: None)
+    gc.collect()
     wait_until(lambda: before.issuperset(multiprocessing.active_children()), 10, "no worker")
 
 
@@ -301,3 +312,17 @@ def test_a_parcel_keeps_what_cannot_be_shared(monkeypatch):
     for parcel in (shared, kept, pinned):
         inputs, targets, missing = parcel.open()
         assert torch.equal(inputs, batch[0]) and torch.equal(targets, batch[1]) and missing == {1: "why"}
+
+
+def test_a_loader_that_was_never_asked_is_thrown_away_in_silence(capfd):
+    """As of a run that is resumed when it is finished: its queues have never been written to."""
+    for _ in range(3):
+        batches = Batches(
+            range(16), [], LoaderConfig(num_workers=2), torch.device("cpu"), torch.float32, 5.0, lambda *_: None
+        )
+        batches.close()
+        batches.itself = batches
+        del batches
+        gc.collect()
+        time.sleep(0.2)
+    assert capfd.readouterr().err == ""

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from largebatch.data.parcel import Parcel
 from largebatch.data.sampler import SampleKeys
@@ -155,7 +157,7 @@ class Batches:
         before = signal.getsignal(signal.SIGCHLD)
         self.shortage: str | None = None
         try:
-            self._batches = _started(loader)
+            self._batches: Any = _started(loader)
         finally:
             if threading.current_thread() is threading.main_thread():
                 # Torch's own handler raises when a worker dies, wherever the rank is: in a save, in the middle of an update.
@@ -258,6 +260,7 @@ class Batches:
                 worker.kill()
             for worker in self._workers:
                 worker.join(KILLED_SECONDS)
+            self._batches._shutdown_workers()  # the garbage collector would close its queues before it writes to them
         self._workers = []
 
     def _watch(self) -> None:
@@ -290,8 +293,13 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
         return iter(loader)
     except (OSError, RuntimeError) as error:
         dead = re.match(r"DataLoader worker \(pid (\d+)\) (.+?)[. ]*$", str(error))
-        if isinstance(error, RuntimeError) and dead is None:
+        if isinstance(error, RuntimeError) and dead is None and "start new thread" not in str(error):
             raise
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if isinstance(half_made := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
+                half_made._shutdown = (
+                    True  # or it complains when it is thrown away, as it lacks what it would shut down
+                )
         for worker in set(active_children()).difference(others):
             worker.kill()  # they ignore what asks them to end
         if dead is not None:
