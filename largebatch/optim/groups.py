@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -127,3 +127,37 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, values: Mapping[str, A
             if name not in group:
                 raise KeyError(f"{type(optimizer).__name__} has no hyper-parameter {name!r}")
             group[name] = value
+
+
+def described(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, parameter) of all groups; one without a name is described by its place and shape."""
+    for number, group in enumerate(groups):
+        names = group.get("param_names") or [""] * len(group["params"])
+        for index, (name, parameter) in enumerate(zip(names, group["params"], strict=True)):
+            shape = "x".join(map(str, parameter.shape)) or "scalar"
+            yield f"'{name}'" if name else f"{index} of group {number} ({shape})", parameter
+
+
+def check_groups(groups: Iterable[dict[str, Any]], has_moment: bool) -> None:
+    """Refuse groups that `batch_size_invariant` cannot take.
+
+    Args:
+        groups: of the optimizer.
+        has_moment: whether it has a second moment to be estimated.
+
+    Raises:
+        UserError: for shadows, a rate that decays by itself, or a second moment that keeps nothing.
+    """
+    for group in groups:
+        if is_shadow_group(group) or any(is_shadow(p) for p in group["params"]):
+            raise UserError(
+                "batch_size_invariant: the model is tracked, and its shadows are among the parameters; call largebatch.untrack "
+                "first: this optimizer needs nothing of the model"
+            )
+        if group.get("lr_decay"):
+            raise UserError(f"lr_decay: expected 0, got {group['lr_decay']}; use a scheduler")
+        coefficient = group["betas"][1] if "betas" in group else group.get("alpha", 1.0)
+        if has_moment and not coefficient > 0:
+            raise UserError(
+                "beta2 (alpha): expected more than 0: a second moment that keeps nothing cannot be estimated"
+            )

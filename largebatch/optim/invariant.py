@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -15,19 +14,18 @@ from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
 from largebatch.errors import UserError
-from largebatch.moments import is_shadow
 from largebatch.moments.micro_batches import MicroBatchSquares, Units
 from largebatch.noise.estimator import Noise, NoiseScale
 from largebatch.optim.adaptive import AdaptiveOptimizer
-from largebatch.optim.around import Around, is_decoupled, second_moment_name
-from largebatch.optim.averages import Moment
+from largebatch.optim.around import Around, second_moment_name
+from largebatch.optim.at_batch import moment_of, moved_rows, values_at
 from largebatch.optim.damping import Damping, forget_damping
-from largebatch.optim.fused import may_fuse
+from largebatch.optim.groups import check_groups, described
 from largebatch.optim.host import loader_size, samples, warn_of_short_batches
 from largebatch.optim.limit import Limit, LimitWatch
-from largebatch.optim.progress import Progress
+from largebatch.optim.progress import Progress, counts_of
 from largebatch.optim.quench import Quench
-from largebatch.optim.shift import Count, Row, coefficient_at, move_second_moments, noise_sums, shift_of
+from largebatch.optim.shift import Count, move_second_moments, noise_sums
 
 KEY = "batch_size_invariant"  # in the first group of a state dict
 SAVED = ("batch_size", "kappa", "samples_seen", "updates", "previous_batch_size", "loss_scale")
@@ -133,7 +131,7 @@ class BatchSizeInvariant(Around):
         self._squares.settings = {"reference_batch_size": reference, "micro_batch_size": micro}
         super().__init__(optimizer)
         self._hook_parameters()
-        self._progress.counts = self._counts_of_state()
+        self._progress.counts = counts_of(self.base, self._moment_name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch.optim."""
@@ -213,9 +211,9 @@ class BatchSizeInvariant(Around):
         units = self._squares.collect()
         progress = self._progress
         if units is None:  # nothing but momentum and weight decay
-            with self._written_at(progress.kappa, 1.0):
+            with values_at(self.base, progress.kappa, progress.batch_size, 1.0):
                 self.base.step()
-            self._follow_counts()
+            progress.follow(counts_of(self.base, self._moment_name))
             return loss
         if progress.announced is None:
             warn_of_short_batches()
@@ -229,14 +227,6 @@ class BatchSizeInvariant(Around):
         progress.samples_seen += progress.batch_size
         progress.previous_batch_size = size
         return loss
-
-    def _follow_counts(self) -> None:
-        """Count updates that the base has counted without a gradient."""
-        for p, found in self._counts_of_state().items():
-            count = self._progress.counts.setdefault(p, Count())
-            if found.updates > count.updates:
-                count.log_decay += found.log_decay * (1.0 - count.updates / found.updates)
-                count.updates = found.updates
 
     def _to_reference_sum(self, units: Units, factor: float) -> None:
         """Scale gradients, which the ranks' mean of sums is, to the sum over a reference batch."""
@@ -253,10 +243,12 @@ class BatchSizeInvariant(Around):
         self._watch.before(self._parameters, units, size, progress.updates)
         if self._damping is not None:
             self._damping.begin(units, spread, kappa)
-        move_second_moments(self._rows(units, kappa), units, spread)
-        with self._written_at(kappa, units.num_units):
+        if self._moment_name is not None:
+            move_second_moments(moved_rows(self.base, self._moment_name, units, kappa, progress.counts), units, spread)
+        with values_at(self.base, kappa, progress.batch_size, units.num_units):
             if isinstance(self.base, AdaptiveOptimizer):
-                self.base.moment_source = lambda _, params: self._moment(params, units, spread, kappa)
+                slots = self._squares.slots
+                self.base.moment_source = lambda _, params: moment_of([slots[p] for p in params], units, spread, kappa)
             self.base.step()
             factors = {} if self._damping is None else self._damping.end(self._updates_of)
             self._watch.after(self._updates_of, factors)
@@ -290,116 +282,16 @@ class BatchSizeInvariant(Around):
                 stacklevel=6,
             )
 
-    @contextmanager
-    def _written_at(self, kappa: float, num_units: float) -> Iterator[None]:
-        """Return a context in which the groups have the values of this batch size, and afterwards those of before."""
-        names = ("lr", "betas", "alpha", "fused")
-        written = [{name: group[name] for name in names if name in group} for group in self.param_groups]
-        try:
-            for group in self.param_groups:
-                group.update(self._scaled(group, kappa))
-                if isinstance(self.base, Quench):
-                    group["batch_size"], group["num_units"] = self.batch_size, num_units
-            yield
-        finally:
-            self.base.__dict__.pop("moment_source", None)
-            for group, values in zip(self.param_groups, written, strict=True):
-                group.update(values)
-
-    def _scaled(self, group: dict[str, Any], kappa: float) -> dict[str, Any]:
-        """Return a group's values at this batch size; those that stay are left out."""
-        values: dict[str, Any] = {}
-        if may_fuse(self.base, group, self.state):
-            values["fused"] = True
-        if isinstance(self.base, Quench) or kappa == 1.0:
-            return values
-        values["lr"] = group["lr"] * kappa
-        if "betas" in group:
-            values["betas"] = (group["betas"][0], coefficient_at(group, kappa))
-        if "alpha" in group:
-            values["alpha"] = coefficient_at(group, kappa)
-        return values
-
-    def _rows(self, units: Units, kappa: float) -> list[Row]:
-        """Return how the second moment of each parameter is moved, and count the update."""
-        slots = {slot.parameter: slot for slot in units.slots}
-        name = self._moment_name
-        rows: list[Row] = []
-        if name is None:
-            return rows
-        bounded = kappa < 1.0 or not units.equal
-        for group in self.param_groups:
-            present = [p for p in group["params"] if p in slots]
-            if any(not self.state[p] for p in present):
-                self.base._init_group(group, [], [], [], [], [], [])  # type: ignore[attr-defined]
-            decay = 0.0 if is_decoupled(self.base, group) else group["weight_decay"]
-            for p in present:
-                state = self.state[p]
-                shift = shift_of(self.base, group, kappa, bounded, self._progress.counts.setdefault(p, Count()))
-                rows.append(
-                    Row(
-                        slots[p],
-                        state[name],
-                        shift,
-                        decay,
-                        group.get("maximize", False),
-                        state.get("exp_avg"),
-                        state.get("max_exp_avg_sq"),
-                    )
-                )
-        return rows
-
-    def _moment(self, params: list[Tensor], units: Units, spread: float, kappa: float) -> Moment:
-        """Return the second moment of the reference batch, for an optimizer of this package."""
-        slots = [self._squares.slots[p] for p in params]
-        regions = [slot.region for slot in slots]
-        if units.num_units > 1:
-            share = (kappa - 1.0) / (units.num_units - 1.0)
-            return Moment(regions, share, units.scale, kappa, equal=units.equal)
-        estimates = []
-        for slot, region in zip(slots, regions, strict=True):
-            gradient = slot.gradient()
-            change = torch.add(gradient, region, alpha=-units.clip) if slot.holds == "previous" else gradient
-            weight = spread if slot.holds == "previous" else 1.0
-            estimates.append(gradient.square().addcmul_(change, change, value=weight))
-        return Moment(estimates, kappa - 1.0, 1.0, kappa)
-
     # Hooks, copies and checkpoints
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [""] * len(group["params"])
-            for index, (name, parameter) in enumerate(zip(names, group["params"], strict=True)):
-                shape = "x".join(map(str, parameter.shape)) or "scalar"
-                yield f"'{name}'" if name else f"{index} of group {number} ({shape})", parameter
+        return described(self.param_groups)
 
     def _hook_parameters(self) -> None:
         named = list(self._parameters())
-        if any(is_shadow(p) for _, p in named) or any(group.get("role") == "shadow" for group in self.param_groups):
-            raise UserError(
-                "batch_size_invariant: the model is tracked, and its shadows are among the parameters; call largebatch.untrack "
-                "first: this optimizer needs nothing of the model"
-            )
-        for group in self.param_groups:
-            if group.get("lr_decay"):
-                raise UserError(f"lr_decay: expected 0, got {group['lr_decay']}; use a scheduler")
-            coefficient = group["betas"][1] if "betas" in group else group.get("alpha", 1.0)
-            if self._moment_name and not coefficient > 0:
-                raise UserError(
-                    "beta2 (alpha): expected more than 0: a second moment that keeps nothing cannot be estimated"
-                )
+        check_groups(self.param_groups, has_moment=self._moment_name is not None)
         self._squares.add(named)
         self._squares.keep({parameter for _, parameter in named})
-
-    def _counts_of_state(self) -> dict[Tensor, Count]:
-        """Return counts for the state of an optimizer that has trained at its reference."""
-        counts = {}
-        if self._moment_name == "exp_avg_sq":
-            for group in self.param_groups:
-                for p in group["params"]:
-                    updates = float(self.state[p]["step"]) if p in self.state and "step" in self.state[p] else 0.0
-                    counts[p] = Count(updates, updates * math.log(float(group["betas"][1])))
-        return counts
 
     def to_torch(self) -> torch.optim.Optimizer:
         """Return the plain optimizer with its groups and state, for training at the reference batch size; this one ends."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from largebatch.optim.shift import Count
@@ -50,3 +51,32 @@ class Progress:
             self.loss_scale *= 2.0 ** -math.ceil(math.log2(clip))
             clip = factor * self.loss_scale
         return clip
+
+    def follow(self, counts: dict[Tensor, Count]) -> None:
+        """Count updates that the optimizer itself has counted, without a gradient.
+
+        Args:
+            counts: as `counts_of` returns them.
+        """
+        for p, found in counts.items():
+            count = self.counts.setdefault(p, Count())
+            if found.updates > count.updates:
+                count.log_decay += found.log_decay * (1.0 - count.updates / found.updates)
+                count.updates = found.updates
+
+
+def counts_of(optimizer: torch.optim.Optimizer, moment_name: str | None) -> dict[Tensor, Count]:
+    """Return the counts of an optimizer that has trained at its reference; of Adam and AdamW, whose moments have a bias.
+
+    Args:
+        optimizer: of torch, or of this package.
+        moment_name: of its second moment in the state; None where it has none to be moved.
+    """
+    counts = {}
+    if moment_name == "exp_avg_sq":
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                state = optimizer.state.get(p, {})
+                updates = float(state["step"]) if "step" in state else 0.0
+                counts[p] = Count(updates, updates * math.log(float(group["betas"][1])))
+    return counts

@@ -1,0 +1,109 @@
+"""What an optimizer takes at another batch size than its reference: the groups' values, and its second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from largebatch.moments.micro_batches import Units
+from largebatch.moments.projection import Slot
+from largebatch.optim.around import is_decoupled
+from largebatch.optim.averages import Moment
+from largebatch.optim.fused import may_fuse
+from largebatch.optim.quench import Quench
+from largebatch.optim.shift import Count, Row, coefficient_at, shift_of
+
+
+@contextmanager
+def values_at(optimizer: torch.optim.Optimizer, kappa: float, batch_size: int, num_units: float) -> Iterator[None]:
+    """Return a context in which the groups have the values of a batch size, and afterwards those of the reference.
+
+    Args:
+        optimizer: whose groups have the values of the reference.
+        kappa: B / B_ref.
+        batch_size: B.
+        num_units: n, of the squares.
+    """
+    names = ("lr", "betas", "alpha", "fused")
+    groups = optimizer.param_groups
+    written = [{name: group[name] for name in names if name in group} for group in groups]
+    try:
+        for group in groups:
+            group.update(_scaled(optimizer, group, kappa))
+            if isinstance(optimizer, Quench):
+                group["batch_size"], group["num_units"] = batch_size, num_units
+        yield
+    finally:
+        optimizer.__dict__.pop("moment_source", None)
+        for group, values in zip(groups, written, strict=True):
+            group.update(values)
+
+
+def _scaled(optimizer: torch.optim.Optimizer, group: dict[str, Any], kappa: float) -> dict[str, Any]:
+    """Return a group's values at this batch size; those that stay are left out."""
+    values: dict[str, Any] = {}
+    if may_fuse(optimizer, group, optimizer.state):
+        values["fused"] = True
+    if isinstance(optimizer, Quench) or kappa == 1.0:
+        return values
+    values["lr"] = group["lr"] * kappa
+    if "betas" in group:
+        values["betas"] = (group["betas"][0], coefficient_at(group, kappa))
+    if "alpha" in group:
+        values["alpha"] = coefficient_at(group, kappa)
+    return values
+
+
+def moved_rows(
+    optimizer: torch.optim.Optimizer, name: str, units: Units, kappa: float, counts: dict[Tensor, Count]
+) -> list[Row]:
+    """Return how the second moment of each parameter is moved, and count the update.
+
+    Args:
+        optimizer: of torch.
+        name: of its second moment in the state.
+        units: of the update.
+        kappa: B / B_ref.
+        counts: by parameter, of the updates of its second moment.
+    """
+    slots = {slot.parameter: slot for slot in units.slots}
+    rows: list[Row] = []
+    bounded = kappa < 1.0 or not units.equal
+    for group in optimizer.param_groups:
+        present = [p for p in group["params"] if p in slots]
+        if any(not optimizer.state[p] for p in present):
+            optimizer._init_group(group, [], [], [], [], [], [])  # type: ignore[attr-defined]
+        decay = 0.0 if is_decoupled(optimizer, group) else group["weight_decay"]
+        for p in present:
+            state = optimizer.state[p]
+            shift = shift_of(optimizer, group, kappa, bounded, counts.setdefault(p, Count()))
+            maximize = group.get("maximize", False)
+            averages = state.get("exp_avg"), state.get("max_exp_avg_sq")
+            rows.append(Row(slots[p], state[name], shift, decay, maximize, *averages))
+    return rows
+
+
+def moment_of(slots: list[Slot], units: Units, spread: float, kappa: float) -> Moment:
+    """Return the second moment of the reference batch, for an optimizer of this package.
+
+    Args:
+        slots: of the parameters.
+        units: of the update.
+        spread: 1 / (1 + B_t / B_{t-1}), where the change between two updates stands in for the spread of the units.
+        kappa: B / B_ref.
+    """
+    regions = [slot.region for slot in slots]
+    if units.num_units > 1:
+        share = (kappa - 1.0) / (units.num_units - 1.0)
+        return Moment(regions, share, units.scale, kappa, equal=units.equal)
+    estimates = []
+    for slot, region in zip(slots, regions, strict=True):
+        gradient = slot.gradient()
+        change = torch.add(gradient, region, alpha=-units.clip) if slot.holds == "previous" else gradient
+        weight = spread if slot.holds == "previous" else 1.0
+        estimates.append(gradient.square().addcmul_(change, change, value=weight))
+    return Moment(estimates, kappa - 1.0, 1.0, kappa)
