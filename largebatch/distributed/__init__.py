@@ -1,17 +1,7 @@
 """Backends: the only rooms that speak torch.distributed."""
 
-from largebatch.distributed.backend import (
-    Backend,
-    BackendConfig,
-    NonFiniteError,
-    Precision,
-    Ranks,
-    check_engine,
-    choose_backend,
-    create_backend,
-    launched_ranks,
-    resolve,
-)
+from largebatch.distributed.backend import Backend, BackendConfig, NonFiniteError, Precision, Ranks, launched_ranks
+from largebatch.distributed.create import check_engine, choose_backend, create_backend, resolve
 from largebatch.distributed.meeting import Meeting, before_the_meeting
 from largebatch.distributed.watch import is_communication, name_ranks
 
