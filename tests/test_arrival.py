@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 
 import pytest
 from jobs import free_port
@@ -140,6 +141,34 @@ def test_another_error_before_they_meet_is_told_too():
     assert (
         isinstance(second, LostRankError) and str(second) == "rank 0: ModuleNotFoundError: No module named 'pydantic'"
     )
+
+
+@pytest.mark.parametrize("how", ["killed", "killed later", "no way"])
+def test_a_rank_that_is_killed_before_it_gives_account_is_named_at_once(how, monkeypatch):
+    """For want of memory while it loads its data, say: the kernel closes its connection, and nobody waits for its time-out."""
+    if how == "no way":  # a firewall: it counts as living until its time is over
+        monkeypatch.setattr(meeting, "hold", lambda *_: None)
+    heard = threading.Event()
+
+    def dies():
+        own = Meeting(Ranks(1, 0, 3), 3.0)
+        if how == "killed later":
+            heard.wait(5)
+        if own._lines is not None:
+            own._lines.close()
+
+    def lives(rank):
+        with Meeting(Ranks(rank, 0, 3), 3.0).agree("data", lambda shown: None):
+            heard.set()
+
+    started = time.monotonic()
+    first, _, other = together(lambda: lives(0), dies, lambda: lives(2))
+    assert isinstance(first, LostRankError) and str(first) == str(other)
+    if how == "no way":
+        assert str(first).startswith("no word from rank 1 (") and time.monotonic() - started > 2.5
+    else:
+        assert "ended on the data without a word: killed, perhaps for want of memory" in str(first)
+        assert str(first).startswith(f"rank 1 ({os.uname().nodename}, process ") and time.monotonic() - started < 2.5
 
 
 def test_a_mistake_where_nobody_else_comes_is_one_line(monkeypatch, capsys):

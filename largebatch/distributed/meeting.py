@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from largebatch.distributed.arrival import START_SECONDS, open_store
 from largebatch.distributed.backend import Ranks
+from largebatch.distributed.lifeline import Lifelines, hold
 from largebatch.distributed.watch import GRACE_SECONDS, name_ranks, short_cause, wait_until
 from largebatch.errors import LostRankError, SharedError, UserError, first_few
 from largebatch.process.launched import is_under_torchrun
@@ -46,6 +50,8 @@ class Meeting:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.seconds = max(ranks.timeout_seconds, START_SECONDS) if seconds is None else seconds
         self.store: dist.Store | None = None
+        self._lines: Lifelines | socket.socket | None = None
+        self._gone: set[int] = set()  # ranks whose processes have ended
         if self.world_size == 1:
             return
         if dist.is_initialized():
@@ -57,6 +63,18 @@ class Meeting:
             number = 0
         self._notes = dist.PrefixStore(f"largebatch/meeting/{number}", store)
         self._notes.set(f"place/{self.rank}", f"{platform.node()}, process {os.getpid()}")
+        self._lines = self._hold_lines()
+
+    def _hold_lines(self) -> Lifelines | socket.socket | None:
+        """Connect to rank 0, which is to see where a process is killed; a group that is open already sees it by itself."""
+        if self.store is None:
+            return None
+        if self.rank > 0:
+            self._notes.wait(["lines"], timedelta(seconds=self.seconds))
+            return hold(os.environ["MASTER_ADDR"].strip(), int(self._notes.get("lines")), self.rank)
+        lines = Lifelines()
+        self._notes.set("lines", str(lines.port))
+        return lines
 
     @contextmanager
     def agree(self, on: str, difference: Callable[[list[Shown]], str | None]) -> Iterator[Shown]:
@@ -110,7 +128,7 @@ class Meeting:
             verdict = self._judge(on, difference)
             notes.set(f"{on}/verdict", json.dumps(verdict))
             if verdict is not None:  # the store may go with this process
-                readers = self.world_size - 1
+                readers = self.world_size - 1 - len(self._gone)
                 wait_until(lambda: notes.add(f"{on}/read", 0) >= readers, GRACE_SECONDS)
             return verdict
         if not wait_until(lambda: notes.check([f"{on}/0"]), self.seconds):
@@ -127,8 +145,12 @@ class Meeting:
         deadline = time.monotonic() + self.seconds
         keys = [f"{on}/{rank}" for rank in range(self.world_size)]
         for key in keys:
-            wait_until(lambda key=key: self._notes.check([key]), deadline - time.monotonic())  # type: ignore[misc]
+            wait_until(partial(self._is_settled, keys, key), deadline - time.monotonic())
         missing = [rank for rank, key in enumerate(keys) if not self._notes.check([key])]
+        ended = [self._place(rank) for rank in missing if rank in self._gone]
+        if ended:
+            line = f"{first_few(ended, ', ')} ended on the {on} without a word: killed, perhaps for want of memory"
+            return {"is_mistake": False, "text": line}
         if missing:
             return {"is_mistake": False, "text": self._missing(missing, on)}
         accounts = [json.loads(self._notes.get(key)) for key in keys]
@@ -147,13 +169,19 @@ class Meeting:
         ]
         return {"is_mistake": not any(account["is_own"] for account in accounts), "text": first_few(lines)}
 
+    def _is_settled(self, keys: list[str], key: str) -> bool:
+        """Return whether a rank has left its account, or one that has not has ended."""
+        if isinstance(self._lines, Lifelines):
+            self._gone = self._lines.gone()
+        return self._notes.check([key]) or not all(self._notes.check([keys[rank]]) for rank in self._gone)
+
     def _missing(self, ranks: list[int], on: str) -> str:
-        places = []
-        for rank in ranks:
-            known = self._notes.check([f"place/{rank}"])
-            where = self._notes.get(f"place/{rank}").decode() if known else "which has not come"
-            places.append(f"rank {rank} ({where})")
-        return f"no word from {first_few(places, ', ')} on the {on} for {self.seconds:.0f} s: dead, or still at it"
+        places = first_few([self._place(rank) for rank in ranks], ", ")
+        return f"no word from {places} on the {on} for {self.seconds:.0f} s: dead, or still at it"
+
+    def _place(self, rank: int) -> str:
+        known = self._notes.check([f"place/{rank}"])
+        return f"rank {rank} ({self._notes.get(f'place/{rank}').decode() if known else 'which has not come'})"
 
 
 def _on_hosts(accounts: list[Shown], ranks: list[int]) -> str:
