@@ -3,7 +3,7 @@
     python benchmarks/limit.py --rounds 15 [--models mlp conv gpt] [--damping]
 
 An optimizer that measures in every update and one that never does run in one process, interleaved, on one thread; the
-difference of their medians, in the two of sixteen updates that are measured, is the cost in a run. With ``--damping``: of
+difference of their medians, in the two of eight updates that are measured, is the cost in a run. With ``--damping``: of
 damped steps beside plain ones, in every update. Times are the processor's.
 """
 

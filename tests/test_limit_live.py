@@ -7,11 +7,15 @@ import math
 
 import pytest
 import torch
+from test_checkpoint import part_of_run
 from test_damping import LIMITS, MAKERS, on_rank, quadratic, train
 from test_invariant import build, equal
+from test_trainer import digits, rows_of
 from torch import nn
 
 from largebatch import batch_size_invariant, optim
+from largebatch.distributed import Ranks
+from largebatch.reporting.loggers import read_metrics
 
 
 def trained_on_a_quadratic(make, beta, kappa, updates, **options):
@@ -99,3 +103,30 @@ def test_of_other_optimizers_nothing_is_said():
         optimizer = batch_size_invariant(make(model.parameters()), reference_batch_size=2, micro_batch_size=4)
         train(model, optimizer, equal(count, 4, 34))
         assert math.isnan(optimizer.limit.share) and not optimizer.limit.by_name
+
+
+LIVE = {
+    "optimizer.name": "adamw", "optimizer.lr": 1e-2, "optimizer.max_grad_norm": 1.0, "batch.reference_size": 25, "batch.size": 100,
+    "schedule.epochs": 4.0, "noise.measure": True, "noise.per": "micro_batch", "batch.micro_size": 25, "log.every_updates": 1,
+}  # fmt: skip
+
+
+def run_on_rank(rank, world_size, run, folder):
+    return rows_of(run, folder, Ranks(rank, rank, world_size))
+
+
+def test_a_run_logs_it_beside_the_critical_batch_size(rank_pool, tmp_path):
+    """Whole in rows of updates, by layer in those of evaluations; the same on two ranks, and where the run was resumed."""
+    run = digits(**LIVE)
+    rows, evaluations = rows_of(run, tmp_path / "one")
+    assert "stability_share" not in rows[6] and 0 <= rows[7]["stability_share"] < 1
+    assert 0 < rows[-1]["stability_share"] < 1
+    assert rows[-2]["stable_batch_size"] == pytest.approx(100 / rows[-2]["stability_share"])
+    assert set(evaluations[-1]["stability_share_by_layer"]) == {"1", "3"}
+    other, _ = rank_pool(2, run_on_rank, run, tmp_path / "two")[0]
+    for updates in (20, 10**9):
+        part_of_run(0, 1, run, tmp_path / "parts", updates)
+    resumed, _ = read_metrics(tmp_path / "parts" / "metrics.jsonl")
+    shares = [row["stability_share"] for row in rows[7:]]
+    assert [row["stability_share"] for row in resumed[7:]] == shares
+    assert [row["stability_share"] for row in other[7:]] == pytest.approx(shares, rel=1e-8)

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from largebatch.distributed.watch import RankWatch
+from largebatch.optim.limit import LimitMeter
 from largebatch.process.launched import launched_place
 from largebatch.section import LARGEST, Count, Section
 
@@ -122,6 +123,14 @@ class Backend(Protocol):
 
     def use_squares(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer take its second moments from them; after `prepare`."""
+        ...
+
+    def watch_limit(self, optimizer: torch.optim.Optimizer) -> LimitMeter | None:
+        """Measure how near an optimizer's steps are to the largest stable ones, from the squares of micro-batches.
+
+        Returns:
+            What is measured, the same on every rank; None where the engine, the optimizer or the squares do not tell.
+        """
         ...
 
     def squared_names(self, model: nn.Module) -> list[str]:

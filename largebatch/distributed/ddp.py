@@ -20,6 +20,7 @@ from largebatch.distributed.usage import Usage
 from largebatch.errors import UserError
 from largebatch.moments import is_shadow, shadows
 from largebatch.optim.adaptive import AdaptiveOptimizer
+from largebatch.optim.limit import LimitMeter
 from largebatch.reduce import sum_over_ranks
 
 # The flag's name since torch 2.13; the old one warns there.
@@ -168,6 +169,10 @@ class DataParallel(Engine):
         if self.hooked is not None:
             assert isinstance(optimizer, AdaptiveOptimizer)
             optimizer.moment_source = self.hooked.moment
+
+    def watch_limit(self, optimizer: torch.optim.Optimizer) -> LimitMeter | None:
+        """Measure how near an optimizer's steps are to the largest stable ones, from the squares of micro-batches."""
+        return None if self.hooked is None else self.hooked.watch_limit(optimizer)
 
     def _gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         """Return the gradients and the squares that this rank holds, means over the samples that are there, unscaled."""

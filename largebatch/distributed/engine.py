@@ -25,6 +25,7 @@ from largebatch.moments import check_statistics, is_shadow, shadows, track, trac
 from largebatch.moments.presence import largest_gradient
 from largebatch.noise.estimator import partial_sums
 from largebatch.optim import gradients_and_squares, scale_gradients
+from largebatch.optim.limit import LimitMeter
 
 # fp16's loss scale, below which an overflow is none of the scale's: what is scaled by less than fp16's smallest normal number
 # loses its digits, and the scale was halved thirty times.
@@ -172,12 +173,7 @@ class Engine(ABC):
     def agree_on_route(self) -> None:
         """Refuse a pass in which the ranks ran other modules, where they may not; between forward and backward."""
         if self.route is not None:
-            self.route.agree(self.sum, self._of_all_ranks, self.device)
-
-    def _of_all_ranks(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value)
-        return found
+            self.route.agree(self.sum, self.gather, self.device)
 
     def fill_up(self, usage: Usage) -> None:  # noqa: B027  optional for an engine
         """Give zeros to the parameters that the pass did not reach, where the reduction waits for them."""
@@ -203,6 +199,10 @@ class Engine(ABC):
 
     def use_squares(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
         """Let an optimizer take its second moments from the squares; here its groups of shadows say so."""
+
+    def watch_limit(self, optimizer: torch.optim.Optimizer) -> LimitMeter | None:
+        """Measure how near an optimizer's steps are to the largest stable ones; here nothing does."""
+        return None
 
     def squared_names(self, model: nn.Module) -> list[str]:
         """Return the names of the parameters whose squares are collected, in the order of `noise_sums`."""
@@ -330,10 +330,9 @@ class Engine(ABC):
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank; it must be picklable."""
-        if self.world_size == 1:
-            return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:

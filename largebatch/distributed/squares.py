@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from largebatch.errors import UserError
 from largebatch.moments import is_shadow
-from largebatch.moments.micro_batches import MicroBatchSquares
+from largebatch.moments.micro_batches import MicroBatchSquares, Units
 from largebatch.noise.estimator import sums_with
 from largebatch.optim.averages import Moment
+from largebatch.optim.limit import LimitMeter, LimitWatch
+from largebatch.optim.response import KNOWN
 
 VARIANCE = "engine.sample_variance."  # by parameter, in a checkpoint
 
@@ -52,6 +54,7 @@ class HookedSquares:
         self.every, self.factor, self.passes = every, 1.0, 0
         self._batch_size, self._num_units, self._world_size = 0, 0.0, 1
         self._has_variance, self._mean = False, 1.0
+        self._update = 0
 
     def begin(self, batch_size: int, num_units: float, update: int) -> None:
         """Say what the coming update is.
@@ -62,6 +65,7 @@ class HookedSquares:
             update: its number in the run, from 0.
         """
         self._batch_size, self._num_units, self.factor, self.passes = batch_size, num_units, 1.0, 0
+        self._update = update
         # One unit alone has no variance.
         is_turn = update % self.every == 0 or not self._has_variance
         self.hooks.due = num_units > 1 and is_turn
@@ -178,6 +182,27 @@ class HookedSquares:
             variances = [self._completed(p, variance) for p, variance in zip(parameters, variances, strict=True)]
         share = (kappa - 1.0) / self._batch_size * self._clipped**2
         return Moment(variances, share, kappa=kappa, of_variance=True)
+
+    def watch_limit(self, optimizer: torch.optim.Optimizer) -> LimitMeter | None:
+        """Measure how near an optimizer's steps are to the largest stable ones, in steps from now on.
+
+        Returns:
+            What is measured; None where the variance is kept over updates, or of an optimizer that cannot be measured.
+        """
+        if self.every > 1 or type(optimizer) not in KNOWN:
+            return None
+        watch = LimitWatch(optimizer, self.names)
+
+        def before(*_: Any) -> None:
+            slots = [self.hooks.slots[p] for p in self.parameters if p.grad is not None]
+            n = self._num_units if self._is_known else 1.0
+            equal = float(n).is_integer()
+            units = Units(n, 0.0, equal, self._world_size, self.factor, 0.0, slots, self._clipped)
+            watch.before(lambda: zip(self.names, self.parameters, strict=True), units, self._batch_size, self._update)
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(lambda *_: watch.after(lambda _: 0.0, {}))
+        return watch.meter
 
     def _completed(self, parameter: Tensor, variance: Tensor) -> Tensor:
         assert parameter.grad is not None

@@ -28,7 +28,7 @@ from largebatch.optim.response import KNOWN, momentum_of, responses
 from largebatch.optim.shift import sampled_noise
 
 # A measurement is of two updates in a row, every so many updates, and an average spans so many measurements.
-MEASURED_EVERY, AVERAGED = 16, 16
+MEASURED_EVERY, AVERAGED = 8, 32
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,14 @@ class LimitWatch:
 
     Args:
         optimizer: the one that steps; of one whose response is not known nothing is measured.
+        names: of its parameters, where they are known already.
         every: updates from one measurement to the next, >= 2; the very first update is in none.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, every: int = MEASURED_EVERY) -> None:
-        self.optimizer, self.every, self.meter = optimizer, every, LimitMeter([])
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, names: Sequence[str] = (), every: int = MEASURED_EVERY
+    ) -> None:
+        self.optimizer, self.every, self.meter = optimizer, every, LimitMeter(names)
         self._parts: list[_Part] = []
         self._clip, self._batch_size = 1.0, 0.0
 

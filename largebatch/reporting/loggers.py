@@ -111,6 +111,7 @@ def _scalars(row: Row) -> dict[str, float]:
     """Return a row as flat numbers; betas become beta1 and beta2."""
     flat = {name: value for name, value in row.items() if isinstance(value, int | float)}
     flat |= {f"noise_scale/{name}": value for name, value in row.get("noise_scale_by_layer", {}).items() if value}
+    flat |= {f"stability_share/{name}": value for name, value in row.get("stability_share_by_layer", {}).items()}
     if "betas" in row:
         flat["beta1"], flat["beta2"] = row["betas"]
     return flat

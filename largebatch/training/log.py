@@ -68,6 +68,8 @@ class RunLog:
         """Write what an evaluation found."""
         if self.meter is not None:
             scores = {**scores, "noise_scale_by_layer": self.meter.by_layer()}
+            if shares := self.meter.shares_by_layer():
+                scores["stability_share_by_layer"] = shares
         self.logger.log({**self._place(progress), **scores})
 
     def update(self, progress: Progress, losses: float, update: Update) -> None:

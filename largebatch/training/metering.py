@@ -11,6 +11,7 @@ from torch import Tensor
 
 from largebatch.noise.adascale import AdaScale
 from largebatch.noise.estimator import NoiseScale, efficiency, noise_estimates, progress
+from largebatch.optim.limit import LimitMeter
 from largebatch.planner.run import Run
 from largebatch.reporting.loggers import Row
 
@@ -31,9 +32,11 @@ class NoiseMeter:
     Args:
         run: what is trained.
         names: of the trained parameters, in the order of the sums.
+        limit: measures how near the steps are to the largest stable ones, where the engine does.
     """
 
-    def __init__(self, run: Run, names: Sequence[str]) -> None:
+    def __init__(self, run: Run, names: Sequence[str], limit: LimitMeter | None = None) -> None:
+        self.limit = limit
         config, plan = run.config, run.plan
         layers = list(dict.fromkeys(map(layer_of, names)))
         self.columns = torch.tensor([layers.index(layer_of(name)) for name in names])
@@ -84,7 +87,14 @@ class NoiseMeter:
             "progress_per_update": progress(batch_size, whole.noise_scale),
             "efficiency_per_sample": efficiency(batch_size, whole.noise_scale),
         }
+        if self.limit is not None and self.limit.count:
+            found = self.limit.limit()
+            row |= {"stability_share": found.share, "stable_batch_size": found.batch_size}
         return row | ({} if self.adascale is None else {"gain": self.adascale.gain})
+
+    def shares_by_layer(self) -> dict[str, float]:
+        """Return of each layer the share of the largest stable step in use; nothing before it was measured."""
+        return {} if self.limit is None else self.limit.limit(layer_of).by_name
 
     def by_layer(self) -> dict[str, float | None]:
         """Return the noise scale of each layer, in samples; None where it is infinite."""
@@ -137,11 +147,17 @@ class NoiseMeter:
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and the clock, as JSON takes them."""
         clock = None if self.adascale is None else self.adascale.state_dict()
-        return {"noise": self.noise.state_dict(), "adascale": clock, "warned": self.warned}
+        limit = None
+        if self.limit is not None:
+            self.limit.drop()  # half a measurement is not saved, and the run that goes on goes on as one that is resumed
+            limit = self.limit.state_dict()
+        return {"noise": self.noise.state_dict(), "adascale": clock, "warned": self.warned, "limit": limit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self.noise.load_state_dict(state["noise"])
         self.warned = state["warned"]
+        if self.limit is not None and state.get("limit"):
+            self.limit.load_state_dict(state["limit"])
         if self.adascale is not None and state["adascale"] is not None:
             self.adascale.load_state_dict(state["adascale"])

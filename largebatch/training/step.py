@@ -78,7 +78,9 @@ class TrainStep:
         if run.second_moment is not None:
             backend.use_squares(self.optimizer)
         self.batch_norms = batch_norms(model)
-        self.meter = NoiseMeter(run, backend.squared_names(model)) if run.measures_noise else None
+        self.meter = None
+        if run.measures_noise:
+            self.meter = NoiseMeter(run, backend.squared_names(model), backend.watch_limit(self.optimizer))
         self.losses = torch.zeros((), dtype=torch.float64, device=backend.device)
         device, dtype, timeout = backend.device, backend.dtype, backend.timeout_seconds
         # The library's own sets give every sample a target.
