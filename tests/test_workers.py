@@ -24,6 +24,7 @@ from jobs import (
 
 from largebatch.checkpoint.folder import find_problems
 from largebatch.data.parcel import Parcel
+from largebatch.data.sampler import SampleKeys
 from largebatch.data.workers import Batches, LoaderConfig
 from largebatch.errors import LostWorkerError, UserError
 
@@ -326,3 +327,23 @@ def test_a_loader_that_was_never_asked_is_thrown_away_in_silence(capfd):
         gc.collect()
         time.sleep(0.2)
     assert capfd.readouterr().err == ""
+
+
+class Wandering:
+    """Samples that are read from another folder."""
+
+    def __len__(self):
+        return 4
+
+    def __getitems__(self, keys):
+        os.chdir("/")
+        return torch.zeros(len(keys), 2), torch.zeros(len(keys))
+
+
+def test_samples_that_go_elsewhere_take_nobody_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = SampleKeys(torch.zeros(2).long().numpy(), torch.arange(2).numpy())
+    batches = Batches(Wandering(), [keys], LoaderConfig(), torch.device("cpu"), torch.float32, 5.0, lambda *_: None)
+    assert batches.next(2).num_samples == 2
+    batches.close()
+    assert Path.cwd() == tmp_path

@@ -67,22 +67,36 @@ class CheckpointConfig(Section):
 def replace_text(path: Path, text: str) -> None:
     """Write a small file beside its place and rename it: readers see the old text or the new."""
     beside = path.with_name(path.name + PART)
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what a file holds; a pipe of that name, which nobody may ever write to, is empty.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        return file.read() or b""
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file; a pipe of that name, which nobody may ever write to, is empty.
+    """Return the text of a file, as `read_bytes` reads it.
 
     Raises:
         OSError: if it cannot be read.
         ValueError: if it is no text.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        return (file.read() or b"").decode()
+    return read_bytes(path).decode()
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from largebatch.data.parcel import Parcel
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import Batch, Samples, may_miss, readable
 from largebatch.errors import LostWorkerError, UserError
+from largebatch.process.own_code import folder_kept
 from largebatch.process.signals import handled_by
 from largebatch.section import Depth, Section
 
@@ -360,7 +361,8 @@ class _Guarded:
 
     def _read(self, keys: SampleKeys) -> Batch:
         try:
-            return self.samples.__getitems__(keys)
+            with folder_kept():
+                return self.samples.__getitems__(keys)
         except SystemExit as error:
             raise UserError(f"data: the data set's own code called sys.exit({error.code!r}) for a sample") from error
         except Exception as error:

@@ -19,21 +19,31 @@ def process_kept() -> Iterator[None]:
     Code that closes or replaces the first would end the run or silence it; a run folder is relative to the second; and
     the run's own tensors are made on the third.
     """
-    streams, folder, device = (sys.stdout, sys.stderr), os.open(".", os.O_RDONLY), _default_device()
+    streams, device = (sys.stdout, sys.stderr), _default_device()
     descriptors = {number: os.dup(number) for number in (1, 2) if _is_open(number)}
     sys.stdout, sys.stderr = map(to_be_spoilt, streams)
     try:
-        yield
+        with folder_kept():
+            yield
     finally:
         sys.stdout, sys.stderr = streams
         for number, copy in descriptors.items():
             os.dup2(copy, number)
             os.close(copy)
+        if _default_device() != device:
+            torch.set_default_device(device)
+
+
+@contextmanager
+def folder_kept() -> Iterator[None]:
+    """Come back to the working directory, to which a run folder may be relative."""
+    folder = os.open(".", os.O_RDONLY)
+    try:
+        yield
+    finally:
         with suppress(OSError):  # it is gone
             os.fchdir(folder)
         os.close(folder)
-        if _default_device() != device:
-            torch.set_default_device(device)
 
 
 def _is_open(descriptor: int) -> bool:

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from largebatch.checkpoint.folder import replace_text
+from largebatch.checkpoint.folder import read_bytes, replace_text
 from largebatch.config.schema import Config, LogConfig
 from largebatch.errors import UserError
 from largebatch.section import displayable
@@ -369,7 +369,7 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
     """
     rows = []
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = read_bytes(path).splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(lines, start=1):

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -34,13 +35,15 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from largebatch.checkpoint.folder import replace_text
 from largebatch.config.file import merge_flags, parse_config, parse_flags, read_yaml
 from largebatch.config.schema import Config
 from largebatch.distributed import Ranks
-from largebatch.errors import UserError
+from largebatch.errors import LostWorkerError, UserError
 from largebatch.reporting.loggers import Row, read_metrics
 from largebatch.reporting.tables import create_console, duration
 from largebatch.section import Section
+from largebatch.studies.folder import UNFINISHED, check_study_folder, is_finished, read_summary, results_told
 from largebatch.training.run import train
 
 
@@ -145,24 +148,6 @@ def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[Cell, lis
     return study, runs
 
 
-def check_study_folder(out: Path) -> None:
-    """Refuse a folder with results that this study would replace and no study wrote.
-
-    Raises:
-        UserError: naming the first of them.
-    """
-    held = [name for name in ("table.md", "table.json", "curves.png") if os.path.lexists(out / name)]
-    try:
-        rows = json.loads((out / "table.json").read_text(encoding="utf-8"))
-        is_own = bool(rows) and all("variant" in row for row in rows)
-    except (OSError, ValueError, TypeError):
-        is_own = False
-    if held and not is_own:
-        raise UserError(
-            f"--out: {out} holds {held[0]}, which no study wrote and this one would replace; name another folder"
-        )
-
-
 def slug(name: str) -> str:
     """Return a variant's name as a folder name."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
@@ -187,9 +172,6 @@ def _start_worker(threads: int) -> None:
         threading.Thread(target=follow, daemon=True).start()
 
 
-UNFINISHED = ("interrupted", "preempted", "unsaved")
-
-
 def _train_quietly(config: Config, folder: Path) -> dict[str, Any]:
     """Train one run of a study in a worker process, or the rest of one that was cut short; return its summary."""
     summary = train(config, folder, ranks=Ranks(), resume="auto").summary
@@ -199,20 +181,6 @@ def _train_quietly(config: Config, folder: Path) -> dict[str, Any]:
     if summary.status in UNFINISHED:
         raise KeyboardInterrupt
     return summary.as_dict()
-
-
-def _finished(config: Config, folder: Path) -> bool:
-    """Return whether a folder holds this very run, finished.
-
-    Raises:
-        UserError: if it holds another one.
-    """
-    summary = folder / "summary.json"
-    if not summary.exists() or json.loads(summary.read_text(encoding="utf-8"))["status"] in UNFINISHED:
-        return False
-    if (folder / "config.yaml").read_text(encoding="utf-8") != config.to_yaml():
-        raise UserError(f"{folder}: holds a run of another config; name another --out, or remove it")
-    return True
 
 
 def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | None = None) -> int:
@@ -234,7 +202,7 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
     for cell, by_seed in runs.items():
         for seed, config in zip(study.seeds, by_seed, strict=True):
             folder = out / slug(str(cell)) / f"seed-{seed}"
-            if not _finished(config, folder):
+            if not is_finished(config, folder):
                 todo.append((cell, seed, config, folder))
     total = sum(map(len, runs.values()))
     console.print(f"{path.stem}: {total} runs, {total - len(todo)} of them finished before; {jobs} at a time in {out}")
@@ -252,12 +220,18 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
                     f"{cell}, seed {seed}: {summary['status']}{val}{accuracy}  {duration(summary['seconds'])}",
                     highlight=False,
                 )
+        except BrokenProcessPool as error:
+            raise LostWorkerError(
+                "a process that trained a run of the study died: killed, as for want of memory, or ended by the run's code; "
+                f"the finished runs are in {out}, and the same command trains the others"
+            ) from error
         except BaseException:
             if sum(future.cancel() for future in futures):  # a later call trains them
                 console.print("stopping once the runs under way are done")
             raise
-    variants = [read_variant(cell, by_seed, study.seeds, out) for cell, by_seed in runs.items()]
-    write_results(variants, out, path.stem, console)
+    with results_told(out):
+        variants = [read_variant(cell, by_seed, study.seeds, out) for cell, by_seed in runs.items()]
+        write_results(variants, out, path.stem, console)
     return 0
 
 
@@ -267,7 +241,7 @@ def read_variant(cell: Cell, runs: list[Config], seeds: list[int], out: Path) ->
     curves = []
     for seed in seeds:
         folder = out / slug(str(cell)) / f"seed-{seed}"
-        variant.summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        variant.summaries.append(read_summary(folder))
         updates, evaluations = read_metrics(folder / "metrics.jsonl")
         variant.train_loss.append(last_training_loss(updates, evaluations))
         # Where AdaScale has a clock of its own, the curve is read on it: there runs of all batch sizes are equally far.
@@ -383,16 +357,16 @@ def _as_table(rows: list[dict[str, str]], title: str) -> Table:
 def write_results(variants: list[Variant], out: Path, name: str, console: Console) -> None:
     """Write table.md, table.json and curves.png, and print the table."""
     rows = result_rows(variants)
-    (out / "table.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(out / "table.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(out / "table.md", "\n".join(lines) + "\n")
     console.print(_as_table(rows, name))
     if any(variant.cell.method for variant in variants):
         distances = distance_rows(variants)
         lines += ["", "| " + " | ".join(distances[0]) + " |", "|" + "---|" * len(distances[0])]
         lines += ["| " + " | ".join(row.values()) + " |" for row in distances]
-        (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        replace_text(out / "table.md", "\n".join(lines) + "\n")
         console.print(_as_table(distances, "distance of the curve from the reference's"))
     from largebatch.reporting.plots import plot_study
 
