@@ -250,7 +250,7 @@ def test_a_run_is_not_resumed_on_other_photographs(change, photos, tmp_path, cap
     line = f"--resume: {middle} was written with other data, which differs in train.file_"
     assert str(raised.value).startswith(line) and "--checkpoint.same_data false" in str(raised.value)
     changed = on_photos(photos, **{"checkpoint.same_data": False})
-    train(changed, folder, Console(width=300), Ranks(), resume="auto")
+    train(changed, folder, console=Console(width=300), ranks=Ranks(), resume="auto")
     assert f"warning: {middle} was written with other data, which differs in" in capsys.readouterr().out
     # What is written from there has the new data, on which the run goes on without a word.
     again = on_photos(photos, **{"schedule.epochs": 2})

@@ -155,7 +155,7 @@ def bare(monkeypatch, tmp_path):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME", "TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
 
 
