@@ -228,8 +228,10 @@ read_codes() {
 
 for ((start = 1; ; start++)); do
     run_torchrun
+    torchruns=$code
     read_codes
-    case $code in 0 | 2 | 3 | 75 | 130) break ;; esac
+    # 75 from a torchrun that ended well is a time limit; else another node was stopped, and this one goes on when it comes back.
+    case $code:$torchruns in 0:* | 2:* | 3:* | 75:0 | 130:*) break ;; esac
     if [[ -n $caught ]] || ((start >= MAX_STARTS)); then break; fi
     echo "torchrun.sh: exit code $code: start $((start + 1)) of at most $MAX_STARTS" >&2 || true
     sleep "${PAUSE_SECONDS:-5}"

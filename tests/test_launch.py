@@ -112,7 +112,17 @@ def test_a_failure_has_the_last_word(launch):
 
 @pytest.mark.parametrize(
     ("ranks", "code", "starts"),
-    [("5 5", 1, 3), ("", 1, 3), ("4", 1, 3), ("2 2", 0, 1), ("5 2", 1, 1), ("3 3", 0, 1), ("75", 0, 1), ("130", 1, 1)],
+    [
+        ("5 5", 1, 3),
+        ("", 1, 3),
+        ("4", 1, 3),
+        ("2 2", 0, 1),
+        ("5 2", 1, 1),
+        ("3 3", 0, 1),
+        ("75", 0, 1),
+        ("75", 1, 3),
+        ("130", 1, 1),
+    ],
 )
 def test_what_would_end_alike_is_not_started_again(launch, ranks, code, starts):
     printed = launch(CONFIG, "--out", launch.out, FAKE_RANKS=ranks, FAKE_CODE=code, MAX_STARTS=3, PAUSE_SECONDS=0)[2]
