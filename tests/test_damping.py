@@ -251,12 +251,12 @@ def quadratic(name, beta):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.95])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_stationary_variance_is_that_of_the_reference(name, beta):
-    """Of four curvatures at once, to twice the limit of the steepest, within 10 %; without damping it is lost at the limit."""
+    """Of four curvatures at once, to twice the limit of the steepest, within 10 %; without damping it is lost there."""
     make = quadratic(name, beta)
     reference = variances(make, beta, 1, 3_000)
     for kappa in (8, 16, 32):
         torch.testing.assert_close(variances(make, beta, kappa, 1_200), reference, rtol=0.1, atol=0.0)
-    assert float((variances(make, beta, 16, 400, damping=False) / reference)[0]) > 1.5
+    assert not float((variances(make, beta, 32, 800, damping=False) / reference)[0]) < 1.5  # it may be nan
 
 
 @pytest.mark.filterwarnings("ignore:the batch of")

@@ -24,6 +24,7 @@ def trained_on_a_quadratic(make, beta, kappa, updates, **options):
     h = 2 * (1 + beta) / (1 - beta) / LIMITS[:2]
     ws = [nn.Parameter(torch.randn(1_500, generator=generator).double() / math.sqrt(2 * float(c))) for c in h]
     optimizer = batch_size_invariant(make(ws), reference_batch_size=1, micro_batch_size=kappa // 2, **options)
+    optimizer._watch.every = 8
     for update in range(updates):
         if update == updates // 2:
             optimizer._watch.meter.count = 0  # the average begins anew, in the stationary state

@@ -189,8 +189,8 @@ class BatchSizeInvariant(Around):
     def limit(self) -> Limit:
         """How near the updates are to the largest stable ones (`largebatch.optim.Limit`), whole and by parameter.
 
-        Measured in two updates in a row of eight, of two backward passes or more each, on at most 4,096 elements of each
-        parameter, and averaged over 256 updates; for Adam, AdamW, RMSprop and SGD.
+        Measured in two updates in a row of every 32, at first of every eight, of two backward passes or more each, on at
+        most 4,096 elements of each parameter, and averaged over sixteen times that; for Adam, AdamW, RMSprop and SGD.
         """
         return self._watch.meter.limit()
 

@@ -27,8 +27,9 @@ from largebatch.optim.around import is_decoupled
 from largebatch.optim.response import KNOWN, momentum_of, responses
 from largebatch.optim.shift import sampled_noise
 
-# A measurement is of two updates in a row, every so many updates, and an average spans so many measurements.
-MEASURED_EVERY, AVERAGED = 8, 32
+# A measurement is of two updates in a row: of the first updates two of every eight, then of every so many. An average spans so
+# many measurements.
+MEASURED_EARLY, EARLY_UPDATES, MEASURED_EVERY, AVERAGED = 8, 64, 32, 16
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class LimitWatch:
     Args:
         optimizer: the one that steps; of one whose response is not known nothing is measured.
         names: of its parameters, where they are known already.
-        every: updates from one measurement to the next, >= 2; the very first update is in none.
+        every: updates from one measurement to the next after the first ones, >= 2; the very first update is in none.
     """
 
     def __init__(
@@ -222,7 +223,8 @@ class LimitWatch:
             update: its number, from 0.
         """
         self._parts = []
-        is_first = update > 0 and update % self.every == (self.every - 2 or 1)
+        every = min(self.every, MEASURED_EARLY) if update < EARLY_UPDATES else self.every
+        is_first = update > 0 and update % every == (every - 2 or 1)
         if type(self.optimizer) not in KNOWN or not (is_first or self.meter.is_second):
             return
         names, parameters = zip(*named(), strict=True)
