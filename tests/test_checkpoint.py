@@ -422,7 +422,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(tmp_path):
     train(run, tmp_path / "run", ranks=Ranks())
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     for name in ("model.safetensors", "summary.json", "curve.png"):  # of the end, which it had not come to
-        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).unlink(missing_ok=True)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "sam')
     train(run, tmp_path / "run", ranks=Ranks(), resume="auto")
