@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from test_trainer import digits
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from largebatch.checkpoint.folder import MANIFEST, STATE, CheckpointFolder, describe_file
 from largebatch.cli import main
@@ -88,9 +89,12 @@ def hidden_in(path, marker):
     yield "builtins", b"cbuiltins\neval\n(S'open(\"" + str(marker).encode() + b'", "w")\'\ntR.'
     yield "torch", b"ctorch\nload\n(S'x'\ntR."
     yield "dtype by another name", b"ctorch\nhub.load\n."
+    metadata = b"ctorch.distributed.checkpoint.metadata\n"
+    yield "attribute", b"cbuiltins\ngetattr\n(" + metadata + b"Metadata\nS'__init__'\ntR."
+    yield "attribute of a format", b"cbuiltins\ngetattr\n(" + metadata + b"_MEM_FORMAT_ENCODING\nS'__class__'\ntR."
 
 
-@pytest.mark.parametrize("case", range(7))
+@pytest.mark.parametrize("case", range(9))
 def test_an_index_executes_nothing(case, run, tmp_path, capsys):
     marker, path = tmp_path / "marker", newest(run)
     name, data = list(hidden_in(path, marker))[case]
@@ -127,6 +131,17 @@ def test_an_index_executes_nothing_on_two_ranks(run, tmp_path, rank_pool):
 def test_an_index_of_before_is_read(run):
     """What torch.distributed.checkpoint itself wrote."""
     assert tensor_metadata(newest(run)).keys() >= {"model.1.weight", "random.0.torch"}
+
+
+def test_an_index_that_an_earlier_python_wrote_is_read(run, monkeypatch):
+    """Before 3.11.4, Debian's 3.11.2 too, members of an enumeration are pickled as getattr of it."""
+    path = newest(run)
+    before = read_index(path)
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self._name_)))
+    data = pickle.dumps(before)
+    assert b"getattr" in data
+    rewrite(path, INDEX, data)
+    assert read_index(path) == before
 
 
 def test_a_file_outside_of_the_folder_is_not_opened(run, tmp_path, capsys):

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
 from largebatch.errors import UserError
 
@@ -26,6 +31,13 @@ _NAMES |= {(_STORAGE, "_StorageInfo"), ("torch", "Size"), ("torch.serialization"
 _NAMES |= {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")}
 
 
+def _member_of(encoding: Any, name: str) -> Any:
+    """Return a member of the enumeration that an index has, of which Python before 3.11.4 calls getattr to read it."""
+    if encoding is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError("it names builtins.getattr for something else than a memory format")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _Index(pickle.Unpickler):
     """Knows a closed list of names."""
 
@@ -35,6 +47,8 @@ class _Index(pickle.Unpickler):
         Raises:
             pickle.UnpicklingError: for every other name.
         """
+        if (module, name) == ("builtins", "getattr"):
+            return _member_of
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in _NAMES and not is_dtype:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors has")
