@@ -131,8 +131,9 @@ def curvature_of_steps(extra: Value, step_sq: Value, step_noise: Value) -> Value
     if isinstance(extra, Tensor):
         least = torch.finfo(extra.dtype).tiny
         extra = extra.clamp_min(0.0)
-        root = (step_noise * step_noise + 2.0 * step_sq * extra).sqrt()
-        return 2.0 * extra / (step_noise + root).clamp_min(least)
+        # In place: of many elements, fresh memory costs more than arithmetic.
+        root = (step_sq * extra).mul_(2.0).addcmul_(step_noise, step_noise).sqrt_()
+        return extra.mul_(2.0).div_(root.add_(step_noise).clamp_min_(least))
     extra = max(extra, 0.0)
     divisor = step_noise + (step_noise**2 + 2.0 * step_sq * extra) ** 0.5
     return 2.0 * extra / divisor if divisor > 0 else 0.0

@@ -125,22 +125,22 @@ def end_damped(
     factors: dict[Tensor, Tensor] = {}
     pieces = (damped.params, damped.states, damped.before, damped.grads, damped.variances, responses)
     for p, state, before, gradient, variance, response in zip(*pieces, strict=True):
-        effective = response * damped.clip
+        # In place where it can be: of many elements, fresh memory costs more than arithmetic.
+        effective = response if damped.clip == 1.0 else response * damped.clip
         if AVERAGES[0] in state:
-            curvature = curvature_of_steps(*(state[name] for name in AVERAGES))
-            share = (curvature * effective).mul_(lookahead / (2.0 * (1.0 + beta))).nan_to_num_(0.0, posinf=damped.kappa)
-            share.clamp_(max=damped.kappa)
-            factor = share.mul_(1.0 - 1.0 / damped.kappa).add_(1.0).reciprocal_()
-            start = before * shrink
-            p.copy_(torch.lerp(start, p, factor))
-            effective, factors[p] = effective * factor, factor
+            share = curvature_of_steps(*(state[name] for name in AVERAGES)).mul_(effective)
+            share.mul_(lookahead / (2.0 * (1.0 + beta))).nan_to_num_(0.0, posinf=damped.kappa).clamp_(max=damped.kappa)
+            factor = factors[p] = share.mul_(1.0 - 1.0 / damped.kappa).add_(1.0).reciprocal_()
+            start = before if shrink == 1.0 else before * shrink
+            p.sub_(start).mul_(factor).add_(start)
+            effective = factor * effective
         else:
             state[PREVIOUS] = torch.empty_like(p)
             for name in AVERAGES:
                 state[name] = torch.zeros_like(p)
         weight = 1.0 - damped.coefficient
-        state[AVERAGES[1]].lerp_((p - before).square_(), weight)
-        state[AVERAGES[2]].lerp_((variance * effective).to(p.dtype), weight)
+        state[AVERAGES[1]].lerp_(before.sub_(p).square_(), weight)
+        state[AVERAGES[2]].lerp_(variance.mul_(effective).to(p.dtype), weight)
         state[PREVIOUS].copy_(gradient)
     return factors
 
