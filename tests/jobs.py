@@ -81,6 +81,16 @@ class MistakenMLP(SlowMLP):
         return super().forward(x)
 
 
+def diverging_mlp(task):
+    """An MLP whose outputs are NaN from its fifth pass on."""
+    return DivergingMLP(task.num_outputs)
+
+
+class DivergingMLP(SlowMLP):
+    def forward(self, x):
+        return super().forward(x) * (float("nan") if self.calls >= 5 else 1.0)
+
+
 def rows_of_a_node():
     """Rows that are on nodes where LARGEBATCH_TEST_DATA is set."""
     if not os.environ.get("LARGEBATCH_TEST_DATA"):

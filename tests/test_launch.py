@@ -399,7 +399,11 @@ def test_the_time_limit_of_a_real_job(tmp_path):
             "largebatch: error: data.path: nothing lies at '/nowhere'",
         ),
         ({"model": {"name": "jobs:mistaken_mlp"}}, 2, "largebatch: error: rank 1: model.name: "),
-        ({"optimizer": {"lr": 1e30, "second_moment": "batch"}}, 3, "largebatch: diverged: "),
+        (
+            {"model": {"name": "jobs:diverging_mlp"}, "optimizer": {"second_moment": "batch"}},
+            3,
+            "largebatch: diverged: ",
+        ),
     ],
 )
 def test_a_mistake_is_not_restarted(tmp_path, changes, code, line):
