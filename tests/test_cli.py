@@ -96,6 +96,7 @@ def test_launch_script(tmp_path):
     assert "NNODES" in run("launch/torchrun.sh", expect=2)
 
 
+@pytest.mark.slow  # tests/test_launch.py has what it hands to torchrun
 def test_launch_script_on_two_nodes(tmp_path):
     """Two agents that meet at an address, as on two hosts."""
     with socket.socket() as probe:

@@ -438,7 +438,9 @@ class TestMicroBatch:
         TorchVersion(torch.__version__) < "2.12",
         reason="torch 2.11 does not compile the exchange of a module's parameters",
     )
-    @pytest.mark.parametrize("name", ["mlp", "cnn", "gpt, tied"])
+    @pytest.mark.parametrize(
+        "name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "gpt, tied"))]
+    )
     def test_compile(self, name):
         torch._dynamo.reset()
         model, inputs = make(name)

@@ -295,7 +295,7 @@ def test_lower_precision(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_lower_precision_is_autocasts_own_where_a_relu_may_switch(name, dtype):
     """The statistic is no farther from float64 than the squares of a loop over samples of the untracked model."""
     model, inputs, exact, exact_inputs, target = rough(name)
