@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,7 @@ SAY_SECONDS = 15.0
 # A name server may come to know a node's name a while after the node was started.
 RESOLVE_SECONDS = 60.0
 PROBE_SECONDS = 5.0
+UNREACHABLE = "largebatch/unreachable"  # in the store: which rank cannot reach the others
 
 
 def open_store(ranks: Ranks, seconds: float | None = None) -> dist.Store:
@@ -199,7 +201,12 @@ def open_group(ranks: Ranks, device: torch.device) -> dist.Store:
     """
     store = ranks.store or open_store(ranks)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
+    advice = (
+        f"set {backend.upper()}_SOCKET_IFNAME on every node to the network interface that leads to the others; this one has "
+        f"{_interfaces_in_words()}"
+    )
+
+    def connect() -> None:
         dist.init_process_group(
             backend,
             store=store,
@@ -208,14 +215,52 @@ def open_group(ranks: Ranks, device: torch.device) -> dist.Store:
             timeout=timedelta(seconds=ranks.timeout_seconds),
             device_id=device if device.index is not None else None,
         )
+
+    try:
+        if backend == "gloo" and ranks.world_size > 1:
+            _heeding_others(connect, store.clone(), advice)  # type: ignore[attr-defined]  # torch does not declare it
+        else:
+            connect()
     except RuntimeError as error:
         if not is_communication(error):
             raise
-        raise LostRankError(
-            f"the ranks have met, but cannot reach each other ({cause_of(error)}); set {backend.upper()}_SOCKET_IFNAME on "
-            f"every node to the network interface that leads to the others; this one has {_interfaces_in_words()}"
-        ) from error
+        with suppress(RuntimeError):
+            store.set(UNREACHABLE, f"rank {ranks.rank} cannot reach the others ({cause_of(error)})")
+        raise LostRankError(f"the ranks have met, but cannot reach each other ({cause_of(error)}); {advice}") from error
     return store
+
+
+def _heeding_others(connect: Callable[[], None], store: dist.Store, advice: str) -> None:
+    """Connect, unless another rank says that it cannot: gloo waits for it in code that no exception reaches.
+
+    Args:
+        connect: makes the connections; left behind in its thread where another rank cannot.
+        store: a connection of its own, as another may be waiting on that of the group.
+        advice: what to do, for the error.
+
+    Raises:
+        LostRankError: if another rank cannot connect.
+    """
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            connect()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)
+        try:
+            said = store.get(UNREACHABLE).decode() if thread.is_alive() and store.check([UNREACHABLE]) else ""
+        except RuntimeError:
+            said = "rank 0, which keeps the ranks' meeting place, is gone"
+        if said and thread.is_alive():
+            raise LostRankError(f"the ranks have met, but {said}; {advice}")
+    if failures:
+        raise failures[0]
 
 
 def check_interface() -> None:
