@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import Queue, active_children
@@ -28,7 +29,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from largebatch.data.parcel import Parcel
 from largebatch.data.sampler import SampleKeys
-from largebatch.data.source import Batch, Samples, may_miss, readable
+from largebatch.data.source import Batch, Samples, TensorSamples, may_miss, readable
 from largebatch.errors import LostWorkerError, UserError
 from largebatch.process.own_code import folder_kept
 from largebatch.process.signals import handled_by
@@ -361,7 +362,9 @@ class _Guarded:
 
     def _read(self, keys: SampleKeys) -> Batch:
         try:
-            with folder_kept():
+            with (
+                nullcontext() if isinstance(self.samples, TensorSamples) else folder_kept()
+            ):  # nobody's code runs in tensors
                 return self.samples.__getitems__(keys)
         except SystemExit as error:
             raise UserError(f"data: the data set's own code called sys.exit({error.code!r}) for a sample") from error
