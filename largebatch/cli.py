@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from largebatch.errors import LostRankError, LostWorkerError, UserError
 from largebatch.process.launched import Place, hand_over, is_under_torchrun, launched_place, tell_begun
+from largebatch.process.limits import OPEN_FILES_ADVICE, is_out_of_files
 from largebatch.process.output import outlive_output, output_failure
 from largebatch.process.surroundings import settle
 from largebatch.section import displayable, user_path
@@ -121,13 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"largebatch: error: {_one_line(error)}", file=sys.stderr)
         return hand_over(2)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # which a name alone can cause, wherever it was given
-            raise
         name = str(error.filename)
-        print(
-            f"largebatch: error: {name[:80]}... of {len(name):,} characters is no name of a file: too long",
-            file=sys.stderr,
-        )
+        if is_out_of_files(error):
+            mistake = f"{_one_line(error)}; {OPEN_FILES_ADVICE}"
+        elif error.errno == errno.ENAMETOOLONG:  # which a name alone can cause, wherever it was given
+            mistake = f"{name[:80]}... of {len(name):,} characters is no name of a file: too long"
+        else:
+            raise
+        print(f"largebatch: error: {mistake}", file=sys.stderr)
         return hand_over(2)
     except KeyboardInterrupt:
         return hand_over(EXIT_CODES["interrupted"])

@@ -6,6 +6,7 @@ import errno
 import getpass
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -131,6 +132,23 @@ def test_weights_that_cannot_be_written_are_one_line_and_can_be_had_later(error,
     assert not any(path.name.endswith(".part") or path.name == "summary.json" for path in (tmp_path / "out").iterdir())
     train(digits(**SHORT), tmp_path / "out", ranks=Ranks(), resume="auto")
     assert (tmp_path / "out" / "model.safetensors").exists() and (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_results_are_written_waits_for_them(number, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    write, handler = safetensors.torch.save_file, signal.getsignal(number)
+
+    def write_signalled(*arguments):
+        assert signal.getsignal(number) != handler  # else this very process would end
+        os.kill(os.getpid(), number)
+        write(*arguments)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", write_signalled)
+    assert train(digits(**SHORT), tmp_path / "out", ranks=Ranks()).summary.status == "finished"
+    assert all((tmp_path / "out" / name).exists() for name in ("model.safetensors", "summary.json", "curve.png"))
+    assert signal.getsignal(number) == handler
 
 
 def test_a_lock_on_a_full_disk_still_holds(tmp_path, monkeypatch):

@@ -56,8 +56,9 @@ DAMAGE = {
         "pipe": "holds a run of another",
     },
     "metrics.jsonl": {
+        b"": "metrics.jsonl has no evaluation",
         b"[[\n": "is no row of metrics",
-        b'{"loss": 1}\n': "KeyError",
+        b'{"val_loss": 1}\n': "KeyError",
         None: "No such file",
         "folder": "Is a dir",
     },

@@ -1,5 +1,6 @@
 """Runs whose samples are loaded by processes of their own: every way out of a run ends them too, at once."""
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from jobs import (
 from largebatch.checkpoint.folder import find_problems
 from largebatch.data.parcel import Parcel
 from largebatch.data.sampler import SampleKeys
+from largebatch.data.source import TensorSamples
 from largebatch.data.workers import Batches, LoaderConfig
 from largebatch.errors import LostWorkerError, UserError
 
@@ -296,6 +298,27 @@ def test_a_worker_that_dies_while_the_others_are_started_is_a_lost_one(monkeypat
         Batches(range(16), [], LoaderConfig(num_workers=2), torch.device("cpu"), torch.float32, 5.0, lambda *_: None)
     wait_until(lambda: multiprocessing.active_children() == before, 10, "no worker")
     assert signal.getsignal(signal.SIGCHLD) == handler and len(victims) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [EOFError(), OSError(errno.EMFILE, "Too many open files"), RuntimeError("received 0 items of ancdata")],
+    ids=["closed", "limit", "received"],
+)
+def test_a_batch_that_finds_no_free_file_is_one_line(error, monkeypatch):
+    def no_file(_):
+        raise error
+
+    keys = SampleKeys(torch.zeros(2).long().numpy(), torch.arange(2).numpy())
+    samples = TensorSamples(torch.zeros(4, 1), torch.zeros(4).long())
+    batches = Batches(
+        samples, [keys], LoaderConfig(num_workers=1), torch.device("cpu"), torch.float32, 30.0, lambda *_: None
+    )
+    monkeypatch.setattr(Parcel, "open", no_file)
+    monkeypatch.setattr("largebatch.data.workers.KILLED_SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"taken over from its worker process, .*; raise .* \(ulimit -n\), or lower"):
+        batches.next(2)
+    batches.close()
 
 
 def test_a_parcel_keeps_what_cannot_be_shared(monkeypatch):

@@ -31,6 +31,7 @@ from largebatch.data.parcel import Parcel
 from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import Batch, Samples, TensorSamples, may_miss, readable
 from largebatch.errors import LostWorkerError, UserError
+from largebatch.process.limits import OPEN_FILES_ADVICE, is_out_of_files
 from largebatch.process.own_code import folder_kept
 from largebatch.process.signals import handled_by
 from largebatch.section import Depth, Section
@@ -248,6 +249,11 @@ class Batches:
                 ) from error
             if is_early:
                 return None
+            if self._workers and ("ancdata" in str(error) or isinstance(error, EOFError) or is_out_of_files(error)):
+                raise UserError(
+                    "loader.num_workers: a batch could not be taken over from its worker process, which needs an open file; "
+                    f"{OPEN_FILES_ADVICE}, or lower loader.num_workers or loader.prefetch"
+                ) from error
             raise
 
     def close(self) -> None:

@@ -243,6 +243,10 @@ def read_variant(cell: Cell, runs: list[Config], seeds: list[int], out: Path) ->
         folder = out / slug(str(cell)) / f"seed-{seed}"
         variant.summaries.append(read_summary(folder))
         updates, evaluations = read_metrics(folder / "metrics.jsonl")
+        if not evaluations and variant.summaries[-1]["status"] == "finished":
+            raise UserError(
+                f"{folder}: the run is finished, but metrics.jsonl has no evaluation; remove {folder} to train it again"
+            )
         variant.train_loss.append(last_training_loss(updates, evaluations))
         # Where AdaScale has a clock of its own, the curve is read on it: there runs of all batch sizes are equally far.
         clock = [row["epoch"] * row.get("clock_samples", row["samples"]) / row["samples"] for row in evaluations]

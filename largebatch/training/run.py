@@ -22,6 +22,7 @@ from largebatch.data.sampler import SampleKeys
 from largebatch.data.source import readable
 from largebatch.distributed import Backend, Meeting, Ranks, choose_backend, is_communication, launched_ranks
 from largebatch.distributed.state import export_weights
+from largebatch.distributed.stopping import StopRequest
 from largebatch.distributed.watch import cause_of
 from largebatch.errors import LostRankError, LostWorkerError, SharedError, UserError
 from largebatch.models import FactoryModel, norm_group_size
@@ -150,7 +151,8 @@ def train(
             plan = trainer.plan  # with the changes of an adaptive batch
             del trainer
         folder = folder if ranks.rank == 0 else None
-        notes = () if folder is None else _write_results(folder, config, summary, plan)
+        with StopRequest():  # the results of a run that has ended take less time than to begin it again for them
+            notes = () if folder is None else _write_results(folder, config, summary, plan)
     if console is not None:
         print_warnings(console, notes)
         console.print(summary_table(summary.as_dict(), str(folder) if folder else None))
