@@ -27,6 +27,7 @@ from largebatch.training.run import build_model
 from largebatch.training.trainer import Trainer
 
 WARMUP_UPDATES, BLOCKS, SMALLEST, MOST_SIZES = 2, 3, 8, 4
+MOST_TIMED = 10**6  # updates of each variant in a block
 
 
 def variants(config: Config) -> dict[str, Config]:
@@ -105,8 +106,8 @@ def bench(config: Config, updates: int, console: Console, ranks: Ranks | None = 
     Raises:
         UserError: for what the user can mend.
     """
-    if updates < 1:
-        raise UserError(f"--updates: expected at least 1, got {updates}")
+    if not 1 <= updates <= MOST_TIMED:
+        raise UserError(f"--updates: expected 1 to {MOST_TIMED:,}, got {updates:,}")
     ranks = launched_ranks() if ranks is None else ranks
     source = config.data.load(config.seed)
     group = norm_group_size(build_model(config, source.task))
