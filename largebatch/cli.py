@@ -1,4 +1,4 @@
-"""The command line: ``largebatch train CONFIG``; ``plan``, ``noise``, ``bench`` and ``study CONFIG``; ``inspect PATH``.
+"""The command line: ``largebatch COMMAND CONFIG`` (train, plan, noise, limit, bench, study), and ``largebatch inspect PATH``.
 
 A user's mistake is one line on standard error and exit code 2. A run that diverged ends with 3, one whose last state could
 not be written with 4, one that lost a rank with 5, one that lost a process which loads its data with 6, an interrupted one
@@ -86,6 +86,12 @@ def create_parser() -> Parser:
     bench.add_argument(
         "--updates", action=Once, type=int, default=10, help="timed updates of each variant, three times over"
     )
+    limit = commands.add_parser("limit", add_help=False, help="measure up to which batch size steps are stable")
+    limit.add_argument("config", nargs="?", type=Path)
+    limit.add_argument(
+        "--checkpoint", action=Once, type=Path, help="a checkpoint, or a run folder for all of its checkpoints"
+    )
+    limit.add_argument("--samples", action=Once, type=int, default=1024, help="training samples to measure on")
     study = commands.add_parser("study", add_help=False, help="train a table of variants and seeds; compare them")
     study.add_argument("config", nargs="?", type=Path)
     study.add_argument(
@@ -98,7 +104,7 @@ def create_parser() -> Parser:
         "inspect", help="show what is in a run folder or a checkpoint, and whether it is whole"
     )
     inspect.add_argument("path", type=Path)
-    for command in (train, noise, plan, bench, study):
+    for command in (train, noise, plan, limit, bench, study):
         command.add_argument("-h", "--help", action="store_true", help="show this help, with the config's values")
     return parser
 
@@ -155,7 +161,7 @@ def _one_line(message: object) -> str:
 
 def _place_of(arguments: Sequence[str]) -> Place:
     """Return where a command runs among its ranks: for who is to print a line of which there are several."""
-    if not arguments or arguments[0] not in ("train", "noise", "bench"):  # the others run alone
+    if not arguments or arguments[0] not in ("train", "noise", "limit", "bench"):  # the others run alone
         return Place()
     try:
         return launched_place()
@@ -233,6 +239,11 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         print_warnings(console, warnings)
         describe_plan(config, known.world_size, console)
         return 0
+    if known.command == "limit":
+        from largebatch.studies.limit import measure_limit
+
+        measure_limit(config, known.checkpoint, known.samples, console)
+        return 0
     if known.command == "bench":
         from largebatch.studies.bench import bench
 
@@ -292,6 +303,7 @@ def _usage(command: str) -> str:
         "plan": "[--world-size N] [--section.key VALUE ...]",
     }
     own["noise"] = own["train"]
+    own["limit"] = "[--checkpoint RUN|CHECKPOINT] [--samples N] [--section.key VALUE ...]"
     own["bench"] = "[--updates N] [--section.key VALUE ...]"
     own["study"] = "[--out DIR] [--jobs N] [--section.key VALUE ...]"
     lines = [

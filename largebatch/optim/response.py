@@ -43,35 +43,66 @@ def lookahead_of(group: dict[str, Any]) -> float:
     return (1.0 + 2.0 * b) / (1.0 + b) if group.get("nesterov") else 1.0
 
 
-def responses(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], states: Sequence[dict[str, Any]], updates: Sequence[float]
-) -> list[Any]:
-    """Return A of each parameter, after its step: -dp/dg, numbers or tensors of its shape.
+def gain_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
+    """Return what a gradient moves its element at once, times the denominator, in the long run.
 
     Args:
-        optimizer: one that `require_response` lets pass.
+        optimizer: one of `KNOWN`.
+        group: with the values of this update.
+    """
+    lr = float(group["lr"])
+    if isinstance(optimizer, torch.optim.SGD):  # ours too, in each of its forms
+        gain = (1.0 - float(group.get("dampening", 0.0))) * lr
+        return gain * (1.0 + float(group["momentum"])) if group.get("nesterov") else gain
+    return lr * (1.0 - float(group["betas"][0])) if isinstance(optimizer, ADAM) else lr
+
+
+def denominators(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], states: Sequence[dict[str, Any]], updates: Sequence[float]
+) -> list[Any]:
+    """Return D of each parameter, after its step: what its gradients are divided by; tensors of its shape, or 1 for SGD.
+
+    Args:
+        optimizer: one of `KNOWN`.
         group: with the values of this update.
         states: of the parameters.
         updates: of each parameter, this one included; read for torch's Adam and AdamW alone.
     """
-    lr = group["lr"]
-    if isinstance(optimizer, torch.optim.SGD):  # ours too, in each of its forms
-        gain = (1.0 - group.get("dampening", 0.0)) * lr
-        return [gain * (1.0 + group["momentum"]) if group.get("nesterov") else gain] * len(states)
+    if isinstance(optimizer, torch.optim.SGD):
+        return [1.0] * len(states)
     if isinstance(optimizer, ADAM):
         return [_of_adam(group, state, number) for state, number in zip(states, updates, strict=True)]
-    return [lr / _of_rmsprop(group, state) for state in states]
+    return [_of_rmsprop(group, state) for state in states]
 
 
-def _of_adam(group: dict[str, Any], state: dict[str, Any], updates: float) -> Any:
-    beta1, beta2 = group["betas"]
-    weight, divisor1, divisor2 = 1.0 - beta1, 1.0 - beta1**updates, 1.0 - beta2**updates
+def responses(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], states: Sequence[dict[str, Any]], updates: Sequence[float]
+) -> list[Any]:
+    """Return A of each parameter, after its step: -dp/dg, numbers or tensors of its shape; arguments as `denominators`."""
+    gain, found = gain_of(optimizer, group), denominators(optimizer, group, states, updates)
+    if not isinstance(optimizer, ADAM):
+        return [gain / divisor for divisor in found]
+    begun = [_first_moment_begun(group, state, number) for state, number in zip(states, updates, strict=True)]
+    return [gain / part / divisor for part, divisor in zip(begun, found, strict=True)]
+
+
+def _first_moment_begun(group: dict[str, Any], state: dict[str, Any], updates: float) -> float:
+    """Return c1, by which the newest gradient weighs more than in the long run."""
+    beta1 = float(group["betas"][0])
     if group.get("bias_correction") == "running_mean":
-        weight, divisor1, divisor2 = 1.0 / state["first_moment_count"], 1.0, 1.0
-    elif "bias_correction" in group:  # the product of the coefficients that were used
-        divisor1, divisor2 = 1.0 - state["first_moment_count"], 1.0 - state["second_moment_count"]
+        return (1.0 - beta1) * float(state["first_moment_count"])
+    if "bias_correction" in group:  # the product of the coefficients that were used
+        return 1.0 - float(state["first_moment_count"])
+    return float(1.0 - beta1**updates)
+
+
+def _of_adam(group: dict[str, Any], state: dict[str, Any], updates: float) -> Tensor:
+    divisor = 1.0 - group["betas"][1] ** updates
+    if "bias_correction" in group:
+        divisor = 1.0 if group["bias_correction"] == "running_mean" else 1.0 - state["second_moment_count"]
     moment: Tensor = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-    return group["lr"] * weight / divisor1 / (moment / divisor2).sqrt_().add_(group["eps"])
+    root: Tensor = (moment / divisor).sqrt()
+    return root.add_(group["eps"])
 
 
 def _of_rmsprop(group: dict[str, Any], state: dict[str, Any]) -> Tensor:

@@ -14,6 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from largebatch.reporting.limits import Place
 from largebatch.reporting.loggers import read_metrics
 from largebatch.section import displayable
 
@@ -135,6 +136,36 @@ def _draw_noise(axis: Any, epochs: np.ndarray, scale: np.ndarray, low: np.ndarra
     _set_log(axis)
     axis.set_ylabel("samples")
     axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=8)  # above: a band may fill the axis
+
+
+def plot_limit(places: Sequence[Place], path: Path, num_train: int) -> Path:
+    """Draw the batch sizes to which steps are stable, the critical ones and those in use, against epochs; return the path.
+
+    Args:
+        places: of one run, in their order.
+        path: of the picture.
+        num_train: samples of the training set, where the axis ends.
+    """
+    epochs, most = np.array([place.epoch for place in places]), 10.0 * num_train
+    bands = {
+        ("steps are stable up to", BLUE): [place.stable for place in places],
+        ("critical batch size (99 % band)", ORANGE): [(p.noise.low, p.noise.noise_scale, p.noise.high) for p in places],
+    }
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.2), layout="constrained")
+        axis = figure.subplots()
+        for (label, color), band in bands.items():
+            low, middle, high = np.clip(np.array(band), 1e-3, most).T
+            axis.plot(epochs, middle, color=color, marker="o", markersize=3, label=label)
+            axis.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+        sizes = [place.batch_size for place in places]
+        axis.step(epochs, sizes, where="post", color=GREY, linewidth=1.6, label="batch size")
+        axis.set_ylim(min(1.0, *sizes), num_train)
+        _set_log(axis)
+        axis.set_ylabel("samples")
+        axis.set_xlabel("epochs")
+        axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, fontsize=9)
+        return _save(figure, path)
 
 
 class Curves(Protocol):
