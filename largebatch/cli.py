@@ -221,8 +221,8 @@ def _command(known: argparse.Namespace, rest: list[str]) -> int:
         from largebatch.reporting.tables import create_console
 
         flags = parse_flags(rest)
-        if known.command == "noise":
-            flags["noise.measure"] = True
+        if known.command == "noise" and flags.setdefault("noise.measure", True) is not True:
+            raise UserError("--noise.measure: noise is there to measure: leave the flag out, or use train")
         config, warnings = load_config(known.config, flags)
     console = create_console()
     if known.help:
