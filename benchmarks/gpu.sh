@@ -16,7 +16,7 @@ if [[ -d benchmarks/wheels ]]; then
     python3 -m pip install -q --no-index --find-links benchmarks/wheels pydantic pyyaml rich matplotlib scikit-learn safetensors \
         pytest pytest-timeout hypothesis
 fi
-timeout 150 python3 -m pytest -p no:cacheprovider tests/test_gpu.py tests/test_noise.py -k "gpu or cuda" 2>&1 | tee "$out/tests.txt"
+timeout 150 python3 -m pytest -p no:cacheprovider tests/test_gpu.py tests/noise/test_noise.py -k "gpu or cuda" 2>&1 | tee "$out/tests.txt"
 tests=$?
 timeout 310 python3 benchmarks/gpu.py --json "$out/gpu.json" "$@" 2>&1 | tee "$out/gpu.txt"
 benchmark=$?

@@ -24,6 +24,7 @@ from largebatch.errors import UserError
 from largebatch.task import Task
 
 ROOT = Path(__file__).parent.parent
+MODELS = os.pathsep.join(map(str, (ROOT / "tests", *(ROOT / "tests").glob("[a-z]*/"))))  # and data, that configs name
 CLOCKS = ("samples_per_second",)
 
 
@@ -147,7 +148,7 @@ def write_torchrun(folder: Path) -> Path:
 def environment(**changes) -> dict[str, str]:
     """Return the environment of a job: one thread, this folder's models, no launcher's variables."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "SLURM_", "TORCHELASTIC_"))}
-    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "GLOO_SOCKET_IFNAME": "lo"}
+    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": MODELS, "GLOO_SOCKET_IFNAME": "lo"}
     return kept | {name: str(value) for name, value in changes.items()}
 
 

@@ -96,7 +96,7 @@ def test_launch_script(tmp_path):
     assert "NNODES" in run("launch/torchrun.sh", expect=2)
 
 
-@pytest.mark.slow  # tests/test_launch.py has what it hands to torchrun
+@pytest.mark.slow  # tests/launch/test_torchrun_sh.py has what it hands to torchrun
 def test_launch_script_on_two_nodes(tmp_path):
     """Two agents that meet at an address, as on two hosts."""
     with socket.socket() as probe:
@@ -297,7 +297,7 @@ def test_the_training_loss_at_the_end_is_a_mean_over_samples():
     assert last_training_loss(updates, [{"samples": 50}]) == pytest.approx((50 + 40 + 40 + 10) / 50)
 
 
-@pytest.mark.slow  # tests/test_metering.py has the clock itself
+@pytest.mark.slow  # tests/training/test_metering.py has the clock itself
 def test_a_study_reads_adascale_on_its_clock(tmp_path):
     """The reference's 4 epochs are the other's too on its clock, of which it makes more in samples."""
     (tmp_path / "base.yaml").write_text((ROOT / "configs" / "digits.yaml").read_text())

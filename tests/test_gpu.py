@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
+from runs import digits, rows_of
 from test_cli import TORCHRUN, run
-from test_trainer import digits, rows_of
 
 from largebatch.reporting.loggers import read_metrics
 
