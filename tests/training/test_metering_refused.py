@@ -285,3 +285,8 @@ def test_bench_takes_any_config(flags):
         batch = run.batch.model_copy(update={"micro_size": 50})
         plan = resolve(run.model_copy(update={"batch": batch}), 1438).plan
         assert {size for _, size in plan.updates()} <= {200, 38, 157}
+
+
+def test_a_noise_command_that_is_not_to_measure_is_refused(capsys):
+    assert main(["noise", "configs/digits.yaml", "--noise.measure", "false"]) == 2
+    assert "--noise.measure: noise is there to measure: leave the flag out" in capsys.readouterr().err

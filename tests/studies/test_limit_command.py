@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from rich.console import Console
-from test_trainer import digits, rows_of
+from runs import digits, rows_of
 from torch import nn
 
 from largebatch.cli import main
