@@ -23,11 +23,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.partitions import PARAMETER, Partitions, SteppedByGroup
+from largebatch.distributed.presence import check_statistics
 from largebatch.distributed.route import ADVICE
 from largebatch.distributed.state import MODEL, OPTIMIZER, check_names, read_into, read_tensors, tensor_metadata
 from largebatch.distributed.usage import Used
 from largebatch.errors import SharedError, UserError
-from largebatch.moments import check_statistics, is_shadow
+from largebatch.moments import is_shadow
 from largebatch.optim import LAMB, LARS, scale_gradients
 
 

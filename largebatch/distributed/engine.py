@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from largebatch.distributed.arrival import open_group
 from largebatch.distributed.backend import NonFiniteError, Precision, Ranks, T
 from largebatch.distributed.buffers import copy_from_first, sums_of, write_out
+from largebatch.distributed.presence import check_statistics, largest_gradient
 from largebatch.distributed.route import ADVICE, Route
 from largebatch.distributed.state import load_named_state, named_state, read_tensors, tensor_metadata
 from largebatch.distributed.usage import Usage, Used, trained_parameters
 from largebatch.distributed.watch import RankWatch
 from largebatch.errors import UserError
-from largebatch.moments import check_statistics, is_shadow, shadows, track, tracked_parameters
-from largebatch.moments.presence import largest_gradient
+from largebatch.moments import is_shadow, shadows, track, tracked_parameters
 from largebatch.noise.estimator import partial_sums
 from largebatch.optim import gradients_and_squares, scale_gradients
 from largebatch.optim.limit import LimitMeter

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from largebatch.errors import UserError
-from largebatch.moments.private import checkpoint_frame
+from largebatch.moments.private import backward_pass, inside_reentrant_checkpoint
 from largebatch.moments.scope import Tracked, notes, state
 
 
@@ -32,36 +32,20 @@ class Square(torch.autograd.Function):
         return grad, grad.to(ctx.dtype).square()
 
 
-def refuse_further_segment(module: nn.Module) -> None:
-    """Refuse a parameter in two re-entrant checkpoints, or in one and outside: each would square its own part of a gradient."""
-    segment = 0
-    if not torch.is_grad_enabled():
-        frame = checkpoint_frame()
-        if frame is None:
-            return  # nothing is differentiated
-        segment = id(frame.f_locals["ctx"])
-    for name in notes(module).names:
-        if state.segments.setdefault(id(module._parameters[name]), segment) != segment:
-            raise UserError(
-                f"track: per='micro_batch': '{notes(module).path}.{name}' is used by several re-entrant checkpoints, or by one "
-                "and outside of it; call torch.utils.checkpoint with use_reentrant=False"
-            )
-
-
 def forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
     """Run forward with every parameter of the subtree replaced by an alias whose backward squares."""
+    if not torch.compiler.is_compiling() and backward_pass() >= 0 and inside_reentrant_checkpoint():
+        raise UserError(  # each would square its own part of a gradient
+            "track: per='micro_batch' does not go with the re-entrant activation checkpoint around "
+            f"'{tracked.path}'; call torch.utils.checkpoint with use_reentrant=False"
+        )
     if state.is_aliasing:
         return original(*args, **kwargs)
     is_outermost = state.aliases is None
-    if not is_outermost and not torch.compiler.is_compiling():
-        refuse_further_segment(module)
     if is_outermost and _is_cut_up(tracked):
         with Aliasing(tracked):
             return original(*args, **kwargs)
-    if is_outermost:
-        state.aliases = {}
-    aliases = state.aliases
-    assert aliases is not None
+    aliases = state.aliases = {} if state.aliases is None else state.aliases
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for owner in tracked.owners:
@@ -89,7 +73,6 @@ def forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: An
                 values[name] = value
         if is_outermost:
             state.aliases = None
-            state.segments.clear()
 
 
 def _is_cut_up(tracked: Tracked) -> bool:

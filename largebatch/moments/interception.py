@@ -15,18 +15,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from largebatch.errors import UserError
-from largebatch.moments import convolutions as _  # noqa: F401  whose rules are registered so
-from largebatch.moments import fallback, marks, operations, provenance, rules
-from largebatch.moments.aliasing import forward_squared, refuse_further_segment
-from largebatch.moments.marks import WHOLE, Batch, Rows, mark
+from largebatch.moments import again, operations, rules
+from largebatch.moments.aliasing import forward_squared
+from largebatch.moments.operations import Rows
 from largebatch.moments.private import (
     BODIES,
     backward_pass,
-    checkpoint_frame,
     inside_function_transform,
     is_transformed,
     unwrapped,
 )
+from largebatch.moments.samples import Batch, check_in_place, follow, mark, mark_of, passed_on, tensors_in
 from largebatch.moments.scope import WAY_OUT, Refusal, Scope, Tracked, notes, state, why_lost
 
 
@@ -41,21 +40,18 @@ class Interception(TorchFunctionMode):
         """Run `func`."""
         kwargs = kwargs or {}
         scope = self.scope
-        if scope.is_paused:
-            if scope.allowed is not None and func not in operations.WITHOUT_TENSORS:
-                for t in marks.tensors_in(args, kwargs):
-                    if id(t) in scope.operands and id(t) not in scope.allowed:
-                        raise Refusal(
-                            f"it uses parameter '{scope.operands[id(t)].bases[0].name}', which is not its own"
-                        )
-            return func(*args, **kwargs)
         if func in operations.WITHOUT_TENSORS:
+            return func(*args, **kwargs)
+        if scope.allowed is not None:
+            for t in tensors_in(args, kwargs):
+                if id(t) in scope.operands and id(t) not in scope.allowed:
+                    raise Refusal(f"it uses parameter '{scope.operands[id(t)].bases[0].name}', which is not its own")
             return func(*args, **kwargs)
         body = BODIES.get(func)
         if body is not None:
             with self:
                 return body(*args, **kwargs)
-        tensors = marks.tensors_in(args, kwargs)
+        tensors = tensors_in(args, kwargs)
         if operations.is_unseen(func) or kwargs.get("out") is not None or inside_function_transform():
             self._check_seen(func, kwargs, tensors)
         operands = [operand for t in tensors if (operand := scope.operand(t)) is not None]
@@ -65,24 +61,19 @@ class Interception(TorchFunctionMode):
             raise scope.refuse(func, operands, "a hook may change its gradient, which squares of samples would not see")
         if operations.is_in_place(func) and scope.operand(args[0]) is not None:
             raise scope.refuse(func, operands, "it changes the parameter, or what was computed from it, in place")
-        if (
-            func in operations.LIKE
-            and scope.operand(args[0]) is not None
-            and not any(scope.operand(a) for a in args[1:])
-        ):
-            return scope.derive(func, args, kwargs, operands)  # of the other it takes the type or the shape alone
-        if all(marks.mark_of(scope.batch, t) is None for t in tensors):
+        is_like = func in operations.LIKE and scope.operand(args[0]) is not None  # of another it takes the shape alone
+        if (is_like and len(operands) == 1) or all(mark_of(scope.batch, t) is None for t in tensors):
             return scope.derive(func, args, kwargs, operands)
         lost = scope.lost(tensors)
         if lost is not None:
             raise scope.refuse(func, operands, why_lost(lost))
-        if any(operand.tensor.is_complex() for operand in operands):
+        if any(operand.is_complex for operand in operands):
             raise scope.refuse(func, operands, "it takes the parameter as complex numbers")
-        rule = rules.RULES.get(func, rules.pointwise if func in operations.POINTWISE else None)
         reason = ""
-        for way in (rule, None if operations.is_in_place(func) else fallback.run):
+        is_broadcast = func in operations.POINTWISE or func in rules.JOINS
+        for way in (rules.RULES.get(func, rules.broadcast if is_broadcast else None), again.derivative):
             try:
-                if way is not None:
+                if way is not None and not (way is again.derivative and operations.is_in_place(func)):
                     return way(scope, func, args, kwargs)
             except Refusal as refusal:
                 reason = reason or str(refusal)
@@ -100,7 +91,7 @@ class Interception(TorchFunctionMode):
         if not (wrapped or kwargs.get("out") is not None or (operations.is_unseen(func) and not is_get)):
             return
         batch = self.scope.batch
-        if any(marks.passed_on(unwrapped(t))[0] is batch for t in tensors):
+        if any(passed_on(unwrapped(t))[0] is batch for t in tensors):
             what = "torch.func" if wrapped else f"{name} with out=" if kwargs.get("out") is not None else name
             raise UserError(
                 f"track: the values of the batch go through {what}, where its samples cannot be followed. {WAY_OUT}"
@@ -111,11 +102,11 @@ class Interception(TorchFunctionMode):
         batch = self.scope.batch
         if not operations.is_in_place(func):
             output = func(*args, **kwargs)
-            provenance.follow(batch, func, args, kwargs, tensors, output)
+            follow(batch, func, args, kwargs, tensors, output)
             return output
         target = args[0]
         try:
-            found = provenance.assign(batch, func, args, kwargs) if isinstance(target, Tensor) else None
+            found = check_in_place(batch, func, args, kwargs) if isinstance(target, Tensor) else None
         except ValueError as error:
             raise UserError(
                 f"track: {error}, so that the samples cannot be followed; use an operation out of place"
@@ -146,13 +137,6 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not torch.compiler.is_compiling() and inside_function_transform():
         return original(*args, **kwargs)
     if state.is_replaying or not torch.is_grad_enabled():
-        if state.aliases is not None and not torch.compiler.is_compiling():
-            refuse_further_segment(self)
-        elif state.is_aliasing and checkpoint_frame() is not None:
-            raise UserError(
-                "track: under ZeRO-3, per='micro_batch' does not go with the re-entrant checkpoint around "
-                f"'{notes(self).path}'; call torch.utils.checkpoint with use_reentrant=False"
-            )
         return original(*args, **kwargs)
     tracked = notes(self)
     if tracked.per == "micro_batch":
@@ -180,7 +164,7 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
 
 
 def _forward_inner(scope: Scope, module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
-    if scope.is_paused:
+    if scope.allowed is not None:
         return original(*args, **kwargs)
     scope.enter(module)
     return _run(scope, module, tracked, original, args, kwargs)
@@ -201,7 +185,7 @@ def _run(scope: Scope, module: nn.Module, tracked: Tracked, original: Any, args:
     if not tracked.use_fallback:
         return original(*args, **kwargs)
     try:
-        return fallback.run_module(scope, module, original, args, kwargs)
+        return again.run_module(scope, module, original, args, kwargs)
     except Refusal as refusal:
         raise UserError(
             f"track: fallback module '{tracked.path}' cannot be run sample by sample: {refusal}; "
@@ -214,7 +198,7 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
     dim = tracked.batch_dim
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if backward_pass() >= 0:  # activation checkpointing runs a part of the model again, on what it was run on before
-        batches = [batch for tensor in tensors if (batch := marks.passed_on(tensor)[0]) is not None]
+        batches = [batch for tensor in tensors if (batch := passed_on(tensor)[0]) is not None]
         if not batches:
             raise UserError(
                 f"track: '{tracked.path}' runs again in activation checkpointing, on other tensors than before: call "
@@ -247,7 +231,7 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
                 f"track: an argument of the model has {tensor.shape[dim]} rows along dimension {dim}, where the first has "
                 f"{num_samples} samples; inputs='first' takes the others for constants"
             )
-        mark(scope.batch, tensor, Rows(WHOLE, 1, 0, 1) if num_samples == 1 else Rows(dim, 1, 0, num_samples))
+        mark(scope.batch, tensor, Rows(dim, 1, 0, num_samples))
     scope.enter(module)
     scope.is_open = True
     return scope

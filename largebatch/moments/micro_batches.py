@@ -12,7 +12,6 @@ Each hook also adds up one projection of c_u, by which the update learns what wa
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.errors import UserError
+from largebatch.moments.private import backward_pass, inside_custom_backward
 from largebatch.moments.projection import FOREIGN, NO_PASS, Projector, Slot
 from largebatch.moments.uses import statistic_dtype
 from largebatch.reduce import num_ranks, require_equal, sum_over_ranks
@@ -166,7 +166,7 @@ class MicroBatchSquares:
                 f"squares of micro-batches: parameter {slot.name} has a sparse gradient; expected dense ones: build the "
                 "embedding with sparse=False"
             )
-        task = torch._C._current_graph_task_id()
+        task = backward_pass()
         if task != self._task:
             self._begin_pass(task)
         if not slot.is_placed:
@@ -232,7 +232,7 @@ class MicroBatchSquares:
             if not self._joint_begun:  # one unit, however many passes: the first of them begins it
                 self._sizes.append(self._joint_size)
                 self._joint_begun = True
-        elif _is_nested():  # of which pass it is a part cannot be told
+        elif inside_custom_backward():  # of which pass it is a part cannot be told
             self._nested = True
             self._sizes = self._sizes or [1.0]
         else:
@@ -376,14 +376,3 @@ def _remove(handles: dict[Tensor, Any]) -> None:
     for handle in handles.values():
         handle.remove()
     handles.clear()
-
-
-def _is_nested() -> bool:
-    """Return whether this backward pass runs within the backward of a custom function, as re-entrant checkpoints do."""
-    code = torch.autograd.function.BackwardCFunction.apply.__code__
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is code:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

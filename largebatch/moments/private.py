@@ -77,12 +77,21 @@ def with_parameters(module: nn.Module, parameters: dict[str, Tensor]) -> Abstrac
     return torch.nn.utils.stateless._reparametrize_module(module, parameters, tie_weights=True)
 
 
-def checkpoint_frame() -> types.FrameType | None:
-    """Return the frame of the re-entrant activation checkpoint that runs, None outside of any."""
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+def _is_running(code: types.CodeType) -> bool:
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return frame
+    return frame is not None
+
+
+def inside_reentrant_checkpoint() -> bool:
+    """Whether the backward pass of a re-entrant activation checkpoint runs a part of the model again."""
+    return _is_running(CheckpointFunction.backward.__code__)
+
+
+def inside_custom_backward() -> bool:
+    """Whether the backward of a custom function runs, within which another backward pass may, as in re-entrant checkpoints."""
+    return _is_running(torch.autograd.function.BackwardCFunction.apply.__code__)
 
 
 def _never(*_: Any) -> bool:

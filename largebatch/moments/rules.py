@@ -1,24 +1,33 @@
-"""What a sample owes to a parameter, operation by operation: the operations under which `per="sample"` knows it.
+"""What a sample owes to a parameter, operation by operation.
 
 Each rule runs its operation as it was called and puts a tap on the output (`uses`). Parameters meet the batch in linear maps,
-convolutions, lookups, norms, and broadcasts such as position embeddings and scales. Anything else is refused by name.
+convolutions, lookups, batch norms, and broadcasts such as position embeddings and scales; see `again` for any other.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from largebatch.moments import operations, provenance
-from largebatch.moments.marks import WHOLE, Batch, Rows, mark, mark_of
+from largebatch.moments.operations import Rows, is_in_place
 from largebatch.moments.private import batch_statistics
+from largebatch.moments.samples import Batch, mark, mark_of, marks_in, verdicts
 from largebatch.moments.scope import Refusal, Scope
-from largebatch.moments.uses import Given, Left, Looped, Operand, Product, Tap, Use, collectors, statistic_dtype
+from largebatch.moments.uses import (
+    Given,
+    Left,
+    Operand,
+    Product,
+    Tap,
+    Use,
+    collectors,
+    statistic_dtype,
+)
 
 Rule = Callable[..., Any]
 
@@ -35,18 +44,14 @@ def rule(*functions: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def rows_of(scope: Scope, tensor: Any, what: str = "its input") -> Rows:
-    """Return where the samples of an operation's input lie."""
+def rows_of(scope: Scope, tensor: Any, *constants: Any) -> Rows:
+    """Return where the samples of an operation's input lie; a weight or a bias must not hold any, as from a hypernetwork."""
     found = mark_of(scope.batch, tensor) if isinstance(tensor, Tensor) else None
-    if isinstance(found, Rows):
-        return found
-    raise Refusal(f"{what} does not come from the batch")
-
-
-def check_constant(scope: Scope, pair: tuple[Any, Any]) -> None:
-    """Raise where a weight or a bias was computed from the batch, as by a hypernetwork."""
-    if any(isinstance(t, Tensor) and mark_of(scope.batch, t) is not None for t in pair):
+    if not isinstance(found, Rows):
+        raise Refusal("its input does not come from the batch")
+    if any(isinstance(t, Tensor) and mark_of(scope.batch, t) is not None for t in constants):
         raise Refusal("its weight or bias comes from the batch")
+    return found
 
 
 def tap(
@@ -64,7 +69,10 @@ def tap(
     """
     if not output.requires_grad:
         return output
-    bases = tuple(dict.fromkeys(base for operand in operands for base in operand.bases))
+    every = [base for operand in operands for base in operand.bases]
+    for base in every:
+        base.num_uses += 1
+    bases = tuple(dict.fromkeys(every))
     samples = scope.batch.samples_of(rows)
     output = Tap.apply(left, samples, bases, output, len(saved), *[s.detach() for s in saved], *collectors(bases))
     mark(scope.batch, output, rows)
@@ -90,36 +98,34 @@ def arguments(names: str, args: Any, kwargs: Any) -> list[Any]:
     return [given.get(name) for name in names.split()]
 
 
-def _linear(scope: Scope, output: Tensor, x: Tensor, weight: Any, bias: Any, is_transposed: bool) -> Tensor:
+def _linear(scope: Scope, func: Any, args: Any, kwargs: Any, x: Tensor, weight: Any, bias: Any) -> Tensor:
     """Y = x w^T + b, or x w + b."""
-    found, of_weight, of_bias = rows_of(scope, x), scope.operand(weight), scope.operand(bias)
-    check_constant(scope, (weight, bias))
-    is_vector = weight.ndim == 1
-    if weight.ndim > 2 or found.dim == x.ndim - 1 or x.ndim < 2:
+    rows, of_weight, of_bias = rows_of(scope, x, weight, bias), scope.operand(weight), scope.operand(bias)
+    is_transposed = func is not torch.nn.functional.linear
+    if weight.ndim != 2 or x.ndim < 2 or rows.dim == x.ndim - 1 or (bias is not None and bias.ndim != 1):
         raise Refusal("its samples, or its weight, have other dimensions than (samples, .., features)")
-    if bias is not None and (is_vector or bias.shape != output.shape[-1:]):
+    output = func(*args, **kwargs)
+    if bias is not None and bias.shape != output.shape[-1:]:
         raise Refusal("its bias has other dimensions than (features)")
-    rows = found  # those of the output, in which the last dimension alone is another
-    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
 
     def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
-        d = wide(_flat(scope.batch.take(grad.unsqueeze(-1) if is_vector else grad, rows)), grad)
+        d = wide(_flat(scope.batch.take(grad, rows)), grad)
         uses: list[tuple[Operand, Use]] = []
         if of_weight is not None:
-            a, b = d, wide(_flat(saved[0]), grad)
-            uses.append((of_weight, Product(b, a) if is_transposed else Product(a, b)))
+            pair = d, wide(_flat(saved[0]), grad)
+            uses.append((of_weight, Product(*(reversed(pair) if is_transposed else pair))))
         if of_bias is not None:
             uses.append((of_bias, Given(d.squeeze(1) if d.shape[1] == 1 else d.sum(1))))
         return uses
 
-    return tap(scope, output, rows, operands, left, [scope.batch.take(x, found)] if of_weight is not None else [])
+    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
+    return tap(scope, output, rows, operands, left, [scope.batch.take(x, rows)] if of_weight is not None else [])
 
 
-@rule(F.linear)
+@rule(torch.nn.functional.linear)
 def linear(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """X w^T + b."""
-    x, weight, bias = arguments("input weight bias", args, kwargs)
-    return _linear(scope, func(*args, **kwargs), x, weight, bias, False)
+    return _linear(scope, func, args, kwargs, *arguments("input weight bias", args, kwargs))
 
 
 @rule(torch.addmm, Tensor.addmm)
@@ -128,16 +134,14 @@ def addmm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     if set(kwargs) - {"input", "mat1", "mat2"}:
         raise Refusal("it has factors, alpha or beta")
     bias, x, weight = arguments("input mat1 mat2", args, kwargs)
-    return _linear(scope, func(*args, **kwargs), x, weight, bias, True)
+    return _linear(scope, func, args, kwargs, x, weight, bias)
 
 
 @rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 def matmul(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """X w."""
     x, weight = args if not kwargs else arguments("input other", args, kwargs)
-    if scope.operand(weight) is None:
-        raise Refusal("the parameter stands on the left")
-    return _linear(scope, func(*args, **kwargs), x, weight, None, True)
+    return _linear(scope, func, args, kwargs, x, weight, None)
 
 
 class LookedUp(Use):
@@ -163,8 +167,8 @@ class LookedUp(Use):
 @rule(torch.embedding)
 def embedding(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """Rows of a table by numbers from the batch."""
-    names = "weight indices padding_idx scale_grad_by_freq sparse"
-    weight, index, padding, by_frequency, _ = arguments(names, args, kwargs)
+    names = "weight indices padding_idx scale_grad_by_freq"
+    weight, index, padding, by_frequency = arguments(names, args, kwargs)
     operand, rows = scope.operand(weight), rows_of(scope, index)
     if operand is None or by_frequency:
         raise Refusal("it scales gradients by how often rows occur in the batch")
@@ -180,210 +184,161 @@ def embedding(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     return tap(scope, func(*args, **kwargs), rows, [operand], left, [scope.batch.take(index, rows)])
 
 
-def _norm(
-    scope: Scope,
-    output: Tensor,
-    x: Tensor,
-    pair: tuple[Any, Any],
-    normalize: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
-    extra: Sequence[Tensor] = (),
-    is_last: bool = False,
-) -> Tensor:
-    """Y = xhat w + b, with xhat = normalize(rows of x, extra) and w, b for the last dimensions, or else for dimension 1."""
-    rows = rows_of(scope, x)
-    weight, bias = (scope.operand(value) for value in pair)
-    operands = [operand for operand in (weight, bias) if operand is not None]
-    check_constant(scope, pair)
-    shape = operands[0].tensor.shape
-    if rows.dim != WHOLE and (rows.dim >= x.ndim - len(shape) if is_last else rows.dim != 0):
-        raise Refusal("its samples lie along a dimension that is normalized, or not along the first")
+@rule(torch.batch_norm)
+def batch_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Y = xhat w + b, by the statistics of the batch or the running ones.
+
+    By those of the batch, xhat depends on the other samples; what a sample owes is its summand of the gradient.
+    """
+    names = "input weight bias running_mean running_var training momentum eps"
+    x, weight, bias, mean, var, by_batch, _, eps = arguments(names, args, kwargs)
+    rows, of_weight, of_bias = rows_of(scope, x, weight, bias), scope.operand(weight), scope.operand(bias)
+    if rows.dim != 0:
+        raise Refusal("its samples do not lie along the first dimension")
+    statistics = None if by_batch else (mean.clone(), (var + eps).rsqrt())  # as they are now
+    output = func(*args, **kwargs)
+    statistics = statistics or batch_statistics(output)
+    if statistics is None:
+        variance, average = torch.var_mean(x.detach(), [0, *range(2, x.ndim)], correction=0)
+        statistics = average, (variance + eps).rsqrt()
 
     def reduced(t: Tensor) -> Tensor:
-        if is_last:
-            return t.reshape(len(t), -1, *shape).sum(1)
-        return t.reshape(len(t), -1, x.shape[1], x.shape[2:].numel()).sum((1, 3))
+        return t.flatten(3).sum((1, 3)) if t.ndim > 3 else t.sum(1)
 
     def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
         d = wide(scope.batch.take(grad, rows), grad)
         uses: list[tuple[Operand, Use]] = []
-        if weight is not None:
-            hat = normalize(saved[0] if is_last else saved[0].reshape(-1, *x.shape[1:]), saved[1:])
-            uses.append((weight, Given(reduced(hat.to(d.dtype).reshape(d.shape) * d))))
-        if bias is not None:
-            uses.append((bias, Given(reduced(d))))
+        if of_weight is not None:
+            x, mean, factor = saved
+            mean, factor = (t.view(-1, *[1] * (x.ndim - 3)) for t in (mean, factor))
+            uses.append((of_weight, Given(reduced(((x - mean) * factor).to(d.dtype) * d))))
+        if of_bias is not None:
+            uses.append((of_bias, Given(reduced(d))))
         return uses
 
-    saved = [scope.batch.take(x, rows), *extra] if weight is not None else []
+    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
+    saved = [scope.batch.take(x, rows), *statistics] if of_weight is not None else []
     return tap(scope, output, rows, operands, left, saved)
 
 
-@rule(torch.layer_norm)
-def layer_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Layer norm."""
-    x, shape, weight, bias, eps = arguments("input normalized_shape weight bias eps", args, kwargs)
-    eps = 1e-5 if eps is None else eps
-    output = func(*args, **kwargs)
-    return _norm(scope, output, x, (weight, bias), lambda x, _: F.layer_norm(x, shape, None, None, eps), is_last=True)
+class Convolved(Use):
+    """Weight gradients of a convolution: d [samples, rows, o, ..] and x [samples, rows, i, ..]."""
+
+    # Small weight gradients leave a processor's threads idle unless several are made at once (64 -> 128 channels at 16 x 16:
+    # 4.2 ms for 32 samples by fours, 8.1 ms one by one, two cores); of 256 -> 256 channels a second sample only costs cache.
+    FOLD_ELEMENTS = 1 << 18
+
+    def __init__(self, d: Tensor, x: Tensor, shape: torch.Size, options: tuple[Any, ...]):
+        self.d, self.x, self.shape, self.options = d, x, shape, options
+
+    def gradient(self, number: int) -> Tensor:
+        """Return one sample's."""
+        return self._gradients(self.d[number], self.x[number], 1)[0]
+
+    def squares(self, weight: float) -> Tensor:
+        """Fold some samples into the groups of one convolution at a time."""
+        count, rows = self.d.shape[:2]
+        step = math.ceil(self.FOLD_ELEMENTS / math.prod(self.shape)) if rows == 1 else 1
+        total = torch.zeros(self.shape, dtype=self.d.dtype, device=self.d.device)
+        for first in range(0, count, step):
+            d, x = (t[first : first + step].flatten(0, 1) for t in (self.d, self.x))
+            for grad in self._gradients(d, x, len(d) if rows == 1 else 1):
+                total.addcmul_(grad, grad, value=weight)
+        return total
+
+    def _gradients(self, d: Tensor, x: Tensor, folded: int) -> Tensor:
+        stride, padding, dilation, groups = self.options
+        if folded > 1:
+            d, x = (t.reshape(1, -1, *t.shape[2:]) for t in (d, x))
+        weight = d.new_empty(1).expand(folded * self.shape[0], *self.shape[1:])
+        options = (stride, padding, dilation, False, [0] * len(stride), folded * groups, (False, True, False))
+        return torch.ops.aten.convolution_backward(d, x, weight, None, *options)[1].reshape(folded, *self.shape)
 
 
-@rule(torch.rms_norm)
-def rms_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """RMS norm."""
-    x, shape, weight, eps = arguments("input normalized_shape weight eps", args, kwargs)
-    output = func(*args, **kwargs)
-    return _norm(scope, output, x, (weight, None), lambda x, _: F.rms_norm(x, shape, None, eps), is_last=True)
+@rule(torch.conv1d, torch.conv2d, torch.conv3d)
+def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Convolutions with zero padding given as numbers."""
+    names = "input weight bias stride padding dilation groups"
+    x, weight, bias, stride, padding, dilation, groups = arguments(names, args, kwargs)
+    ndim = weight.ndim - 2
+    rows, of_weight, of_bias = rows_of(scope, x, weight, bias), scope.operand(weight), scope.operand(bias)
+    if x.ndim != ndim + 2 or rows.dim != 0 or isinstance(padding, str):
+        raise Refusal("its samples do not lie along the first dimension, or its padding has a name")
+    stride, padding, dilation = (
+        (*value,) * (ndim // len(value))
+        if isinstance(value, (list, tuple))
+        else (default if value is None else value,) * ndim
+        for value, default in ((stride, 1), (padding, 0), (dilation, 1))
+    )
+    options, shape = (stride, padding, dilation, groups or 1), weight.shape
+    is_pointwise = math.prod(shape[2:]) == 1 and not any(padding) and options[-1] == 1
+
+    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
+        d = wide(scope.batch.take(grad, rows), grad)
+        uses: list[tuple[Operand, Use]] = []
+        if of_weight is not None:
+            x = wide(saved[0], grad)
+            use: Use = Convolved(d, x, shape, options)
+            if is_pointwise:  # a linear map at each position
+                x = x[tuple([slice(None)] * 3 + [slice(None, None, step) for step in stride])]
+                use = Product(*(t.movedim(2, -1).flatten(1, -2) for t in (d, x)))
+            uses.append((of_weight, use))
+        if of_bias is not None:
+            uses.append((of_bias, Given(d.flatten(3).sum((1, 3)))))
+        return uses
+
+    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
+    saved = [scope.batch.take(x, rows)] if of_weight is not None else []
+    return tap(scope, func(*args, **kwargs), rows, operands, left, saved)
 
 
-@rule(torch.group_norm)
-def group_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Group norm."""
-    x, groups, weight, bias, eps = arguments("input num_groups weight bias eps", args, kwargs)
-    eps = 1e-5 if eps is None else eps
-    output = func(*args, **kwargs)
-    return _norm(scope, output, x, (weight, bias), lambda x, _: F.group_norm(x, groups, None, None, eps))
-
-
-@rule(torch.batch_norm, torch.instance_norm)
-def batch_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Batch and instance norm, by the statistics of the batch or the running ones.
-
-    By those of the batch, xhat depends on the other samples; what a sample owes is its summand of the gradient.
-    """
-    names = "input weight bias running_mean running_var training momentum eps cudnn_enabled use_input_stats"
-    x, weight, bias, mean, var, by_batch, _, eps, _, by_input = arguments(names, args, kwargs)
-    by_batch = by_batch if by_input is None else by_input
-    if func is torch.instance_norm and by_batch:
-        return _norm(scope, func(*args, **kwargs), x, (weight, bias), lambda x, _: F.instance_norm(x, eps=eps))
-    running = None if by_batch else (mean.clone(), (var + eps).rsqrt())  # as they are now
-    output = func(*args, **kwargs)
-    statistics = running or batch_statistics(output)
-    if statistics is None:
-        deviation, average = torch.var_mean(x.detach(), [0, *range(2, x.ndim)], correction=0)
-        statistics = average, (deviation + eps).rsqrt()
-
-    def normalize(x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
-        mean, factor = (t.view(-1, *[1] * (x.ndim - 2)) for t in statistics)
-        return (x - mean) * factor
-
-    return _norm(scope, output, x, (weight, bias), normalize, statistics)
-
-
-def pointwise(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """A function of single elements in which a parameter is broadcast over the batch.
+def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """A function of single elements in which a parameter is broadcast over the batch, or a join with one, as of class tokens.
 
     The tap stands on the parameter, once it is expanded: there its gradient still has an element for each of the output's.
     Autograd sums them as it does where it broadcasts by itself, and gets the same bits.
     """
-    tensors = [t for t in args if isinstance(t, Tensor)]
-    if func in _NOT_BROADCAST or any(isinstance(value, Tensor) for value in kwargs.values()):
+    is_join = func in JOINS
+    given = list(args[0] if is_join else args)
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    if any(isinstance(value, Tensor) for value in kwargs.values()) or getattr(func, "__name__", "") in _NOT_BROADCAST:
         raise Refusal("its parameter is not broadcast")
-    if len({t.dtype for t in tensors if t.is_floating_point()}) > 1:
+    if not is_join and len({t.dtype for t in tensors if t.is_floating_point()}) > 1:
         raise Refusal("its arguments differ in type")
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    marks = [(t, m) for t in tensors if (m := mark_of(scope.batch, t))]
-    piece = torch.empty(shape, device="meta")
-    (rows,) = provenance.verdicts(scope.batch, torch.add, args, {}, marks, [piece])
-    if not isinstance(rows, Rows) or (operations.is_in_place(func) and args[0].shape != shape):
+    if is_join:
+        shape = func(tuple(t.detach().to("meta") for t in given), *args[1:], **kwargs).shape
+    else:
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    marks = marks_in(scope.batch, tensors)
+    (rows,) = verdicts(func if is_join else torch.add, args, kwargs, marks, [torch.empty(shape, device="meta")])
+    if not isinstance(rows, Rows) or (is_in_place(func) and args[0].shape != shape):
         raise Refusal("its arguments hold their samples differently")
-    expanded = []
-    for value in args:
-        operand = scope.operand(value)
-        if operand is not None:
-            if rows.dim != WHOLE:
-                _check_rows(operand, rows.dim - len(shape))
-            left = functools.partial(_broadcast_back, scope.batch, operand, rows)
-            value = tap(scope, value.expand(shape), rows, [operand], left, [])
-        expanded.append(value)
-    output = func(*expanded, **kwargs)
+    if is_join and (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(shape) == rows.dim:
+        raise Refusal("it joins along the samples")
+    for place, value in enumerate(given):
+        if (operand := scope.operand(value)) is not None:
+            source = operand.spread or operand
+            at = rows.dim - len(shape) + len(source.shape)
+            if at >= 0 and source.shape[at] != 1:
+                raise scope.refuse(func, [operand], "the parameter has a row of its own for each sample")
+            left = functools.partial(_broadcast_back, scope.batch, source, rows)
+            value = tap(scope, value if is_join else value.expand(shape), rows, [source], left, [])
+            given[place] = value
+    output = func(given, *args[1:], **kwargs) if is_join else func(*given, **kwargs)
     if isinstance(output, Tensor):
         mark(scope.batch, output, rows)
     return output
 
 
-_NOT_BROADCAST = {
-    getattr(home, name)
-    for home in (torch, Tensor)
-    for name in ("prelu", "masked_fill", "masked_fill_")
-    if hasattr(home, name)
-}
+_NOT_BROADCAST = ("prelu", "masked_fill", "masked_fill_")
+JOINS = {torch.cat, torch.concat, torch.concatenate}
 
 
 def _broadcast_back(
     batch: Batch, operand: Operand, rows: Rows, grad: Tensor, _: tuple[Tensor, ...]
 ) -> list[tuple[Operand, Use]]:
     """Sum the gradient of an expanded operand to its own shape, for each sample."""
-    shape = (1,) * (grad.ndim - operand.tensor.ndim) + tuple(operand.tensor.shape)
+    shape = (1,) * (grad.ndim - len(operand.shape)) + tuple(operand.shape)
     g = batch.take(grad, rows)
-    g = g.to(statistic_dtype(g.dtype))
-    if rows.dim == WHOLE:
-        return [(operand, Given(g.squeeze(1).sum_to_size(1, *shape).reshape(1, *operand.tensor.shape)))]
-    if shape[rows.dim] > 1:  # it has a row for each of the output's
-        others = shape[: rows.dim] + shape[rows.dim + 1 :]
-        g = g.sum_to_size(len(g), g.shape[1], *others)
-        return [(operand, _rowwise(g, operand, rows, batch, grad.ndim))]
-    g = g.movedim(1, rows.dim + 1).sum_to_size(len(g), *shape)
-    return [(operand, Given(g.reshape(len(g), *operand.tensor.shape)))]
-
-
-def _check_rows(operand: Operand, dim: int) -> None:
-    """Raise where a parameter has a row of its own for each sample: of a sample alone it would be another.
-
-    Class tokens expanded or repeated, and lookups of positions laid out by sample, have the same row for all, whatever the
-    parameter's values are: here random ones.
-    """
-    tensor = operand.tensor
-    if -dim > tensor.ndim or tensor.shape[dim] == 1 or tensor.stride(dim) == 0:
-        return
-    generator = torch.Generator().manual_seed(0)
-    leaves = {}
-    for base in operand.bases:
-        values = torch.rand(base.parameter.shape, generator=generator, dtype=torch.float64)
-        leaves[id(base)] = values.to(base.parameter)
-    with torch.no_grad():
-        again = operand.again(leaves)
-    if not torch.equal(again, again.narrow(dim, 0, 1).expand_as(again)):
-        raise Refusal("the parameter has a row of its own for each sample")
-
-
-def _rowwise(g: Tensor, operand: Operand, rows: Rows, batch: Batch, ndim: int) -> Use:
-    """A gradient whose only rows are those of the sample: [samples, rows of each, *others]."""
-    shape, dim = operand.tensor.shape, rows.dim - ndim
-    numbers = batch.take(torch.arange(shape[dim], device=g.device), rows._replace(dim=0)).reshape(len(g), -1)
-
-    def make(number: int) -> Tensor:
-        whole = g.new_zeros(*[1] * (ndim - len(shape)), *shape).movedim(dim, 0)
-        return whole.index_copy(0, numbers[number], g[number]).movedim(0, dim).reshape(shape)
-
-    return Looped(make, len(g))
-
-
-@rule(torch.cat, torch.concat, torch.concatenate)
-def cat(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Tensors of the batch and parameters, such as class tokens, joined along another dimension than the samples'."""
-    output = func(*args, **kwargs)
-    joined = args[0] if args else kwargs["tensors"]
-    marks = [(t, m) for t in joined if (m := mark_of(scope.batch, t)) is not None]
-    (rows,) = provenance.verdicts(scope.batch, func, args, kwargs, marks, [output])
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))) % output.ndim
-    if not isinstance(rows, Rows) or rows.dim == dim:
-        raise Refusal("it joins along the samples, or tensors that hold them differently")
-    found, first = [], 0
-    for t in joined:
-        if (operand := scope.operand(t)) is not None:
-            if rows.dim != WHOLE:
-                _check_rows(operand, rows.dim - output.ndim)
-            found.append((operand, first, t.shape[dim]))
-        first += t.shape[dim]
-
-    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
-        uses: list[tuple[Operand, Use]] = []
-        for operand, start, length in found:
-            g = scope.batch.take(grad.narrow(dim, start, length), rows)
-            g = g.to(statistic_dtype(g.dtype))
-            whole = rows.dim == WHOLE
-            uses.append(
-                (operand, Given(g.squeeze(1)) if whole else _rowwise(g, operand, rows, scope.batch, output.ndim))
-            )
-        return uses
-
-    return tap(scope, output, rows, [operand for operand, *_ in found], left, [])
+    g = g.to(statistic_dtype(g.dtype)).movedim(1, rows.dim + 1)
+    return [(operand, Given(g.sum_to_size(len(g), *shape).reshape(len(g), *operand.shape)))]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.errors import UserError
-from largebatch.moments.marks import Batch, Lost, Rows, mark_of
-from largebatch.moments.operations import CASTS
+from largebatch.moments.operations import Lost, Rows
+from largebatch.moments.samples import Batch, mark_of, marks_in
 from largebatch.moments.uses import Base, Operand
 
 # Where messages send who needs squares of samples from an operation without a rule.
@@ -61,21 +61,19 @@ class Scope:
         batch: its samples.
         operands: id of a parameter -> its bookkeeping.
         is_open: whether the outermost module's parameters are in.
-        is_paused: whether a module runs whose inside is not looked at.
-        allowed: ids of the parameters that it may use.
+        allowed: ids of the parameters that a module may use whose inside is not looked at; None where none runs.
     """
 
     def __init__(self, batch: Batch):
         self.batch = batch
         self.operands: dict[int, Operand] = {}
-        self.is_paused = False
         self.allowed: set[int] | None = None
         self.is_open = False
 
     def enter(self, module: nn.Module) -> None:
         """Take in the parameters of a module that is about to run, its children's too: it may use them itself.
 
-        They are looked at with `get`: ZeRO-3 makes whole what is read with [], which is for `Base.collector` to do.
+        They are looked at with `get`: ZeRO-3 makes whole what is read with [], which is for `Base.check` to do.
         """
         for owner in notes(module).owners:
             tracked = notes(owner)
@@ -105,32 +103,35 @@ class Scope:
         return found
 
     def derive(self, func: Any, args: Any, kwargs: Any, operands: list[Operand]) -> Any:
-        """Run a function of operands and constants, and note on its results how they come about."""
+        """Run a function of operands and constants, and note on its results that they come of operands."""
         output = func(*args, **kwargs)
-        pieces = output if isinstance(output, (list, tuple)) else (output,)
         bases = tuple(dict.fromkeys(base for operand in operands for base in operand.bases))
-        is_rearranged = len(bases) == sum(len(operand.bases) for operand in operands)  # none of them twice
-        is_rearranged = is_rearranged and all(operand.is_rearranged for operand in operands)
-        is_rearranged = is_rearranged and (func in _REARRANGING or (func is Tensor.__getitem__ and _is_slice(args[1])))
-        if func is torch.embedding:
-            index = args[1] if len(args) > 1 else kwargs["indices"]
-            is_rearranged = all(o.is_rearranged for o in operands) and index.unique().numel() == index.numel()
-            is_rearranged = is_rearranged and (args[2] if len(args) > 2 else -1) < 0
-        held = self._held(args), self._held(kwargs)
-        for number, piece in enumerate(pieces):
+        for piece in output if isinstance(output, (list, tuple)) else (output,):
             if not isinstance(piece, Tensor) or not piece.requires_grad or self.operand(piece) is not None:
                 continue  # contiguous(), float() and the like may return their argument
-            recipe = (func, *held, None if isinstance(output, Tensor) else number)
-            operand = Operand(piece.detach(), bases, recipe, is_rearranged)  # the tensor itself will hold it
+            operand = Operand(piece, bases, False, self._spread(func, args, kwargs, piece, operands))
             piece._largebatch_operand = (self.batch, operand)  # type: ignore[attr-defined]
         return output
 
-    def _held(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._held(item) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(map(self._held, value))
-        return self.operand(value) or value
+    def _spread(self, func: Any, args: Any, kwargs: Any, piece: Tensor, operands: list[Operand]) -> Operand | None:
+        """Return the operand that a function only repeated, along dimensions in which it had one row, such as a class token."""
+        (first, *others) = operands
+        if others or func not in _SPREADING:
+            return None
+        if func is torch.embedding:  # by numbers that are laid out by sample, the same for each
+            if kwargs:
+                return None
+            table, index, padding, by_frequency = (*args, -1, False)[:4]
+            one = index
+            for dim in range(index.ndim):
+                row = one.narrow(dim, 0, 1)
+                one = row if one.shape[dim] > 1 and torch.equal(row.expand_as(one), one) else one
+            if one is index or by_frequency:
+                return None
+            return Operand(torch.embedding(table, one, padding), first.bases, False)
+        source = first.spread or first
+        shape = (1,) * (piece.ndim - len(source.shape)) + tuple(source.shape)
+        return source if all(own in (1, size) for own, size in zip(shape, piece.shape, strict=True)) else None
 
     def refuse(self, func: Any, operands: list[Operand], why: str) -> UserError:
         """Return the error for a parameter in an operation that is not understood."""
@@ -142,7 +143,7 @@ class Scope:
 
     def lost(self, tensors: list[Tensor]) -> Lost | None:
         """Return the mark of an argument whose samples are lost, None where there is none that matters."""
-        marks = [(t, m) for t in tensors if (m := mark_of(self.batch, t))]
+        marks = marks_in(self.batch, tensors)
         is_batch = any(isinstance(m, Rows) for _, m in marks)  # beside which whole numbers only choose
         lost = [m for t, m in marks if isinstance(m, Lost) and (t.is_floating_point() or not is_batch)]
         return lost[0] if lost else None
@@ -166,19 +167,7 @@ def why_lost(lost: Lost) -> str:
     return f"some of it comes through {lost.by}, which mixes or moves the rows of samples, or is not known not to"
 
 
-def _is_slice(index: Any) -> bool:
-    items = index if isinstance(index, tuple) else (index,)
-    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
-
-
-# Functions whose result has the elements of their arguments, each at most once.
-_NAMES = """
-    t transpose permute view view_as reshape reshape_as flatten unflatten unsqueeze squeeze select narrow contiguous
-    clone movedim swapaxes flip roll diagonal cat concat stack hstack vstack chunk split unbind tensor_split __iter__
-"""
-_REARRANGING = {Tensor.T.__get__, Tensor.mT.__get__, *CASTS}  # type: ignore[attr-defined]
-for _name in _NAMES.split():
-    _REARRANGING |= {getattr(home, _name) for home in (torch, Tensor) if hasattr(home, _name)}
+_SPREADING = {torch.embedding, Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.broadcast_to, torch.broadcast_to}
 
 
 class State:
@@ -188,7 +177,6 @@ class State:
         scope: the forward pass that is running under per="sample".
         choice: (samples to square, weight of each) of the forward passes to come, where somebody chose.
         aliases: the pass under per="micro_batch": id of a parameter -> (the parameter, its alias).
-        segments: there, by id of a parameter, the re-entrant checkpoint that uses it; 0 for none.
         is_aliasing: whether `Aliasing` is at work there instead.
         is_replaying: whether the fallback is running a module again, in which nothing is to be intercepted.
     """
@@ -197,7 +185,6 @@ class State:
         self.scope: Scope | None = None
         self.choice: tuple[list[int], float] | None = None
         self.aliases: dict[int, tuple[Tensor, Tensor]] | None = None
-        self.segments: dict[int, int] = {}
         self.is_aliasing = False
         self.is_replaying = False
 

@@ -4,10 +4,6 @@ A *tap* stands on the output of an operation that uses a parameter. It is an ide
 and its gradients are PyTorch's own. In the backward pass the tap sees the gradient d of the output and leaves with the
 parameter what a sample's gradient is made of, a `Use`. The parameter's *collector*, the node that autograd runs after all its
 taps, makes the sum of squares of them, and returns it as the gradient of the parameter's shadow.
-
-For y = F.linear(x, w) with n samples of t positions, a sample's gradient is the product d[t, o]^T x[t, i]; the tap leaves
-`Product(d, x)`. Used once, the square is taken product by product. Where w is used again, as the output layer of its own
-embedding, the gradients of a sample have to be added before they are squared, so that the collector goes sample by sample.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.errors import UserError
-from largebatch.moments.marks import Batch
-from largebatch.moments.operations import CASTS
 from largebatch.moments.private import backward_pass
+from largebatch.moments.samples import Batch
 
 # Elements of samples' gradients made at a time: on a processor 256 KiB of float32, which a core's cache holds (32 samples of
 # 192 x 768: 7.2 ms one by one, 10 ms by sevens); elsewhere 4 MiB, so that a launch is worth its while.
@@ -35,6 +30,17 @@ CACHED_ELEMENTS, HELD_ELEMENTS = 1 << 16, 1 << 20
 def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type squares are summed in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def runs(count: int, numel: int, device: torch.device) -> list[slice]:
+    """Cut so many samples into runs whose gradients, of so many elements each, are made at a time."""
+    step = max(1, (CACHED_ELEMENTS if device.type == "cpu" else HELD_ELEMENTS) // max(1, numel))
+    return [slice(first, first + step) for first in range(0, count, step)]
+
+
+def own_graph() -> AbstractContextManager[Any]:
+    """Keep what is saved within from an activation checkpoint or another hook on saved tensors around the backward pass."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 class Use(ABC):
@@ -64,6 +70,37 @@ class Given(Use):
         return self.grads.square().sum(0).mul_(weight)
 
 
+class Summed(Use):
+    """The sum of squares alone, of a parameter that is used once."""
+
+    def __init__(self, total: Tensor):
+        self.total = total
+
+    def gradient(self, number: int) -> Tensor:
+        """Never asked for."""
+        raise AssertionError("a parameter that is used once")
+
+    def squares(self, weight: float) -> Tensor:
+        """Weigh it."""
+        return self.total * weight
+
+
+class Made(Use):
+    """Gradients made by a function of a run of samples, [samples of the run, *shape], whenever they are needed."""
+
+    def __init__(self, make: Callable[[slice], Tensor], runs: Sequence[slice]):
+        self.make, self.runs = make, runs
+
+    def gradient(self, number: int) -> Tensor:
+        """Make one."""
+        return self.make(slice(number, number + 1))[0]
+
+    def squares(self, weight: float) -> Tensor:
+        """Make all, run by run."""
+        sums = (self.make(run).square().sum(0) for run in self.runs)
+        return functools.reduce(Tensor.add_, sums).mul_(weight)
+
+
 class Product(Use):
     """a_s^T b_s over the positions of a sample: a [samples, t, p], b [samples, t, q]."""
 
@@ -80,34 +117,14 @@ class Product(Use):
         if a.shape[1] == 1:
             return torch.addmm(a.new_empty(()), a[:, 0].square().t(), b[:, 0].square(), beta=0, alpha=weight)
         a = a if weight == 1 else a * math.sqrt(weight)
-        count, step = a.shape[0], (CACHED_ELEMENTS if a.is_cpu else HELD_ELEMENTS) // (a.shape[2] * b.shape[2] or 1)
-        if count > 1 and step > 1:
-            runs = (slice(first, first + step) for first in range(0, count, step))
-            return functools.reduce(Tensor.add_, (torch.bmm(a[run].mT, b[run]).square_().sum(0) for run in runs))
+        several = runs(len(a), a.shape[2] * b.shape[2], a.device)
+        if len(several) < len(a):
+            return functools.reduce(Tensor.add_, (torch.bmm(a[run].mT, b[run]).square_().sum(0) for run in several))
         total = torch.mm(a[0].t(), b[0]).square_()
-        buffer = torch.empty_like(total) if count > 1 else total
-        for number in range(1, count):
+        buffer = torch.empty_like(total) if len(a) > 1 else total
+        for number in range(1, len(a)):
             torch.mm(a[number].t(), b[number], out=buffer)
             total.addcmul_(buffer, buffer)
-        return total
-
-
-class Looped(Use):
-    """Gradients made one sample at a time by a function of its number."""
-
-    def __init__(self, make: Callable[[int], Tensor], count: int):
-        self.make, self.count = make, count
-
-    def gradient(self, number: int) -> Tensor:
-        """Make one."""
-        return self.make(number)
-
-    def squares(self, weight: float) -> Tensor:
-        """Make all, in turn."""
-        total = self.make(0).square_().mul_(weight)
-        for number in range(1, self.count):
-            grad = self.make(number)
-            total.addcmul_(grad, grad, value=weight)
         return total
 
 
@@ -128,7 +145,8 @@ class Base:
         self.name, self.parameter, self.shadow, self.home, self.batch = name, parameter, shadow, home, batch
         self.token: Tensor | None = None
         self.reached = -1
-        self.pending: list[tuple[int, Operand, Use, list[int]]] = []
+        self.num_uses = 0
+        self.pending: list[tuple[int, Use, list[int]]] = []
         self.is_done = False
 
     def check(self) -> None:
@@ -150,7 +168,7 @@ class Base:
         """Return the sum of squares of a backward pass, None if it reached no tap of the parameter."""
         if self.reached != now:
             return None
-        pending = [(operand, use, samples) for number, operand, use, samples in self.pending if number == now]
+        pending = [(use, samples) for number, use, samples in self.pending if number == now]
         self.pending = []
         name, passes = self.home[1:]
         if self.is_done or now in (passes.get(name), getattr(self.parameter, "_largebatch_pass", None)):
@@ -162,19 +180,21 @@ class Base:
         self.is_done, passes[name] = True, now
         self.parameter._largebatch_pass = now  # type: ignore[attr-defined]  # of another tracked model with the same weight
         with _full_precision(self.parameter.device):
-            return _sum_of_squares(self, pending)
+            return self._sum_of_squares(pending)
 
-
-def collectors(bases: Sequence[Base]) -> list[Tensor]:
-    """Return empty tensors from the nodes of the graph that run behind every tap of these parameters."""
-    new = [base for base in bases if base.token is None]
-    for base in new:
-        base.check()
-    if new:
-        token = Collect.apply(new, *[base.shadow for base in new])
-        for base in new:
-            base.token = token
-    return list({id(base.token): base.token for base in bases if base.token is not None}.values())
+    def _sum_of_squares(self, pending: list[tuple[Use, list[int]]]) -> Tensor:
+        """Square what each use owes where no two are of one sample; else what they owe to a sample together."""
+        dtype = statistic_dtype(self.parameter.dtype)
+        numbers = {sample for _, samples in pending for sample in samples}
+        if pending and sum(len(samples) for _, samples in pending) == len(numbers):
+            parts = (use.squares(self.batch.weight).reshape(self.parameter.shape) for use, _ in pending)
+            return functools.reduce(torch.add, parts).to(dtype)
+        total = torch.zeros(self.parameter.shape, dtype=dtype, device=self.parameter.device)
+        for sample in sorted(numbers):
+            owed = [use.gradient(samples.index(sample)) for use, samples in pending if sample in samples]
+            grad = functools.reduce(torch.add, (value.reshape(total.shape).to(dtype) for value in owed))
+            total.addcmul_(grad, grad, value=self.batch.weight)
+        return total
 
 
 class Operand:
@@ -183,79 +203,40 @@ class Operand:
     Args:
         tensor: the tensor itself.
         bases: the parameters it was computed from.
-        recipe: (function, args, kwargs, number of the result or None), with operands in the places of their tensors; None for
-            a parameter itself.
-        is_rearranged: whether each of its elements is one of one parameter's, and none occurs twice: then squares go back to
-            their places as gradients do.
+        is_parameter: whether it is a parameter itself.
+        spread: the operand that it only repeats along dimensions of size 1, as `expand` does.
     """
 
-    def __init__(self, tensor: Tensor, bases: tuple[Base, ...], recipe: Any = None, is_rearranged: bool = True):
-        self.tensor, self.bases, self.recipe, self.is_rearranged = tensor, bases, recipe, is_rearranged
-        self.version = tensor._version
+    def __init__(
+        self, tensor: Tensor, bases: tuple[Base, ...], is_parameter: bool = True, spread: Operand | None = None
+    ):
+        self.bases, self.spread = bases, spread
+        self.shape, self.dtype, self.is_complex = tensor.shape, tensor.dtype, tensor.is_complex()
+        # Not the tensor, which holds this; nor a parameter's data, which may be gathered anew for the backward pass.
+        self.edge = None if is_parameter else torch.autograd.graph.get_gradient_edge(tensor)
+        self.data = None if is_parameter else tensor.detach()
 
-    def again(self, leaf_of: dict[int, Tensor], replace: Callable[[Any], Any] | None = None) -> Tensor:
-        """Compute it anew from other tensors, by id of the base, in the places of the parameters.
+    def value(self) -> Tensor:
+        """Return the tensor that the operation computed with."""
+        return self.bases[0].parameter.detach() if self.data is None else self.data
 
-        Args:
-            leaf_of: those tensors.
-            replace: a function in the place of one that must not run, such as a cast of squares.
-        """
-        if self.recipe is None:
-            return leaf_of[id(self.bases[0])]
-        func, args, kwargs, number = self.recipe
+    def owes(self, use: Use, count: int) -> Iterable[tuple[Base, Use]]:
+        """Return what its parameters owe for a use of it: at once, while the graph between them has what it saved."""
+        if self.edge is None:
+            return [(self.bases[0], use)]
+        return [(base, self._pulled(base, use, count)) for base in self.bases]
 
-        def fill(value: Any) -> Any:
-            if isinstance(value, Operand):
-                return value.again(leaf_of, replace)
-            return type(value)(map(fill, value)) if type(value) in (list, tuple) else value
+    def _pulled(self, base: Base, use: Use, count: int) -> Use:
+        def pull(number: int) -> Tensor:
+            grad = use.gradient(number).reshape(self.shape).to(self.dtype)
+            assert self.edge is not None
+            (pulled,) = torch.autograd.grad(self.edge, base.parameter, grad, retain_graph=True, allow_unused=True)
+            found = base.parameter.new_zeros(base.parameter.shape) if pulled is None else pulled.to_dense()
+            return found.to(statistic_dtype(found.dtype))
 
-        output = (replace(func) if replace else func)(
-            *fill(args), **{key: fill(value) for key, value in kwargs.items()}
-        )
-        return output if number is None else output[number]
-
-    def puller(self, base: Base) -> Callable[[Tensor], Tensor]:
-        """Return the function from a gradient of this tensor to that of a parameter.
-
-        Raises:
-            UserError: if the tensor does not come out the same again.
-        """
-        if self.recipe is None:
-            return lambda grad: grad
-        leaves = {id(b): b.parameter.detach().requires_grad_() for b in self.bases}
-        devices = {b.parameter.device for b in self.bases if b.parameter.is_cuda}
-        with torch.enable_grad(), torch.random.fork_rng(devices):
-            before = torch.get_rng_state()
-            tensor = self.again(leaves)
-            is_random = not torch.equal(torch.get_rng_state(), before)
-        if is_random or self.version != self.tensor._version or not torch.equal(tensor.detach(), self.tensor.detach()):
-            raise UserError(
-                f"track: a tensor computed from parameter '{base.name}' was drawn at random, or changed in place, or its parts "
-                "were; per='micro_batch' takes any model"
-            )
-        leaf = leaves[id(base)]
-
-        def pull(grad: Tensor) -> Tensor:
-            grad = grad.to(tensor.dtype).reshape(tensor.shape)
-            (pulled,) = torch.autograd.grad(tensor, leaf, grad, retain_graph=True, allow_unused=True)
-            return torch.zeros_like(leaf) if pulled is None else pulled
-
-        return pull
-
-    def place(self, base: Base, values: Tensor) -> Tensor:
-        """Return values of the elements of a rearranged tensor at their places in the parameter, zero elsewhere."""
-        if self.recipe is None:
-            return values.reshape(base.parameter.shape)
-        with torch.enable_grad():
-            leaf = torch.zeros(base.parameter.shape, dtype=values.dtype, device=values.device, requires_grad=True)
-            others = {id(b): b.parameter.detach().to(values.dtype) for b in self.bases}
-            tensor = self.again({**others, id(base): leaf}, lambda func: _unchanged if func in CASTS else func)
-        (placed,) = torch.autograd.grad(tensor, leaf, values.reshape(tensor.shape))
-        return placed
-
-
-def _unchanged(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
-    return tensor
+        if base.num_uses > 1:
+            return Given(torch.stack([pull(number) for number in range(count)]))
+        return Summed(functools.reduce(torch.add, (pull(number).square() for number in range(count))))
 
 
 Left = Callable[[Tensor, tuple[Tensor, ...]], "Sequence[tuple[Operand, Use]]"]
@@ -294,8 +275,8 @@ class Tap(torch.autograd.Function):
         if ctx.samples:
             with _full_precision(grad.device):
                 for operand, use in ctx.leave(grad, ctx.saved_tensors):
-                    for base in operand.bases:
-                        base.pending.append((now, operand, use, ctx.samples))
+                    for base, owed in operand.owes(use, len(ctx.samples)):
+                        base.pending.append((now, owed, ctx.samples))
         return (None, None, None, grad, None, *[None] * ctx.num_tensors)
 
 
@@ -316,48 +297,18 @@ class Collect(torch.autograd.Function):
         return (None, *[base.collect(now) for base in ctx.bases])
 
 
+def collectors(bases: Sequence[Base]) -> list[Tensor]:
+    """Return empty tensors from the nodes of the graph that run behind every tap of these parameters."""
+    new = [base for base in bases if base.token is None]
+    for base in new:
+        base.check()
+    if new:
+        token = Collect.apply(new, *[base.shadow for base in new])
+        for base in new:
+            base.token = token
+    return list({id(base.token): base.token for base in bases if base.token is not None}.values())
+
+
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Switch autocast off, which a backward pass inherits from its caller."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-
-def _sum_of_squares(base: Base, pending: list[tuple[Operand, Use, list[int]]]) -> Tensor:
-    dtype = statistic_dtype(base.parameter.dtype)
-    if not pending:
-        return torch.zeros(base.parameter.shape, dtype=dtype, device=base.parameter.device)
-    if not all(operand.is_rearranged for operand, *_ in pending) or not _are_disjoint(base, pending):
-        return _together(base, pending)
-    parts = (operand.place(base, use.squares(base.batch.weight)) for operand, use, _ in pending)
-    return functools.reduce(torch.add, parts).to(dtype)
-
-
-def _together(base: Base, pending: list[tuple[Operand, Use, list[int]]]) -> Tensor:
-    """Add what the uses owe to a sample, and square that, sample by sample."""
-    uses = [
-        (operand.puller(base), use, {sample: number for number, sample in enumerate(samples)})
-        for operand, use, samples in pending
-    ]
-    dtype = statistic_dtype(base.parameter.dtype)
-    total = torch.zeros(base.parameter.shape, dtype=dtype, device=base.parameter.device)
-    for sample in sorted({sample for *_, numbers in uses for sample in numbers}):
-        grad: Tensor | None = None
-        for pull, use, numbers in uses:
-            if sample in numbers:
-                pulled = pull(use.gradient(numbers[sample])).reshape(total.shape).to(dtype)
-                grad = pulled if grad is None else grad + pulled
-        assert grad is not None
-        total.addcmul_(grad, grad, value=base.batch.weight)
-    return total
-
-
-def _are_disjoint(base: Base, pending: list[tuple[Operand, Use, list[int]]]) -> bool:
-    """Whether no two uses of rearranged operands owe anything to the same element of the same sample."""
-    runs = [set(samples) for *_, samples in pending]
-    if sum(map(len, runs)) == len(set().union(*runs)):
-        return True
-    if not all(operand.recipe for operand, *_ in pending):
-        return False
-    taken = torch.zeros(base.parameter.shape, device=base.parameter.device)
-    for operand, *_ in pending:
-        taken += operand.place(base, torch.ones(operand.tensor.shape, device=taken.device))
-    return float(taken.max()) <= 1.0

@@ -18,9 +18,10 @@ from largebatch.data.sampler import PlanSampler, evenly_spaced
 from largebatch.data.source import may_miss
 from largebatch.data.workers import MicroBatch
 from largebatch.distributed import Backend, NonFiniteError
+from largebatch.distributed.presence import FirstUpdates
 from largebatch.errors import UnreadableError, UserError
 from largebatch.models import batch_norms, commit_batch_statistics, discard_batch_statistics, norm_group_size
-from largebatch.moments import FirstUpdates, chosen_samples
+from largebatch.moments import chosen_samples
 from largebatch.noise import reference_norm_ratio
 from largebatch.optim import param_groups, set_hyperparameters
 from largebatch.optim.adaptive import AdaptiveOptimizer

@@ -128,18 +128,17 @@ def _checkpointed_by(stage):
     }
 
 
-CHECKPOINTED = [(stage, False, per) for per in ("sample", "micro_batch") for stage in (1, 2, 3)]
-CHECKPOINTED += [(1, True, "micro_batch"), (2, True, "micro_batch")]  # the others are refused
+CHECKPOINTED = [(stage, per) for per in ("sample", "micro_batch") for stage in (1, 2, 3)]
 
 
 @needs_deepspeed
 @pytest.mark.parametrize(
-    ("stage", "use_reentrant", "per"),
-    [pytest.param(*case, marks=[] if case[0] == 3 and case[2] == "sample" else [pytest.mark.slow]) for case in CHECKPOINTED],
+    ("stage", "per"),
+    [pytest.param(*case, marks=[] if case == (3, "sample") else [pytest.mark.slow]) for case in CHECKPOINTED],
 )  # fmt: skip
-def test_checkpointed_blocks(stage, use_reentrant, per, rank_pool):
+def test_checkpointed_blocks(stage, per, rank_pool):
     keys = _checkpointed_by(stage)
-    (norms, state), _ = rank_pool(2, _checkpointed_updates, keys, per, use_reentrant)
+    (norms, state), _ = rank_pool(2, _checkpointed_updates, keys, per, False)
     (norms0, state0), _ = rank_pool(2, _checkpointed_updates, {"name": "ddp"}, per, False)
     assert norms == pytest.approx(norms0, rel=1e-5)
     for name, value in state0.items():
@@ -148,7 +147,7 @@ def test_checkpointed_blocks(stage, use_reentrant, per, rank_pool):
 
 def _refused_checkpoint(rank, world_size):
     updates = _Updates(rank, world_size, _checkpointed_by(3), model=track(_Checkpointed(True), "micro_batch"))
-    with pytest.raises(UserError, match=r"'blocks\.0'; call torch.utils.checkpoint with use_reentrant=False"):
+    with pytest.raises(UserError, match=r"'blocks\.2'; call torch.utils.checkpoint with use_reentrant=False"):
         updates.update()
     updates.backend.close()
 

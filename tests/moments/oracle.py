@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from largebatch.moments import check_statistics, grad_sample_sq, track, untrack
+from largebatch.distributed.presence import check_statistics
+from largebatch.moments import grad_sample_sq, track, untrack
 
 # In float64 the rules and the loop differ by the order of sums alone; what is asked for is 1e-10.
 EXACT = 1e-10

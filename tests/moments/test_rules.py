@@ -288,11 +288,6 @@ BROADCASTS = {
     "two parameters": (lambda x, p, q: torch.addcmul(q, x, p), {"p": (3,), "q": (5, 1)}, (N, 5, 3)),
     "class token": (lambda x, p: torch.cat([p.expand(len(x), -1, -1), x], 1), {"p": (1, 1, 3)}, (N, 5, 3)),
     "repeated token": (lambda x, p: torch.cat([p.repeat(len(x), 2, 1), x], 1), {"p": (1, 1, 3)}, (N, 5, 3)),
-    "positions repeated and permuted": (
-        lambda x, p: x + p.repeat(len(x), 1, 1).mT.reshape_as(x),
-        {"p": (1, 3, 5)},
-        (N, 5, 3),
-    ),
     "table of relative positions": (
         lambda x, p: x + p[torch.tensor([0, 1, 1, 2, 0])],
         {"p": (3, 3)},
@@ -489,7 +484,13 @@ REFUSED = {
     "index_put_": (lambda x, w: x.clone().index_put_((torch.tensor([0, 1]),), w), {"w": (3,)}, (N, 3)),
     "a clone changed": (lambda x, w: x @ w.clone().mul_(2), {"w": (3, 3)}, (N, 3)),
     "a view assigned to": (lambda x, w: x @ _assigned(w.clone(), 0, 0.0), {"w": (3, 3)}, (N, 3)),
-    "a mask of parameters": (lambda x, w: x @ F.dropout(w, 0.5), {"w": (3, 3)}, (N, 3)),
+    "a mask of parameters": (lambda x, w: x @ _masked(w), {"w": (3, 3)}, (N, 3)),
+    "positions repeated and permuted": (
+        lambda x, w: x + w.repeat(len(x), 1, 1).mT.reshape_as(x),
+        {"w": (1, 3, 5)},
+        (N, 5, 3),
+    ),
+    "rows by sample, added": (lambda x, w: x + w, {"w": (N, 3)}, (N, 3)),
     "contracted over the samples": (lambda x, w: (w @ x).T @ x, {"w": (N, N)}, (N, 3)),
     "mean over the samples": (lambda x, w: (x - x.mean(0)) @ w, {"w": (3, 3)}, (N, 3)),
     "rolled": (lambda x, w: x.roll(1, 0) @ w, {"w": (3, 3)}, (N, 3)),
@@ -509,6 +510,12 @@ REFUSED = {
 def _assigned(x, index, p):
     x[index] = p
     return x
+
+
+def _masked(w):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return F.dropout(w, 0.5)
 
 
 def _shuffled(x):

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from oracle import EXACT, assert_agrees, distance, loop
 from torch import nn
 
+from largebatch.distributed.presence import check_statistics
 from largebatch.models import CNN, GPT, MLP, resnet18, resnet50
 from largebatch.models.norm import _GhostBatchNorm
 from largebatch.models.resnet import Bottleneck
-from largebatch.moments import check_statistics, grad_sample_sq, track
+from largebatch.moments import grad_sample_sq, track
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no rule")
 

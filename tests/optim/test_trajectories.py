@@ -16,8 +16,9 @@ from largebatch import optim
 from largebatch.data.sampler import rank_share
 from largebatch.distributed import Ranks
 from largebatch.distributed.ddp import DataParallel
+from largebatch.distributed.presence import check_statistics
 from largebatch.models import GPT
-from largebatch.moments import check_statistics, grad_sample_sq, is_shadow, track
+from largebatch.moments import grad_sample_sq, is_shadow, track
 
 UPDATES = 20
 REFERENCE = 2

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from largebatch.distributed import BackendConfig, Ranks, create_backend
+from largebatch.distributed.presence import FirstUpdates, check_statistics
 from largebatch.errors import UserError
-from largebatch.moments import FirstUpdates, check_statistics, shadows, track
+from largebatch.moments import shadows, track
 from largebatch.optim import AdamW, param_groups
 
 N = 4

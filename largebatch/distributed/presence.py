@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from largebatch.errors import UserError
+from largebatch.moments import is_shadow, shadows
 from largebatch.moments.scope import FALLBACK
-from largebatch.moments.tracking import is_shadow, shadows
 
 
 def largest_gradient(parameter: nn.Parameter) -> float | None:

@@ -1,0 +1,187 @@
+"""Which rows of a tensor belong to which sample, followed through a forward pass from the batch itself.
+
+Every tensor computed from the batch carries a mark: `Rows`, where its samples lie, or `Lost`, that a row can no longer be given
+to one sample. Only the functions listed in `operations` hand `Rows` on; whatever any other makes of the batch is `Lost`, and no
+parameter may meet it. So a dimension is never taken for the samples' because its size happens to be theirs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from largebatch.moments import operations
+from largebatch.moments.operations import Call, Lost, Rows
+from largebatch.moments.private import identity_edge, metadata_of
+
+
+class Batch:
+    """The samples of one forward pass.
+
+    Args:
+        num_samples: n.
+        chosen: the samples to square, ascending; None for all.
+        weight: of each of their squares in the sum that stands for all n.
+    """
+
+    def __init__(self, num_samples: int, chosen: list[int] | None = None, weight: float = 1.0):
+        self.num_samples, self.chosen, self.weight = num_samples, chosen, weight
+        self.parameters: set[int] = set()  # ids of the tracked ones, which hold no samples
+        # An engine may pass tensors on by identities of its own.
+        self.under_engine = dist.is_available() and dist.is_initialized()
+        self._places: dict[Any, Any] = {}
+
+    def samples_of(self, rows: Rows) -> list[int]:
+        """Return the chosen samples among those of a tensor."""
+        run = range(rows.first, rows.first + rows.length)
+        return list(run) if self.chosen is None else [sample for sample in self.chosen if sample in run]
+
+    def take(self, tensor: Tensor, rows: Rows) -> Tensor:
+        """Return the rows of the chosen samples, [samples, rows of each, *other dimensions]."""
+        grouped = by_sample(tensor, rows)
+        if self.chosen is None:
+            return grouped
+        key = (rows.first, rows.length, tensor.device)
+        if key not in self._places:
+            places = [sample - rows.first for sample in self.samples_of(rows)]
+            steps = {b - a for a, b in itertools.pairwise(places)} or {1}
+            if places and len(steps) == 1:  # without a copy
+                self._places[key] = slice(places[0], places[-1] + 1, steps.pop())
+            else:
+                self._places[key] = torch.tensor(places, dtype=torch.long, device=tensor.device)
+        return grouped[self._places[key]]
+
+
+def by_sample(tensor: Tensor, rows: Rows) -> Tensor:
+    """Return [samples, rows of each, *other dimensions]."""
+    front = tensor if rows.dim == 0 else tensor.movedim(rows.dim, 0)
+    if rows.outer == 1 and rows.length == len(front):
+        return front.unsqueeze(1)
+    return front.unflatten(0, (rows.outer, rows.length, -1)).movedim(1, 0).flatten(1, 2)
+
+
+def mark(batch: Batch, tensor: Tensor, found: Rows | Lost) -> None:
+    """Note where the samples of a tensor lie."""
+    tensor._largebatch_mark = (batch, found, tensor.requires_grad)  # type: ignore[attr-defined]
+    if batch.under_engine and tensor.grad_fn is not None:
+        metadata_of(tensor.grad_fn)["largebatch", tensor.output_nr] = (batch, found)
+
+
+def mark_of(batch: Batch, tensor: Tensor) -> Rows | Lost | None:
+    """Return where the samples of a tensor lie, None for a constant, a parameter and what is computed from these."""
+    owner, found, had_grad = getattr(tensor, "_largebatch_mark", (None, None, False))
+    if owner is batch and had_grad == tensor.requires_grad:
+        return found
+    if not tensor.requires_grad or id(tensor) in batch.parameters:
+        return None
+    if getattr(tensor, "_largebatch_operand", (None,))[0] is batch:
+        return None
+    owner, found = passed_on(tensor)
+    return found if owner is batch else _unseen(tensor)
+
+
+def passed_on(tensor: Tensor) -> tuple[Batch, Rows | Lost] | tuple[None, None]:
+    """Return the batch and the mark of a tensor that an engine passed on as it is."""
+    owner, found, had_grad = getattr(tensor, "_largebatch_mark", (None, None, False))
+    if owner is not None and had_grad == tensor.requires_grad:
+        return owner, found
+    edge = identity_edge(tensor)
+    return (None, None) if edge is None else metadata_of(edge[0]).get(("largebatch", edge[1]), (None, None))
+
+
+def _unseen(tensor: Tensor) -> Lost:
+    """Return what is said of a tensor with a gradient that no operation in sight has made."""
+    if tensor.grad_fn is None:
+        return Lost(
+            "a parameter that was added or unfrozen since track() (call it again), or a tensor that requires a gradient"
+        )
+    name = type(tensor.grad_fn).__name__
+    if name == "CheckpointFunctionBackward":
+        return Lost("re-entrant activation checkpointing (call it with use_reentrant=False)")
+    return Lost(f"{name}, a function that PyTorch does not show")
+
+
+def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors among arguments, and in lists of them."""
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend([item for item in value if isinstance(item, Tensor)])
+    return found
+
+
+Marks = Sequence[tuple[Tensor, "Rows | Lost"]]
+
+
+def marks_in(batch: Batch, tensors: list[Tensor]) -> list[tuple[Tensor, Rows | Lost]]:
+    """Return the tensors that come from the batch, with their marks."""
+    return [(t, m) for t in tensors if (m := mark_of(batch, t)) is not None]
+
+
+def follow(batch: Batch, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], output: Any) -> None:
+    """Mark the results of a function that was called on tensors of the batch; `tensors` are its arguments'."""
+    marks = marks_in(batch, tensors)
+    if not marks or func in operations.CREATING:
+        return
+    pieces = output if isinstance(output, (list, tuple)) else (output,)
+    if len(tensors) == 1 and args and tensors[0] is args[0] and isinstance(output, Tensor):
+        rest = repr((args[1:], kwargs)) if kwargs or len(args) > 1 else ""
+        key = (func, tensors[0].shape, tensors[0].dtype, marks[0][1], rest, output.shape, output.dtype)
+        if (known := _known.get(key)) is None:
+            if len(_known) > 10_000:
+                _known.clear()
+            (known,) = verdicts(func, args, kwargs, marks, pieces)
+            _known[key] = known
+        mark(batch, output, known)
+        return
+    for piece, found in zip(pieces, verdicts(func, args, kwargs, marks, pieces), strict=True):
+        if isinstance(piece, Tensor):
+            mark(batch, piece, found)
+
+
+# What was found for one tensor of such a shape and marks in such a call: the same every time.
+_known: dict[Any, Any] = {}
+
+
+def verdicts(func: Any, args: Any, kwargs: Any, marks: Marks, pieces: Any) -> list[Rows | Lost]:
+    """Return where the samples lie in each result of a function; `marks` are its tensors that have any."""
+    if func in operations.LIKE:
+        marks = [(t, m) for t, m in marks if args and t is args[0]]
+    # Whole numbers that were mixed, such as masks, choose what is computed, and take no sample's gradient to another.
+    live = [(t, m) for t, m in marks if isinstance(m, Rows) or t.is_floating_point() or t.is_complex()] or list(marks)
+    name = getattr(func, "__name__", str(func))
+    lost = [m for _, m in live if isinstance(m, Lost)]
+    if lost:
+        is_sum = len(lost) == len(live) and all(m.is_sum for m in lost)
+        is_sum = is_sum and (func in operations.ADDING or (func in operations.SCALING and len(live) == 1))
+        mixed = lost[0] if is_sum or not lost[0].is_sum else Lost(name)
+        return [mixed] * len(pieces)
+    if not live or func not in operations.FOLLOW:
+        return [Lost(name)] * len(pieces)
+    call = Call(func, args, kwargs, live)  # type: ignore[arg-type]
+    return [call.follow(name, piece, number) for number, piece in enumerate(pieces)]
+
+
+def check_in_place(batch: Batch, func: Any, args: Any, kwargs: Any) -> Rows | Lost | None:
+    """Return the mark that a tensor keeps while an operation in place changes it, None for a constant.
+
+    Raises:
+        ValueError: if the batch is written into a constant, or rows of one sample over those of another: other views of the
+            tensor would go on under marks that are no longer true.
+    """
+    target, before = args[0], mark_of(batch, args[0])
+    values = marks_in(batch, tensors_in(args[1:] if func is not Tensor.__setitem__ else args[2:], kwargs))
+    if not values and (before is None or func in operations.FILLING):
+        return before
+    if before is not None and (func in operations.POINTWISE or (func is Tensor.__setitem__ and not values)):
+        (after,) = verdicts(torch.add, (target,), {}, [(target, before), *values], [target])
+        if after == before and (isinstance(before, Rows) or before.is_sum):
+            return before
+    raise ValueError(f"{func.__name__} writes rows of the batch in place where they are not followed")
