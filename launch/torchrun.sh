@@ -127,6 +127,9 @@ if [[ -z ${PET_NNODES:-} ]]; then
         if [[ -z $out && -z ${JOB_ID:-} ]]; then
             fail "NNODES is $NNODES, so --out must name the run folder (or JOB_ID the job): by it the nodes of a run find each other, and no other's"
         fi
+        if [[ -n ${MASTER_PORT:-} && (! $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ || $MASTER_PORT -gt 65535) ]]; then
+            fail "MASTER_PORT: expected a port, 1 to 65535, got '$MASTER_PORT'"
+        fi
         folder=${out%/}
         if [[ $folder != /* ]]; then folder=$PWD/${folder#./}; fi
         read -r number _ < <(cksum <<<"${JOB_ID:-$folder}")
@@ -135,6 +138,9 @@ if [[ -z ${PET_NNODES:-} ]]; then
         how+=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$where" --rdzv-id="$JOB_ID")
         rendezvous=''
         if [[ -z ${PET_LOCAL_ADDR:-} ]] && type -P python3 >/dev/null; then
+            if ! python3 -c 'import socket; socket.getaddrinfo("localhost", 1)' 2>/dev/null; then
+                fail "this node (${HOSTNAME:-}) does not know localhost, which torchrun needs: add the line 127.0.0.1 localhost to its /etc/hosts"
+            fi
             found=$(find_address 2>&1) || fail "MASTER_ADDR: $MASTER_ADDR cannot be found from this node (${HOSTNAME:-}: ${found##*$'\n'}); name the first node by an address that every node knows"
             mapfile -t found <<<"$found"
             how+=(--local-addr="${found[0]}")

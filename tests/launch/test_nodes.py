@@ -69,6 +69,12 @@ CASES = {
     "own names": ({"MASTER_ADDR": "10.78.0.1"}, ("127.0.0.1 localhost\n",) * 2, (0, 0), None),
     "clock 20 s behind": ({"CLOCK": 20}, (BOTH, BOTH), (0, 0), None),
     "clock 300 s behind": ({"CLOCK": 300}, (BOTH, BOTH), (2, 1), "2 nodes were asked for, 1 came (first)"),
+    "no hosts": (
+        {"MASTER_ADDR": "10.78.0.1"},
+        ("", ""),
+        (2, 2),
+        "does not know localhost, which torchrun needs: add the line 127.0.0.1 localhost to its /etc/hosts",
+    ),
     "no data": ({}, (BOTH, BOTH), (2, 2), "rank 1 (second): data.path: nothing lies at '/nowhere'"),
     "no config": ({}, (BOTH, BOTH), (2, 2), "rank 1 (second): none.yaml: no such config file"),
     "loopback alone": ({"GLOO_SOCKET_IFNAME": "lo"}, (BOTH, BOTH), (5, 5), "set GLOO_SOCKET_IFNAME on every node to"),

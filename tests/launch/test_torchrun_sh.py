@@ -164,6 +164,14 @@ def test_a_nodes_name_that_is_not_known_is_one_line(launch):
     assert printed.startswith("torchrun.sh: MASTER_ADDR: no-such-host.invalid cannot be found from this node (")
 
 
+@pytest.mark.parametrize("port", ["abc", "99999", "0", "-1", "1e3"])
+def test_a_port_that_is_none_is_one_line(launch, port):
+    given = {"NNODES": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    code, said, printed = launch(CONFIG, "--out", launch.out, **given)
+    assert code == 2 and not said
+    assert printed == f"torchrun.sh: MASTER_PORT: expected a port, 1 to 65535, got '{port}'\n"
+
+
 def test_nodes_that_do_not_come_together_are_said(launch):
     """Torchrun waits for them in silence: one was not started, or with another run folder."""
     given = {"NNODES": 2, "MASTER_ADDR": "localhost", "PATIENCE_SECONDS": 0.3, "FAKE_WAIT": 1}
