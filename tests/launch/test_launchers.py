@@ -83,7 +83,7 @@ def test_slurm_requeues_what_is_not_finished(submit):
     code, called = submit(0, CONFIG, "--seed", "3")
     assert code == 0 and "requeue" not in called
     assert f"launch/torchrun.sh {CONFIG} --seed 3 --out runs/slurm-42 node7" in called
-    assert "srun --export=ALL --cpus-per-task=6 " in called
+    assert "srun --export=ALL --ntasks=2 --ntasks-per-node=1 --cpus-per-task=6 " in called
     code, called = submit(75, CONFIG, OUT="shared/run")
     assert code == 75 and "scontrol requeue 42" in called and "--out shared/run" in called
     code, called = submit(75, CONFIG, SLURM_RESTART_COUNT=2, MAX_REQUEUES=2)
@@ -92,6 +92,13 @@ def test_slurm_requeues_what_is_not_finished(submit):
         code, called = submit(failed, CONFIG)
         assert code == failed and "requeue" not in called
     assert submit(0)[0] == 2
+
+
+def test_a_job_submitted_from_elsewhere_is_one_line(tmp_path):
+    done = subprocess.run([ROOT / "launch/slurm.sbatch", CONFIG], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(
+        f"slurm.sbatch: there is no launch/torchrun.sh in {tmp_path}: submit the job from the repository's root"
+    )
 
 
 def test_nothing_that_is_shipped_tries_a_mistake_or_a_divergence_again():
