@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from largebatch.errors import UserError
@@ -63,7 +64,7 @@ def derivative(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
             d, *parts = (t[first:last] for t in given)
             copies = tuple(value.expand(len(d), *value.shape).detach().requires_grad_() for value in values)
             try:
-                with torch.enable_grad(), own_graph():
+                with torch.enable_grad(), own_graph(), sdpa_kernel(SDPBackend.MATH):  # no other knows masks' gradients
                     result = torch.vmap(one)(copies, tuple(parts))
                     if result.shape != d.shape:
                         raise RuntimeError("it gives a sample alone an output of another shape")

@@ -67,7 +67,7 @@ class Interception(TorchFunctionMode):
         lost = scope.lost(tensors)
         if lost is not None:
             raise scope.refuse(func, operands, why_lost(lost))
-        if any(operand.is_complex for operand in operands):
+        if any(operand.dtype.is_complex for operand in operands):
             raise scope.refuse(func, operands, "it takes the parameter as complex numbers")
         reason = ""
         is_broadcast = func in operations.POINTWISE or func in rules.JOINS

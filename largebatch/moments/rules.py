@@ -313,17 +313,16 @@ def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     (rows,) = verdicts(func if is_join else torch.add, args, kwargs, marks, [torch.empty(shape, device="meta")])
     if not isinstance(rows, Rows) or (is_in_place(func) and args[0].shape != shape):
         raise Refusal("its arguments hold their samples differently")
-    if is_join and (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(shape) == rows.dim:
+    if is_join and (args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))) % len(shape) == rows.dim:
         raise Refusal("it joins along the samples")
     for place, value in enumerate(given):
         if (operand := scope.operand(value)) is not None:
-            source = operand.spread or operand
-            at = rows.dim - len(shape) + len(source.shape)
-            if at >= 0 and source.shape[at] != 1:
+            dim = rows.dim - len(shape) + value.ndim
+            row = operand if dim < 0 or value.shape[dim] == 1 else _one_row(operand, value, dim)
+            if row is None:
                 raise scope.refuse(func, [operand], "the parameter has a row of its own for each sample")
-            left = functools.partial(_broadcast_back, scope.batch, source, rows)
-            value = tap(scope, value if is_join else value.expand(shape), rows, [source], left, [])
-            given[place] = value
+            left = functools.partial(_broadcast_back, scope.batch, row, rows)
+            given[place] = tap(scope, value if is_join else value.expand(shape), rows, [row], left, [])
     output = func(given, *args[1:], **kwargs) if is_join else func(*given, **kwargs)
     if isinstance(output, Tensor):
         mark(scope.batch, output, rows)
@@ -332,6 +331,28 @@ def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
 
 _NOT_BROADCAST = ("prelu", "masked_fill", "masked_fill_")
 JOINS = {torch.cat, torch.concat, torch.concatenate}
+
+
+def _one_row(operand: Operand, tensor: Tensor, dim: int) -> Operand | None:
+    """Return a row of what has the same for each sample, as class tokens that were repeated and positions laid out by sample.
+
+    That rows depend on the parameters in the same way is seen by gradients, whatever the parameters' values are: those of
+    rows that are weighted by random numbers with a sum of zero cancel.
+    """
+    if operand.edge is None:
+        return None
+    row = Operand(tensor.narrow(dim, 0, 1), operand.bases, False)
+    if tensor.stride(dim) == 0:
+        return row
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(tensor.shape[dim], generator=generator, dtype=torch.float64)
+    weights = (weights - weights.mean()).view(-1, *[1] * (tensor.ndim - dim - 1))
+    grad = torch.randn(row.shape, generator=generator, dtype=torch.float64)
+    for base in operand.bases:
+        both, scale = (operand.pull(base, (grad * w).to(tensor)) for w in (weights, weights.abs()))
+        if not float(both.abs().max()) <= 1e3 * torch.finfo(tensor.dtype).eps * float(scale.abs().max()):
+            return None
+    return row
 
 
 def _broadcast_back(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from largebatch.errors import UserError
@@ -109,29 +108,8 @@ class Scope:
         for piece in output if isinstance(output, (list, tuple)) else (output,):
             if not isinstance(piece, Tensor) or not piece.requires_grad or self.operand(piece) is not None:
                 continue  # contiguous(), float() and the like may return their argument
-            operand = Operand(piece, bases, False, self._spread(func, args, kwargs, piece, operands))
-            piece._largebatch_operand = (self.batch, operand)  # type: ignore[attr-defined]
+            piece._largebatch_operand = (self.batch, Operand(piece, bases, False))  # type: ignore[attr-defined]
         return output
-
-    def _spread(self, func: Any, args: Any, kwargs: Any, piece: Tensor, operands: list[Operand]) -> Operand | None:
-        """Return the operand that a function only repeated, along dimensions in which it had one row, such as a class token."""
-        (first, *others) = operands
-        if others or func not in _SPREADING:
-            return None
-        if func is torch.embedding:  # by numbers that are laid out by sample, the same for each
-            if kwargs:
-                return None
-            table, index, padding, by_frequency = (*args, -1, False)[:4]
-            one = index
-            for dim in range(index.ndim):
-                row = one.narrow(dim, 0, 1)
-                one = row if one.shape[dim] > 1 and torch.equal(row.expand_as(one), one) else one
-            if one is index or by_frequency:
-                return None
-            return Operand(torch.embedding(table, one, padding), first.bases, False)
-        source = first.spread or first
-        shape = (1,) * (piece.ndim - len(source.shape)) + tuple(source.shape)
-        return source if all(own in (1, size) for own, size in zip(shape, piece.shape, strict=True)) else None
 
     def refuse(self, func: Any, operands: list[Operand], why: str) -> UserError:
         """Return the error for a parameter in an operation that is not understood."""
@@ -165,9 +143,6 @@ class Scope:
 def why_lost(lost: Lost) -> str:
     """Return what became of the samples, for a message."""
     return f"some of it comes through {lost.by}, which mixes or moves the rows of samples, or is not known not to"
-
-
-_SPREADING = {torch.embedding, Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.broadcast_to, torch.broadcast_to}
 
 
 class State:

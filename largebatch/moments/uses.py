@@ -204,14 +204,10 @@ class Operand:
         tensor: the tensor itself.
         bases: the parameters it was computed from.
         is_parameter: whether it is a parameter itself.
-        spread: the operand that it only repeats along dimensions of size 1, as `expand` does.
     """
 
-    def __init__(
-        self, tensor: Tensor, bases: tuple[Base, ...], is_parameter: bool = True, spread: Operand | None = None
-    ):
-        self.bases, self.spread = bases, spread
-        self.shape, self.dtype, self.is_complex = tensor.shape, tensor.dtype, tensor.is_complex()
+    def __init__(self, tensor: Tensor, bases: tuple[Base, ...], is_parameter: bool = True):
+        self.bases, self.shape, self.dtype = bases, tensor.shape, tensor.dtype
         # Not the tensor, which holds this; nor a parameter's data, which may be gathered anew for the backward pass.
         self.edge = None if is_parameter else torch.autograd.graph.get_gradient_edge(tensor)
         self.data = None if is_parameter else tensor.detach()
@@ -226,17 +222,19 @@ class Operand:
             return [(self.bases[0], use)]
         return [(base, self._pulled(base, use, count)) for base in self.bases]
 
-    def _pulled(self, base: Base, use: Use, count: int) -> Use:
-        def pull(number: int) -> Tensor:
-            grad = use.gradient(number).reshape(self.shape).to(self.dtype)
-            assert self.edge is not None
-            (pulled,) = torch.autograd.grad(self.edge, base.parameter, grad, retain_graph=True, allow_unused=True)
-            found = base.parameter.new_zeros(base.parameter.shape) if pulled is None else pulled.to_dense()
-            return found.to(statistic_dtype(found.dtype))
+    def pull(self, base: Base, grad: Tensor) -> Tensor:
+        """Return a gradient of a parameter from one of this tensor."""
+        assert self.edge is not None
+        grad = grad.reshape(self.shape).to(self.dtype)
+        (pulled,) = torch.autograd.grad(self.edge, base.parameter, grad, retain_graph=True, allow_unused=True)
+        found = base.parameter.new_zeros(base.parameter.shape) if pulled is None else pulled.to_dense()
+        return found.to(statistic_dtype(found.dtype))
 
+    def _pulled(self, base: Base, use: Use, count: int) -> Use:
+        grads = (self.pull(base, use.gradient(number)) for number in range(count))
         if base.num_uses > 1:
-            return Given(torch.stack([pull(number) for number in range(count)]))
-        return Summed(functools.reduce(torch.add, (pull(number).square() for number in range(count))))
+            return Given(torch.stack(list(grads)))
+        return Summed(functools.reduce(torch.add, (grad.square() for grad in grads)))
 
 
 Left = Callable[[Tensor, tuple[Tensor, ...]], "Sequence[tuple[Operand, Use]]"]

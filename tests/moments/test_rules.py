@@ -288,6 +288,21 @@ BROADCASTS = {
     "two parameters": (lambda x, p, q: torch.addcmul(q, x, p), {"p": (3,), "q": (5, 1)}, (N, 5, 3)),
     "class token": (lambda x, p: torch.cat([p.expand(len(x), -1, -1), x], 1), {"p": (1, 1, 3)}, (N, 5, 3)),
     "repeated token": (lambda x, p: torch.cat([p.repeat(len(x), 2, 1), x], 1), {"p": (1, 1, 3)}, (N, 5, 3)),
+    "positions repeated and permuted": (
+        lambda x, p: x + p.repeat(len(x), 1, 1).mT.reshape_as(x),
+        {"p": (1, 3, 5)},
+        (N, 5, 3),
+    ),
+    "a first state of zeros": (
+        lambda x, p, q: torch.tanh(x[:, 0] + torch.zeros(len(x), 3, dtype=x.dtype) @ p + q) @ p,
+        {"p": (3, 3), "q": (3,)},
+        (N, 5, 3),
+    ),
+    "a token moved before it is joined": (
+        lambda x, p: torch.cat([p.expand(len(x), -1, -1).tanh(), x], axis=1),
+        {"p": (1, 1, 3)},
+        (N, 5, 3),
+    ),
     "table of relative positions": (
         lambda x, p: x + p[torch.tensor([0, 1, 1, 2, 0])],
         {"p": (3, 3)},
@@ -310,6 +325,11 @@ BROADCASTS = {
     "split once": (lambda x, p: _scale_and_shift(x, p), {"p": (6,)}, (N, 2, 3)),
     "slices": (lambda x, p: x * p[:3] + p[3:], {"p": (6,)}, (N, 2, 3)),
     "attention bias": (lambda x, p: F.scaled_dot_product_attention(x, x, x, p), {"p": (5, 5)}, (N, 5, 3)),
+    "attention bias of all heads": (
+        lambda x, p: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], attn_mask=p.tanh())[:, 0],
+        {"p": (1, 1, 5, 5)},
+        (N, 5, 3),
+    ),
     "learned queries": (lambda x, p: F.scaled_dot_product_attention(p, x, x), {"p": (1, 2, 3)}, (N, 5, 3)),
 }
 
@@ -485,11 +505,6 @@ REFUSED = {
     "a clone changed": (lambda x, w: x @ w.clone().mul_(2), {"w": (3, 3)}, (N, 3)),
     "a view assigned to": (lambda x, w: x @ _assigned(w.clone(), 0, 0.0), {"w": (3, 3)}, (N, 3)),
     "a mask of parameters": (lambda x, w: x @ _masked(w), {"w": (3, 3)}, (N, 3)),
-    "positions repeated and permuted": (
-        lambda x, w: x + w.repeat(len(x), 1, 1).mT.reshape_as(x),
-        {"w": (1, 3, 5)},
-        (N, 5, 3),
-    ),
     "rows by sample, added": (lambda x, w: x + w, {"w": (N, 3)}, (N, 3)),
     "contracted over the samples": (lambda x, w: (w @ x).T @ x, {"w": (N, N)}, (N, 3)),
     "mean over the samples": (lambda x, w: (x - x.mean(0)) @ w, {"w": (3, 3)}, (N, 3)),
