@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from largebatch.errors import UserError
-from largebatch.moments.operations import Rows
+from largebatch.moments.operations import WHOLE, Rows
 from largebatch.moments.private import with_parameters
 from largebatch.moments.rules import tap, wide
 from largebatch.moments.samples import by_sample, mark_of, marks_in, verdicts
@@ -29,6 +29,8 @@ def derivative(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """Any other operation that is followed: PyTorch's own derivative of it, taken for the chosen samples at once."""
     output = func(*args, **kwargs)
     name = getattr(func, "__name__", str(func))
+    if not isinstance(output, Tensor):
+        raise Refusal("there is no rule for it")
     leaves, spec = tree_flatten((args, kwargs))
     operands = {i: operand for i, leaf in enumerate(leaves) if (operand := scope.operand(leaf)) is not None}
     marks = marks_in(scope.batch, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
@@ -55,9 +57,9 @@ def derivative(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
             for i, value in zip(operands, values, strict=True):
                 filled[i] = value
             for i, part in zip(inputs, parts, strict=True):
-                filled[i] = part.movedim(0, inputs[i].dim)
+                filled[i] = part.movedim(0, max(0, inputs[i].dim))
             args, kwargs = tree_unflatten(filled, spec)
-            return func(*args, **kwargs).movedim(rows.dim, 0)
+            return func(*args, **kwargs).movedim(max(0, rows.dim), 0)
 
         @functools.lru_cache(1)
         def made(first: int, last: int) -> tuple[Tensor, ...]:
@@ -142,17 +144,17 @@ class _Again:
             raise Refusal("the samples of an argument are mixed")
         if len({(m.first, m.length) for m in self.rows.values()}) != 1:
             raise Refusal("its arguments do not hold the same samples")
-        *_, self.first, self.count = next(iter(self.rows.values()))
+        dim, _, self.first, self.count = next(iter(self.rows.values()))
+        self.is_whole = dim == WHOLE
         # Its arguments without their graphs.
         self.plain = [x.detach() if isinstance(x, Tensor) else x for x in self.leaves]
         self.versions = [x._version if isinstance(x, Tensor) else 0 for x in self.plain]
 
-    def outputs(self, sample: int, parameters: dict[str, Tensor], copies: int = 1) -> list[Any]:
-        """Return the leaves of what it returns for so many copies of one sample."""
+    def outputs(self, sample: int, parameters: dict[str, Tensor]) -> list[Any]:
+        """Return the leaves of what it returns for one sample."""
         leaves = list(self.plain)
         for i, rows in self.rows.items():
-            one = by_sample(self.plain[i], rows)[sample - self.first]
-            leaves[i] = torch.cat([one] * copies).movedim(0, rows.dim)
+            leaves[i] = by_sample(self.plain[i], rows)[sample - self.first].movedim(0, max(0, rows.dim))
         args, kwargs = tree_unflatten(leaves, self.spec)
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         devices = {p.device for p in parameters.values() if p.is_cuda}
@@ -165,18 +167,23 @@ class _Again:
         return results
 
     def shapes(self) -> list[Any]:
-        """Return the shapes of its outputs for one sample, or for two copies of it where the batch has one."""
-        with torch.no_grad():
-            parameters = {name: operand.value() for name, operand in self.operands.items()}
-            results = self.outputs(self.first, parameters, 2 if self.count == 1 else 1)
-        return [getattr(result, "shape", None) for result in results]
+        """Return the shapes of its outputs for one sample."""
+        parameters = {name: operand.value() for name, operand in self.operands.items()}
+        try:
+            with torch.no_grad():
+                return [getattr(result, "shape", None) for result in self.outputs(self.first, parameters)]
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise Refusal(f"it does not run on a sample alone: {str(error).splitlines()[0]}") from error
 
     def rows_like(self, result: Tensor, other: torch.Size) -> Rows:
-        """Return where an output has its samples: the one dimension in which another number of them changes it."""
+        """Return where an output has its samples: the one dimension in which it is longer than for one."""
+        if self.is_whole:
+            return Rows(WHOLE, 1, 0, 1)
         pairs = list(zip(result.shape, other, strict=True)) if result.ndim == len(other) else []
         dims = [dim for dim, (own, size) in enumerate(pairs) if own != size]
-        ratio = self.count if self.count > 1 else 0.5
-        if len(dims) != 1 or pairs[dims[0]][0] != pairs[dims[0]][1] * ratio:
+        if len(dims) != 1 or pairs[dims[0]][0] != pairs[dims[0]][1] * self.count:
             raise Refusal("its output does not show which part of it is one sample's")
         return Rows(dims[0], 1, self.first, self.count)
 
@@ -208,7 +215,7 @@ class _Again:
         copies = {name: operand.value().clone().requires_grad_() for name, operand in self.operands.items()}
         try:
             with torch.enable_grad(), own_graph():
-                result = self.outputs(sample, copies)[number].movedim(rows.dim, 0)
+                result = self.outputs(sample, copies)[number].movedim(max(0, rows.dim), 0)
         except (RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, UserError):
                 raise

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from largebatch.errors import UserError
 from largebatch.moments import again, operations, rules
 from largebatch.moments.aliasing import forward_squared
-from largebatch.moments.operations import Rows
+from largebatch.moments.operations import WHOLE, Rows
 from largebatch.moments.private import (
     BODIES,
     backward_pass,
@@ -231,7 +231,7 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
                 f"track: an argument of the model has {tensor.shape[dim]} rows along dimension {dim}, where the first has "
                 f"{num_samples} samples; inputs='first' takes the others for constants"
             )
-        mark(scope.batch, tensor, Rows(dim, 1, 0, num_samples))
+        mark(scope.batch, tensor, Rows(WHOLE if num_samples == 1 else dim, 1, 0, num_samples))
     scope.enter(module)
     scope.is_open = True
     return scope

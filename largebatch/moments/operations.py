@@ -17,13 +17,17 @@ from torch import Tensor
 class Rows(NamedTuple):
     """Samples `first` to `first + length` along `dim`, whose size is outer * length * (rows of a sample).
 
-    `outer` is 1 but where (time, batch) were flattened into one dimension.
+    `outer` is 1 but where (time, batch) were flattened into one dimension; `dim` is WHOLE where the batch is a single sample,
+    whose everything is.
     """
 
     dim: int
     outer: int
     first: int
     length: int
+
+
+WHOLE = -1
 
 
 class Lost(NamedTuple):
@@ -272,13 +276,12 @@ _IMAGES = """
     upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d max_pool2d_with_indices
     max_pool3d_with_indices
 """
-_DIMENSIONS = {"im2col": 4, "col2im": 3}
 
 
 @_follows(_named(_IMAGES, *(f"{name}{n}d" for name in _SIZED.split() for n in (1, 2, 3))))
 def _image(call: Call, piece: Tensor, number: int, tensor: Tensor, rows: Rows) -> Rows | None:
     name = call.func.__name__
-    size = next((int(c) + 2 for c in name if c.isdigit()), _DIMENSIONS.get(name, tensor.ndim))
+    size = 3 if name == "col2im" else next((int(c) + 2 for c in name if c.isdigit()), tensor.ndim)
     is_input = tensor is call.option(0, "input") and tensor is not call.option(1, "weight", "grid")
     if name.startswith(("pixel", "channel")) and rows.dim >= tensor.ndim - 3:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.moments.operations import Rows, is_in_place
+from largebatch.moments.operations import WHOLE, Rows, is_in_place
 from largebatch.moments.private import batch_statistics
 from largebatch.moments.samples import Batch, mark, mark_of, marks_in, verdicts
 from largebatch.moments.scope import Refusal, Scope
@@ -193,7 +193,7 @@ def batch_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     names = "input weight bias running_mean running_var training momentum eps"
     x, weight, bias, mean, var, by_batch, _, eps = arguments(names, args, kwargs)
     rows, of_weight, of_bias = rows_of(scope, x, weight, bias), scope.operand(weight), scope.operand(bias)
-    if rows.dim != 0:
+    if rows.dim not in (0, WHOLE):
         raise Refusal("its samples do not lie along the first dimension")
     statistics = None if by_batch else (mean.clone(), (var + eps).rsqrt())  # as they are now
     output = func(*args, **kwargs)
@@ -262,7 +262,7 @@ def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     x, weight, bias, stride, padding, dilation, groups = arguments(names, args, kwargs)
     ndim = weight.ndim - 2
     rows, of_weight, of_bias = rows_of(scope, x, weight, bias), scope.operand(weight), scope.operand(bias)
-    if x.ndim != ndim + 2 or rows.dim != 0 or isinstance(padding, str):
+    if x.ndim != ndim + 2 or rows.dim not in (0, WHOLE) or isinstance(padding, str):
         raise Refusal("its samples do not lie along the first dimension, or its padding has a name")
     stride, padding, dilation = (
         (*value,) * (ndim // len(value))
@@ -361,5 +361,6 @@ def _broadcast_back(
     """Sum the gradient of an expanded operand to its own shape, for each sample."""
     shape = (1,) * (grad.ndim - len(operand.shape)) + tuple(operand.shape)
     g = batch.take(grad, rows)
-    g = g.to(statistic_dtype(g.dtype)).movedim(1, rows.dim + 1)
+    g = g.to(statistic_dtype(g.dtype))
+    g = g if rows.dim == WHOLE else g.movedim(1, rows.dim + 1)
     return [(operand, Given(g.sum_to_size(len(g), *shape).reshape(len(g), *operand.shape)))]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.moments import operations
-from largebatch.moments.operations import Call, Lost, Rows
+from largebatch.moments.operations import WHOLE, Call, Lost, Rows
 from largebatch.moments.private import identity_edge, metadata_of
 
 
@@ -58,7 +58,9 @@ class Batch:
 
 
 def by_sample(tensor: Tensor, rows: Rows) -> Tensor:
-    """Return [samples, rows of each, *other dimensions]."""
+    """Return [samples, rows of each, *other dimensions]; of a single sample all rows are along the first dimension."""
+    if rows.dim == WHOLE:
+        return tensor[None]
     front = tensor if rows.dim == 0 else tensor.movedim(rows.dim, 0)
     if rows.outer == 1 and rows.length == len(front):
         return front.unsqueeze(1)
@@ -163,8 +165,10 @@ def verdicts(func: Any, args: Any, kwargs: Any, marks: Marks, pieces: Any) -> li
         is_sum = is_sum and (func in operations.ADDING or (func in operations.SCALING and len(live) == 1))
         mixed = lost[0] if is_sum or not lost[0].is_sum else Lost(name)
         return [mixed] * len(pieces)
-    if not live or func not in operations.FOLLOW:
+    if not live or (func not in operations.FOLLOW and live[0][1][0] != WHOLE):
         return [Lost(name)] * len(pieces)
+    if live[0][1].dim == WHOLE:  # type: ignore[union-attr]
+        return [live[0][1]] * len(pieces)
     call = Call(func, args, kwargs, live)  # type: ignore[arg-type]
     return [call.follow(name, piece, number) for number, piece in enumerate(pieces)]
 

@@ -182,6 +182,11 @@ def test_float32_operands_of_any_strides(model, inputs):
     assert_agrees(model, inputs(), tolerance=1e-4)
 
 
+def test_convolutions_between_unfold_and_fold():
+    layers = nn.Unfold(2), nn.Conv1d(4, 4, 1), nn.Fold((4, 4), 2)
+    assert_agrees(nn.Sequential(*layers).double(), normal(N, 1, 4, 4))
+
+
 def test_several_rows_a_sample():
     """x.view(batch * frames, ...): the rows of a sample add before squaring."""
 
@@ -371,6 +376,11 @@ class Attention(nn.Module):
         return y if self.batch_first else y.transpose(0, 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"cross": True}, {"batch_first": False}], ids=str)
+def test_multihead_attention_of_one_sample(options):
+    assert_agrees(Attention(False, **options).double(), normal(1, 3, 8))
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("options", [{}, {"cross": True}, {"batch_first": False}, {"add_bias_kv": True}], ids=str)
 @pytest.mark.parametrize("positions", [3, N])
@@ -432,6 +442,12 @@ def test_repeated_use_adds_before_squaring(name, positions):
     if not positions and name == "different positions":
         pytest.skip("needs positions")
     assert_agrees(Apply(SHARED[name], w=normal(3, 3)), normal(N, *positions, 3))
+
+
+@pytest.mark.parametrize("n", [1, N])
+def test_functions_with_several_results_are_refused(n):
+    with pytest.raises(UserError, match=r"parameter 'weight_ih_l0' meets the batch in lstm.*there is no rule for it"):
+        track(nn.LSTM(3, 4, batch_first=True))(torch.randn(n, 5, 3))
 
 
 class TestFallback:
