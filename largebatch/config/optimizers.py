@@ -47,6 +47,9 @@ class OptimizerBase(Section):
     max_grad_norm_of: Literal["reference", "batch"] = "reference"
     """Whose norm max_grad_norm bounds: that of a gradient of the reference batch, where squares for the second moment tell
     it, or that of the batch's own mean gradient, which falls as the batch grows."""
+    damping: bool = False
+    """Divide each element's step by a measure of the curvature that it meets, so that steps level off where the linear rule's
+    are no longer stable (docs/limit.md): sgd, rmsprop, adam and adamw, with squares of micro-batches, alone or under DDP."""
     squares_samples: Count | Literal["all"] | None = None
     """Samples of an update that are squared, where squares are those of samples (second_moment, sigma2 or noise.per sample).
     None: a sixteenth of the update, and 16 at the least."""

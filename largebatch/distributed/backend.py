@@ -133,6 +133,15 @@ class Backend(Protocol):
         """
         ...
 
+    def damp_steps(self, optimizer: torch.optim.Optimizer, reference_size: int) -> None:
+        """Damp an optimizer's steps by the curvature that they meet, from the squares of micro-batches; after `prepare`.
+
+        Args:
+            optimizer: one that `largebatch.optim.damping` takes.
+            reference_size: B_ref.
+        """
+        ...
+
     def squared_names(self, model: nn.Module) -> list[str]:
         """Return the names of the parameters whose squares are collected, in the order of `noise_sums`."""
         ...

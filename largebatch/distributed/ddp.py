@@ -174,6 +174,11 @@ class DataParallel(Engine):
         """Measure how near an optimizer's steps are to the largest stable ones, from the squares of micro-batches."""
         return None if self.hooked is None else self.hooked.watch_limit(optimizer)
 
+    def damp_steps(self, optimizer: torch.optim.Optimizer, reference_size: int) -> None:
+        """Damp an optimizer's steps by the curvature that they meet, from the squares of micro-batches."""
+        assert self.hooked is not None
+        self.hooked.damp_steps(optimizer, reference_size)
+
     def _gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         """Return the gradients and the squares that this rank holds, means over the samples that are there, unscaled."""
         if self.hooked is not None:

@@ -142,8 +142,7 @@ class Engine(ABC):
             model: with the parameters that the optimizer holds.
             watch: whether they are the leaves that backward passes reach.
         """
-        of_samples = shadows(model)
-        trained = trained_parameters(model)
+        of_samples, trained = shadows(model), trained_parameters(model)
         self.named_gradients = {
             name: [p, *([of_samples[name]] if name in of_samples else [])] for name, p in trained.items()
         }
@@ -203,6 +202,9 @@ class Engine(ABC):
     def watch_limit(self, optimizer: torch.optim.Optimizer) -> LimitMeter | None:
         """Measure how near an optimizer's steps are to the largest stable ones; here nothing does."""
         return None
+
+    def damp_steps(self, optimizer: torch.optim.Optimizer, reference_size: int) -> None:  # noqa: B027
+        """Damp an optimizer's steps by the curvature that they meet; the planner lets no engine come here that does not."""
 
     def squared_names(self, model: nn.Module) -> list[str]:
         """Return the names of the parameters whose squares are collected, in the order of `noise_sums`."""

@@ -28,6 +28,7 @@ from largebatch.moments import is_shadow
 from largebatch.moments.micro_batches import MicroBatchSquares, Units
 from largebatch.noise.estimator import sums_with
 from largebatch.optim.averages import Moment
+from largebatch.optim.damping import Damping
 from largebatch.optim.limit import LimitMeter, LimitWatch
 from largebatch.optim.response import KNOWN
 
@@ -55,6 +56,9 @@ class HookedSquares:
         self._batch_size, self._num_units, self._world_size = 0, 0.0, 1
         self._has_variance, self._mean = False, 1.0
         self._update = 0
+        self._watch: LimitWatch | None = None
+        self._damping: Damping | None = None
+        self._reference_size, self._surrounds = 1, False
 
     def begin(self, batch_size: int, num_units: float, update: int) -> None:
         """Say what the coming update is.
@@ -191,18 +195,45 @@ class HookedSquares:
         """
         if self.every > 1 or type(optimizer) not in KNOWN:
             return None
-        watch = LimitWatch(optimizer, self.names)
+        self._watch = LimitWatch(optimizer, self.names)
+        self._surround(optimizer)
+        return self._watch.meter
 
-        def before(*_: Any) -> None:
-            slots = [self.hooks.slots[p] for p in self.parameters if p.grad is not None]
-            n = self._num_units if self._is_known else 1.0
-            equal = float(n).is_integer()
-            units = Units(n, 0.0, equal, self._world_size, self.factor, 0.0, slots, self._clipped)
-            watch.before(lambda: zip(self.names, self.parameters, strict=True), units, self._batch_size, self._update)
+    def damp_steps(self, optimizer: torch.optim.Optimizer, reference_size: int) -> None:
+        """Damp an optimizer's steps from now on, as `largebatch.optim.damping` has it.
 
-        optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(lambda *_: watch.after(lambda _: 0.0, {}))
-        return watch.meter
+        Args:
+            optimizer: whose groups have the values of the update when it steps.
+            reference_size: B_ref.
+        """
+        self._damping, self._reference_size = Damping(optimizer, of_reference=False), reference_size
+        self._surround(optimizer)
+
+    def _surround(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stand before and after an optimizer's step, once."""
+        if not self._surrounds:
+            optimizer.register_step_pre_hook(self._before_step)
+            optimizer.register_step_post_hook(self._after_step)
+        self._surrounds = True
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        slots = [self.hooks.slots[p] for p in self.parameters if p.grad is not None]
+        n = self._num_units if self._is_known else 1.0
+        units = Units(n, 0.0, float(n).is_integer(), self._world_size, self.factor, 0.0, slots, self._clipped)
+        if self._watch is not None:
+            self._watch.before(
+                lambda: zip(self.names, self.parameters, strict=True), units, self._batch_size, self._update
+            )
+        if self._damping is not None:
+            first = optimizer.param_groups[0]  # which a checkpoint keeps
+            spread = 1.0 / (1.0 + self._batch_size / first.get("previous_batch_size", self._batch_size))
+            self._damping.begin(units, spread, self._batch_size / self._reference_size)
+            first["previous_batch_size"] = self._batch_size
+
+    def _after_step(self, *_: Any) -> None:
+        factors = {} if self._damping is None else self._damping.end(lambda _: 0.0)
+        if self._watch is not None:
+            self._watch.after(lambda _: 0.0, factors)
 
     def _completed(self, parameter: Tensor, variance: Tensor) -> Tensor:
         assert parameter.grad is not None

@@ -35,19 +35,23 @@ from largebatch.scaling.rules import second_moment_coefficient
 
 PREVIOUS = "previous_grad"
 AVERAGES = ("grad_change", "step_sq", "step_noise")
+STATE = (PREVIOUS, *AVERAGES)
 # Of an optimizer without a second moment: the average is that of Adam's default.
 COEFFICIENT = 0.999
 
 
-def averages_coefficient(group: dict[str, Any], kappa: float) -> float:
-    """Return the coefficient of the averages at kappa times the reference batch.
+def averages_coefficient(group: dict[str, Any], kappa: float, of_reference: bool) -> float:
+    """Return the coefficient of the averages at kappa times the reference batch: a second moment's.
 
     Args:
-        group: with the values of the reference.
+        group: with the values of the reference, or of the update.
         kappa: B / B_ref.
+        of_reference: which of the two.
     """
-    reference = group["betas"][1] if "betas" in group else group.get("alpha", COEFFICIENT)
-    return second_moment_coefficient(float(reference), kappa)
+    own = group["betas"][1] if "betas" in group else group.get("alpha")
+    if own is not None and not of_reference:
+        return float(own)
+    return second_moment_coefficient(COEFFICIENT if own is None else float(own), kappa)
 
 
 @dataclass
@@ -148,7 +152,7 @@ def end_damped(
 def forget_damping(states: Sequence[dict[str, Any]]) -> None:
     """Let go of what damping keeps, where the next gradient has no change to be measured by."""
     for state in states:
-        for name in (PREVIOUS, *AVERAGES):
+        for name in STATE:
             state.pop(name, None)
 
 
@@ -157,14 +161,15 @@ class Damping:
 
     Args:
         optimizer: the one that steps.
+        of_reference: whether its groups have the values of the reference at `begin`, and not yet those of the update.
 
     Raises:
         UserError: if its steps cannot be damped.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, of_reference: bool = True) -> None:
         require_response(optimizer)
-        self.optimizer = optimizer
+        self.optimizer, self.of_reference = optimizer, of_reference
         self._damped: list[tuple[dict[str, Any], Damped]] = []
 
     def begin(self, units: Units, spread: float, kappa: float) -> None:
@@ -182,13 +187,15 @@ class Damping:
             return
         for group in self.optimizer.param_groups:
             found = [slots[p] for p in group["params"] if p in slots]
+            if not found:
+                continue
             part = begin_damped(
                 [slot.parameter for slot in found],
                 [slot.gradient() for slot in found],
                 variances_of(found, units),
                 [state[slot.parameter] for slot in found],
                 kappa=kappa,
-                coefficient=averages_coefficient(group, kappa),
+                coefficient=averages_coefficient(group, kappa, self.of_reference),
                 spread=spread,
                 clip=units.clip,
             )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from largebatch.config.optimizers import LAMBConfig, LARSConfig, QuenchConfig, RMSPropConfig
+from largebatch.config.optimizers import AdaptiveBase, LAMBConfig, LARSConfig, QuenchConfig, RMSPropConfig
 from largebatch.config.schema import Config
 from largebatch.data.sampler import smallest_micro_batch
 from largebatch.distributed import check_engine
 from largebatch.errors import UserError
 from largebatch.models import FactoryModel
-from largebatch.planner.derive import measures_noise, reference, second_moment, tracked
+from largebatch.optim.response import KNOWN
+from largebatch.planner.derive import damps, measures_noise, reference, second_moment, tracked
 from largebatch.planner.run import Run
 from largebatch.scaling.plan import Plan
 from largebatch.task import Task
@@ -41,6 +42,8 @@ def check_config(config: Config, num_train: int, world_size: int, group_size: in
     _check_batches(config, num_train, world_size, group_size)
     _check_noise(config)
     _check_growth(config, num_train)
+    if damps(config):
+        _check_damping(config)
     if config.backend.squares_every > 1:
         _check_squares_every(config)
     _check_optimizer(config, num_train)
@@ -179,8 +182,8 @@ def check_single_samples(run: Run, task: Task) -> None:
 def _check_squares_every(config: Config) -> None:
     """Refuse what needs the squares of every update."""
     why = ""
-    if measures_noise(config):
-        why = "the measured noise is of every update"
+    if measures_noise(config) or damps(config):
+        why = "the damping is of every update" if damps(config) else "the measured noise is of every update"
     elif tracked(config) == "sample":
         why = "squares of samples are taken in every update; it is for optimizer.second_moment micro_batch"
     elif config.precision == "fp16" or config.optimizer.non_finite == "skip":
@@ -188,6 +191,26 @@ def _check_squares_every(config: Config) -> None:
         why = f"{what} goes on after a gradient that is not finite, which a variance that is kept would carry along"
     if why:
         raise UserError(f"backend.squares_every: got {config.backend.squares_every}, expected 1: {why}")
+
+
+def _check_damping(config: Config) -> None:
+    """Refuse to damp steps that are not the linear rule's, or where the noise is not known."""
+    optimizer = config.optimizer
+    expected, got = "", ""
+    if optimizer.optimizer_class not in KNOWN:
+        expected, got = "optimizer.name sgd, rmsprop, adam or adamw", optimizer.name
+    elif config.backend.name not in ("auto", "ddp"):
+        expected, got = "backend.name ddp, which holds whole gradients", config.backend.name
+    elif config.scaling.rule != "linear":
+        expected, got = "scaling.rule linear, whose steps it damps", config.scaling.rule
+    else:
+        adaptive = isinstance(optimizer, AdaptiveBase)
+        squares = second_moment(config) if adaptive else tracked(config)
+        if squares != "micro_batch":
+            key = "optimizer.second_moment" if adaptive else "noise.per"
+            expected, got = f"{key} micro_batch, whose spread tells the noise", squares or "batch"
+    if expected:
+        raise UserError(f"optimizer.damping: expected {expected}, got {got}; set it false")
 
 
 def _check_noise(config: Config) -> None:

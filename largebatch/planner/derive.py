@@ -82,9 +82,15 @@ def second_moment(config: Config) -> Unit | None:
     return wanted
 
 
+def damps(config: Config) -> bool:
+    """Return whether steps are damped: never at the reference batch size, where nothing is to be damped."""
+    return config.optimizer.damping and (config.batch.size != config.batch.reference_size or grows(config))
+
+
 def tracked(config: Config) -> Unit | None:
-    """Return what squares are tracked, for the second moment or the noise; None for none."""
-    return second_moment(config) or (config.noise.per if measures_noise(config) else None)
+    """Return what squares are tracked, for the second moment, the noise or the damping; None for none."""
+    measured = config.noise.per if measures_noise(config) else None
+    return second_moment(config) or measured or ("micro_batch" if damps(config) else None)
 
 
 def clips_reference(config: Config) -> bool:

@@ -11,6 +11,7 @@ from largebatch.planner.advice import advice
 from largebatch.planner.checks import check_config, check_plan
 from largebatch.planner.derive import (
     clips_reference,
+    damps,
     largest_batch,
     measures_noise,
     reference,
@@ -52,6 +53,7 @@ def resolve(config: Config, num_train: int, world_size: int = 1, group_size: int
         second_moment=second_moment(config),
         tracked=tracked(config),
         measures_noise=measures_noise(config),
+        damps=damps(config),
         clips_reference=clips_reference(config),
         fallback=config.model.fallback if isinstance(config.model, FactoryModel) else (),
     )

@@ -26,6 +26,7 @@ class Run:
         second_moment: what the second moment takes squares of; None where it is plain, or not there.
         tracked: what squares are tracked, for the second moment or the noise; None for none.
         measures_noise: whether the gradient noise is measured.
+        damps: whether steps are damped by the curvature that they meet.
         clips_reference: whether the clipping threshold bounds the norm of a gradient of the reference batch.
         fallback: modules whose squares are taken by differentiating them sample by sample.
         warnings: what its user should know.
@@ -39,6 +40,7 @@ class Run:
     second_moment: Unit | None
     tracked: Unit | None
     measures_noise: bool
+    damps: bool
     clips_reference: bool
     fallback: tuple[str, ...]
     warnings: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from largebatch.errors import UserError
 from largebatch.models import norm_group_size
 from largebatch.moments import is_shadow
 from largebatch.optim import undecayed
+from largebatch.optim.damping import STATE
 from largebatch.optim.decay import LISTED
 from largebatch.planner.checks import check_single_samples
 from largebatch.planner.resolve import resolve
@@ -52,6 +53,14 @@ def print_plan(console: Console, run: Run, model: nn.Module, data: str) -> None:
         squared = run.squared_samples(size)
         which = f"{squared:,} of an update's {size:,} samples" if squared < size else "every sample"
         console.print(f"{_squared_for(run)}: from the squared gradients of {which}", highlight=False)
+    if run.damps:
+        elements = sum(p.numel() for p in model.parameters() if p.requires_grad and not is_shadow(p))
+        bytes_each = 8 if config.precision == "fp64" else 4
+        console.print(
+            f"damping: {len(STATE)} more tensors of state for each parameter ({', '.join(STATE)}), "
+            f"{len(STATE) * bytes_each * elements / 2**20:,.3g} MiB on each rank",
+            highlight=False,
+        )
     if config.batch.growth == "adaptive":
         most = run.largest_batch
         line = f"batch size: adaptive, follows the measured critical batch size up to {most:,}"
@@ -112,7 +121,9 @@ def _say_units(run: Run) -> str:
 
 
 def _squared_for(run: Run) -> str:
-    return "second moments" if run.second_moment else "the gradient noise"
+    if run.second_moment:
+        return "second moments"
+    return "the gradient noise" if run.measures_noise else "the noise beside the curvature"
 
 
 def print_warnings(console: Console, warnings: Iterable[str]) -> None:

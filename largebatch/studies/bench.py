@@ -42,6 +42,7 @@ def variants(config: Config) -> dict[str, Config]:
         "scaling": with_(config.scaling, rule="none"),  # not what is timed, and other rules may need squares
         "batch": with_(config.batch, growth="schedule", max_size=None, at_epoch_end="carry"),
         "noise": with_(config.noise, measure=False),
+        "optimizer": with_(config.optimizer, damping=False),
     }
     found = {}
     for name, squares in (("plain", "batch"), ("samples", "sample"), ("micro-batches", "micro_batch")):
@@ -50,10 +51,10 @@ def variants(config: Config) -> dict[str, Config]:
         if not isinstance(config.optimizer, AdaptiveBase) or squares == "sample":
             changed["backend"] = with_(config.backend, squares_every=1)
         if isinstance(config.optimizer, AdaptiveBase):
-            changed["optimizer"] = with_(config.optimizer, second_moment=squares)
+            changed["optimizer"] = with_(same["optimizer"], second_moment=squares)
         else:
             if isinstance(config.optimizer, QuenchConfig):
-                changed["optimizer"] = with_(config.optimizer, sigma2="average")
+                changed["optimizer"] = with_(same["optimizer"], sigma2="average")
             if squares != "batch":
                 changed["noise"] = with_(config.noise, measure=True, per=squares)
         found[name] = with_(config, **{**same, **changed})

@@ -82,6 +82,8 @@ class TrainStep:
         self.meter = None
         if run.measures_noise:
             self.meter = NoiseMeter(run, backend.squared_names(model), backend.watch_limit(self.optimizer))
+        if run.damps:
+            backend.damp_steps(self.optimizer, run.config.batch.reference_size)
         self.losses = torch.zeros((), dtype=torch.float64, device=backend.device)
         device, dtype, timeout = backend.device, backend.dtype, backend.timeout_seconds
         # The library's own sets give every sample a target.

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from damping import LIMITS, variance
 from invariant_oracle import coefficient
 from loops import EXACT, build, data, equal, mean_loss, weights
 from torch import nn
@@ -214,55 +215,22 @@ def test_what_cannot_be_damped_is_refused_by_name():
             batch_size_invariant(made, reference_batch_size=2, micro_batch_size=2, damping=True)
 
 
-LIMITS = torch.tensor([16.0, 32.0, 64.0, 256.0], dtype=torch.float64)
-
-
-def variances(make, beta, kappa, updates, damping=True, num=400):
-    """Return E[w^2] of directions whose largest stable kappa are `LIMITS`, where the rate and the noise at the reference are 1."""
-    generator = torch.Generator().manual_seed(0)
-    h = (2 * (1 + beta) / (1 - beta) / LIMITS)[:, None]
-    start = torch.randn(len(LIMITS), num, generator=generator, dtype=torch.float64) / (2 * h).sqrt()
-    w, reference = nn.Parameter(start), 2 if kappa == 1 else 1
-    optimizer = batch_size_invariant(
-        make([w]), reference_batch_size=reference, micro_batch_size=kappa * reference // 2, damping=damping
-    )
-    found = torch.zeros(len(LIMITS), dtype=torch.float64)
-    for update in range(updates):
-        for _ in range(2):
-            noise = torch.randn(w.shape, generator=generator, dtype=torch.float64) * (2 / kappa) ** 0.5
-            ((h * w * w / 2 + noise * w).sum() / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if update >= updates // 2:
-            found += w.detach().square().mean(1)
-    assert optimizer.lr_scale == kappa
-    return found / (updates - updates // 2)
-
-
-def quadratic(name, beta):
-    """Return a maker whose rate in the form of a running average is 1."""
-    if name == "adamw":
-        return lambda p: torch.optim.AdamW(p, 1.0, betas=(beta, 0.999), weight_decay=0.0)
-    return lambda p: torch.optim.SGD(p, 1.0 - beta, momentum=beta)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the batch of")
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.95])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_stationary_variance_is_that_of_the_reference(name, beta):
     """Of four curvatures at once, to twice the limit of the steepest, within 10 %; without damping it is lost there."""
-    make = quadratic(name, beta)
-    reference = variances(make, beta, 1, 3_000)
+    reference = variance(name, beta, 1, 3_000, damping=False)
     for kappa in (8, 16, 32):
-        torch.testing.assert_close(variances(make, beta, kappa, 1_200), reference, rtol=0.1, atol=0.0)
-    assert not float((variances(make, beta, 32, 800, damping=False) / reference)[0]) < 1.5  # it may be nan
+        torch.testing.assert_close(variance(name, beta, kappa, 1_200, damping=True), reference, rtol=0.1, atol=0.0)
+    assert not float((variance(name, beta, 32, 800, damping=False) / reference)[0]) < 1.5  # it may be nan
 
 
 @pytest.mark.filterwarnings("ignore:the batch of")
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_no_kappa_diverges(name):
     """At 64 times the limit of the steepest, which without damping grows by orders of magnitude in an update."""
-    found = variances(quadratic(name, 0.9), 0.9, 1_024, 500, num=50)
+    found = variance(name, 0.9, 1_024, 500, damping=True, num=50)
     small_steps = LIMITS / (4 * (1 + 0.9) / (1 - 0.9))
     assert (found < 3.0 * small_steps).all() and (found > 0.3 * small_steps).all()
