@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,24 @@ import largebatch
 LIMITS = torch.tensor([16.0, 32.0, 64.0, 256.0], dtype=torch.float64)
 
 
+def quadratic(name: str, beta: float) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """Return a maker of an optimizer whose rate in the form of a running average is 1."""
+    if name == "adamw":
+        return lambda p: torch.optim.AdamW(p, 1.0, betas=(beta, 0.999), weight_decay=0.0)
+    return lambda p: torch.optim.SGD(p, 1.0 - beta, momentum=beta)
+
+
 def variance(name: str, beta: float, kappa: int, updates: int, damping: bool, num: int = 500) -> Tensor:
     """Return E[w^2] of each direction, where the rate as a running average's and the noise at the reference are 1."""
     generator = torch.Generator().manual_seed(0)
     h = (2 * (1 + beta) / (1 - beta) / LIMITS)[:, None]
     w = nn.Parameter(torch.randn(len(h), num, generator=generator, dtype=torch.float64) / (2 * h).sqrt())
-    optimizer: torch.optim.Optimizer = torch.optim.SGD([w], 1.0 - beta, momentum=beta)
-    if name == "adamw":
-        optimizer = torch.optim.AdamW([w], 1.0, betas=(beta, 0.999), weight_decay=0.0)
     reference = 2 if kappa == 1 else 1
     optimizer = largebatch.batch_size_invariant(
-        optimizer, reference_batch_size=reference, micro_batch_size=kappa * reference // 2, damping=damping
+        quadratic(name, beta)([w]),
+        reference_batch_size=reference,
+        micro_batch_size=kappa * reference // 2,
+        damping=damping,
     )
     total = torch.zeros(len(h), dtype=torch.float64)
     for update in range(updates):

@@ -13,6 +13,13 @@ from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
 MomentumForm = Literal["sum", "velocity", "average"]
 
 
+def _torchs_step() -> Callable[..., Any]:
+    """Return torch's step without the hooks that it calls once a torch.optim.SGD was made: this class calls them itself."""
+    step: Any = torch.optim.SGD.step
+    inner: Callable[..., Any] = step.__wrapped__ if getattr(step, "hooked", False) else step
+    return inner
+
+
 class SGD(torch.optim.SGD):
     """torch.optim.SGD, and momentum's two other forms.
 
@@ -72,7 +79,7 @@ class SGD(torch.optim.SGD):
         if self.form == "sum":
             self.param_groups = trained  # all that torch's step walks over
             try:
-                super().step()
+                _torchs_step()(self)
             finally:
                 self.param_groups = groups
             return loss

@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
+from damping import LIMITS, quadratic
 from loops import build, equal
 from resumed import part_of_run
 from runs import digits, rows_of
-from test_damping import LIMITS, MAKERS, on_rank, quadratic, train
+from test_damping import MAKERS, on_rank, train
 from torch import nn
 
 from largebatch import batch_size_invariant, optim

@@ -60,6 +60,20 @@ def test_reduces_to_torch(name):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
+def test_hooks_around_a_step_are_called_once():
+    """Of SGD too, whose step torch gives hooks of its own as soon as one of torch's is made."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    torch.optim.SGD([parameter], 0.1)
+    optimizer = optim.SGD([parameter], 0.1)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert calls == ["before", "after"]
+    torch.testing.assert_close(parameter.detach(), torch.full((2,), 0.9))
+
+
 def test_velocity_takes_the_learning_rate_in():
     """v = mu*v + eta*g; p -= v, written out, while eta changes; torch's form then needs Goyal's momentum correction."""
     rates = [0.1] * 10 + [0.01] * 15

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rich.console import Console
 from resumed import assert_close, assert_same_bits, part_of_run
+from rich.console import Console
 from runs import digits, rows_of
 from torch import nn
 
