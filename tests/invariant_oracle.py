@@ -9,7 +9,7 @@ import torch
 
 def coefficient(beta, kappa):
     """The averaging coefficient of a second moment at kappa times the reference batch, as the README states it."""
-    return max(beta**kappa, min(beta, 0.95))
+    return beta**kappa
 
 
 class ByHand:
@@ -57,16 +57,20 @@ class ByHand:
 
     def _adam(self, means, variances, kappa, decoupled):
         beta1, beta2 = self.betas[0], coefficient(self.betas[1], kappa)
-        self.decay2 *= beta2
+        before, self.decay2 = self.decay2, self.decay2 * beta2
         lr = self.lr * kappa
         for p, g, variance, m, s in zip(self.params, means, variances, self.m, self.s, strict=True):
             if decoupled:
                 p.mul_(1 - lr * self.wd)
             else:
                 g = g + self.wd * p
-            m.mul_(beta1).add_((1 - beta1) * g)
+            older = (s / (1 - before)).sqrt() + self.eps if before < 1 else None
             s.mul_(beta2).add_((1 - beta2) * (g**2 + (kappa - 1) * variance))
-            p.sub_(lr * (m / (1 - beta1**self.updates)) / ((s / (1 - self.decay2)).sqrt() + self.eps))
+            newer = (s / (1 - self.decay2)).sqrt() + self.eps
+            if kappa > 1 and older is not None:
+                m.mul_(1 / kappa + (1 - 1 / kappa) * newer / older)
+            m.mul_(beta1).add_((1 - beta1) * g)
+            p.sub_(lr * (m / (1 - beta1**self.updates)) / newer)
 
     def rmsprop(self, means, variances, kappa):
         alpha = coefficient(self.alpha, kappa)

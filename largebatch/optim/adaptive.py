@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from largebatch.errors import UserError
-from largebatch.optim.averages import Moment, advance_average
+from largebatch.optim.averages import Moment, advance_average, divisor_of
+from largebatch.optim.carry import carry, denominators, denominators_before
 from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
 from largebatch.reduce import num_ranks
 
@@ -183,8 +184,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
 class Adam(AdaptiveOptimizer):
     """Adam (Kingma and Ba 2015, arXiv:1412.6980).
 
-        m = beta1*m + (1-beta1)*g
         s = beta2*s + (1-beta2)*s_ref         s_ref = g^2 where no squares are tracked
+        m = beta1*m + (1-beta1)*g             above the reference batch m is carried first (`largebatch.optim.carry`)
         p -= lr * (m/c1) / (sqrt(s/c2) + eps)
 
     Args:
@@ -234,21 +235,26 @@ class Adam(AdaptiveOptimizer):
     ) -> None:
         """Apply the rule above."""
         lr, weight_decay, correction = group["lr"], group["weight_decay"], group["bias_correction"]
+        begun, before = "second_moment_count" in counts, divisor_of(counts, "second_moment_count", correction)
         weight1, divisor1 = advance_average(counts, "first_moment_count", group["betas"][0], correction)
         weight2, divisor2 = advance_average(counts, "second_moment_count", group["betas"][1], correction)
         if weight_decay and self.decoupled_weight_decay:
             torch._foreach_mul_(params, 1.0 - lr * weight_decay)
         decayed = _with_decay(grads, params, 0.0 if self.decoupled_weight_decay else weight_decay)
-        torch._foreach_lerp_(state["exp_avg"], decayed, weight1)
-        torch._foreach_mul_(state["exp_avg_sq"], 1.0 - weight2)
+        means, squares = state["exp_avg"], state["exp_avg_sq"]
+        carries = moment.kappa > 1.0 and begun
+        older = denominators_before(squares, before, group["eps"]) if carries else []
+        torch._foreach_mul_(squares, 1.0 - weight2)
         # Cauchy-Schwarz, in the limit of many updates: (sum v_i g_i)^2 <= sum(v_i^2/w_i) * sum(w_i g_i^2) for weights v, w.
         beta1, beta2 = group["betas"]
         bound = (1.0 - beta2) * max(1.0 - beta1, 1.0 - beta1**2 / beta2 if beta2 else 0.0) / (1.0 - beta1) ** 2
-        moment.add_to(state["exp_avg_sq"], grads, decayed, weight2, state["exp_avg"], bound)
-        roots = torch._foreach_sqrt(state["exp_avg_sq"])
-        torch._foreach_div_(roots, divisor2**0.5)
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(params, state["exp_avg"], roots, value=-lr / divisor1)
+        direction = list(torch._foreach_lerp(means, decayed, weight1)) if moment.is_bounded else None
+        moment.add_to(squares, grads, decayed, weight2, direction, bound)
+        roots = denominators(squares, divisor2, group["eps"])
+        if carries:
+            carry(means, older, roots, moment.kappa)
+        torch._foreach_lerp_(means, decayed, weight1)
+        torch._foreach_addcdiv_(params, means, roots, value=-lr / divisor1)
 
 
 class AdamW(Adam):

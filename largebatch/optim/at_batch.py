@@ -83,7 +83,7 @@ def moved_rows(
             shift = shift_of(optimizer, group, kappa, bounded, counts.setdefault(p, Count()))
             maximize = group.get("maximize", False)
             averages = state.get("exp_avg"), state.get("max_exp_avg_sq")
-            rows.append(Row(slots[p], state[name], shift, decay, maximize, *averages))
+            rows.append(Row(slots[p], state[name], shift, decay, maximize, *averages, eps=group["eps"]))
     return rows
 
 

@@ -36,6 +36,11 @@ def advance_average(
     return 1.0 - beta, 1.0
 
 
+def divisor_of(counts: dict[str, float], key: str, correction: Literal["published", "running_mean", "none"]) -> float:
+    """Return what a running average is divided by now, after one update or more."""
+    return 1.0 - counts[key] if correction == "published" and key in counts else 1.0
+
+
 @dataclass(frozen=True)
 class Moment:
     """The second moment of one update, as a combination of squares of the mean gradient and of the tracked squares.
@@ -65,6 +70,11 @@ class Moment:
     kappa: float = 1.0
     of_variance: bool = False
     equal: bool = True
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether single estimates may be negative, so that the average is kept above a bound."""
+        return self.squares is not None and (self.share < 0.0 or (self.share > 1.0 and not self.equal))
 
     def add_to(
         self,
@@ -104,7 +114,7 @@ class Moment:
         if subtracted > 1.0 and self.equal:
             # q >= ghat^2 but where a unit's square is too small for its type, and their sum's is not.
             torch._foreach_clamp_min_(average, 0.0)
-        if self.share < 0.0 or (self.share > 1.0 and not self.equal):
+        if self.is_bounded:
             direction, bound = direction or decayed, weight if bound is None else bound
             lowest = torch._foreach_mul(direction, direction)
             torch._foreach_mul_(lowest, bound * min(1.0, self.kappa))

@@ -48,7 +48,7 @@ def batch_size_invariant(
 
         kappa = B / B_ref
         lr    = kappa * lr_ref                              momentum and beta1 are kept
-        beta2 = max(beta2_ref**kappa, min(beta2_ref, 0.95))
+        beta2 = beta2_ref**kappa                            and m is carried along (`largebatch.optim.carry`)
         s     = beta2*s + (1-beta2)*s_ref,   s_ref = ghat^2 + (kappa-1)*V
 
     with V the variance of the mean gradient between the micro-batches of the update, so that s_ref estimates without bias the
@@ -244,7 +244,8 @@ class BatchSizeInvariant(Around):
         if self._damping is not None:
             self._damping.begin(units, spread, kappa)
         if self._moment_name is not None:
-            move_second_moments(moved_rows(self.base, self._moment_name, units, kappa, progress.counts), units, spread)
+            rows = moved_rows(self.base, self._moment_name, units, kappa, progress.counts)
+            move_second_moments(rows, units, spread, kappa)
         with values_at(self.base, kappa, progress.batch_size, units.num_units):
             if isinstance(self.base, AdaptiveOptimizer):
                 slots = self._squares.slots

@@ -21,8 +21,11 @@ from torch import Tensor
 from largebatch.moments.micro_batches import Units
 from largebatch.moments.projection import Slot
 from largebatch.noise.estimator import power_sums
-from largebatch.scaling.rules import second_moment_coefficient
+from largebatch.optim.carry import carry, denominators, denominators_before
+from largebatch.scaling.rules import scaled_coefficient
 
+# A coefficient by which an average keeps nothing of what was before.
+FORGOTTEN = 1e-4
 # What the rounding of ghat^2 may add to a second moment, as a share of the newest square in it.
 ROUNDED = 0.01
 
@@ -41,6 +44,8 @@ class Shift:
         weight: of its newest square.
         least: see above; 0 where no bound is needed.
         beta1: coefficient of the average of gradients u that the root of s divides; 0 where that is x itself.
+        older: what s is divided by before the move, where the average of gradients is to be carried along; 0 where not.
+        newer: the same for beta*s + weight*x^2.
     """
 
     keep: float = 1.0
@@ -50,6 +55,8 @@ class Shift:
     weight: float = 1.0
     least: float = 0.0
     beta1: float = 0.0
+    older: float = 0.0
+    newer: float = 1.0
 
     @property
     def moves(self) -> bool:
@@ -80,6 +87,11 @@ class Count:
         self.stretch = self.at(beta)
         return self.stretch / before
 
+    @property
+    def divisor(self) -> float:
+        """What the average as it is kept, multiplied by the stretch, is to be divided by; 0 before the first update."""
+        return -math.expm1(self.log_decay) * self.stretch if self.updates else 0.0
+
     def at(self, beta: float) -> float:
         """Return what the stretch is for an optimizer that divides by 1 - beta^k."""
         if not self.updates or self.log_decay == 0.0:
@@ -89,8 +101,9 @@ class Count:
 
 
 def coefficient_at(group: dict[str, Any], kappa: float) -> float:
-    """Return a group's beta2 or alpha at kappa times the reference batch."""
-    return second_moment_coefficient(float(group["betas"][1] if "betas" in group else group["alpha"]), kappa)
+    """Return a group's beta2 or alpha at kappa times the reference batch; not zero, as torch's is divided by it."""
+    beta = float(group["betas"][1] if "betas" in group else group["alpha"])
+    return max(scaled_coefficient(beta, kappa, "half_life"), min(beta, FORGOTTEN))
 
 
 def shift_of(
@@ -112,6 +125,7 @@ def shift_of(
     weight = 1.0 - beta
     if isinstance(optimizer, torch.optim.RMSprop):
         return Shift(of_variance=weight / beta * (kappa - 1.0), beta=beta, weight=weight, least=weight * at_most)
+    older = count.divisor if kappa > 1.0 else 0.0
     keep = count.advance(beta)
     beta1 = float(group["betas"][0])
     # Cauchy-Schwarz, in the limit of many updates: (sum v_i g_i)^2 <= sum(v_i^2/w_i) * sum(w_i g_i^2) for weights v, w.
@@ -124,6 +138,8 @@ def shift_of(
         weight=weight,
         least=bound * at_most,
         beta1=beta1,
+        older=older,
+        newer=count.divisor,
     )
 
 
@@ -139,6 +155,7 @@ class Row:
         maximize: whether the optimizer takes the negative gradient.
         average: the running average of gradients, where there is one.
         largest: the largest second moment so far, of AMSGrad.
+        eps: what the optimizer adds to the root.
     """
 
     slot: Slot
@@ -148,6 +165,7 @@ class Row:
     maximize: bool = False
     average: Tensor | None = None
     largest: Tensor | None = None
+    eps: float = 0.0
 
     def taken(self) -> Tensor:
         """Return x, the gradient as the optimizer takes it."""
@@ -157,20 +175,22 @@ class Row:
 
 
 @torch.no_grad()
-def move_second_moments(rows: Iterable[Row], units: Units, spread: float) -> None:
-    """Move the second moments of an update.
+def move_second_moments(rows: Iterable[Row], units: Units, spread: float, kappa: float) -> None:
+    """Move the second moments of an update, and carry the averages that their roots divide.
 
     Args:
         rows: the parameters with a gradient.
         units: n, and the scale of the squares.
         spread: with one unit alone, V = spread * (g_t - g_{t-1})^2.
+        kappa: B / B_ref.
     """
-    alike: dict[tuple[Shift, bool, torch.dtype], list[Row]] = {}
+    alike: dict[tuple[Shift, float, bool, torch.dtype], list[Row]] = {}
     for row in rows:
         if row.shift.moves:
-            alike.setdefault((row.shift, row.slot.holds == "previous", row.moment.dtype), []).append(row)
-    for (shift, _, _), group in alike.items():
+            alike.setdefault((row.shift, row.eps, row.slot.holds == "previous", row.moment.dtype), []).append(row)
+    for (shift, eps, _, _), group in alike.items():
         moments = [row.moment for row in group]
+        older = denominators_before(_dividing(group), shift.older, eps) if shift.older else []
         if shift.keep != 1.0:
             torch._foreach_mul_([*moments, *(row.largest for row in group if row.largest is not None)], shift.keep)
         if shift.of_square:
@@ -180,6 +200,24 @@ def move_second_moments(rows: Iterable[Row], units: Units, spread: float) -> Non
         for row in group if shift.least else ():
             _bound(row)
         _drop_rounding(moments, shift)
+        if older:
+            _carry(group, older, shift, kappa)
+
+
+def _dividing(rows: list[Row]) -> list[Tensor]:
+    return [row.moment if row.largest is None else row.largest for row in rows]
+
+
+def _carry(rows: list[Row], older: list[Tensor], shift: Shift, kappa: float) -> None:
+    """Carry the averages of gradients to the denominators that the optimizer is about to come to."""
+    coming = torch._foreach_mul([row.moment for row in rows], shift.beta)
+    taken = [row.taken() for row in rows]
+    torch._foreach_addcmul_(coming, taken, taken, value=shift.weight)
+    for row, second_moment in zip(rows, coming, strict=True):
+        if row.largest is not None:
+            torch.maximum(second_moment, row.largest, out=second_moment)
+    averages = [row.average for row in rows if row.average is not None]
+    carry(averages, older, denominators(list(coming), shift.newer, rows[0].eps), kappa)
 
 
 def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, spread: float, shift: Shift) -> None:

@@ -1,7 +1,6 @@
 """How hyper-parameters follow the batch size: rules, schedules and plans, arithmetic without torch."""
 
 from largebatch.scaling.rules import (
-    SHORTEST_SECOND_MOMENT,
     UNITS_SPANNED,
     AveragingRule,
     LrRule,
@@ -15,12 +14,10 @@ from largebatch.scaling.rules import (
     scaled_coefficient,
     scaled_lr,
     scaled_momentum,
-    second_moment_coefficient,
     temperature,
 )
 
 __all__ = [
-    "SHORTEST_SECOND_MOMENT",
     "UNITS_SPANNED",
     "AveragingRule",
     "LrRule",
@@ -34,6 +31,5 @@ __all__ = [
     "scaled_coefficient",
     "scaled_lr",
     "scaled_momentum",
-    "second_moment_coefficient",
     "temperature",
 ]

@@ -13,9 +13,6 @@ from typing import Any, Literal, get_args
 LrRule = Literal["linear", "sqrt", "adascale", "none"]
 AveragingRule = Literal["keep", "half_life", "length"]
 
-# Updates that the average of a second moment spans at the least, unless it was tuned shorter: 20 to 50 are needed where beta2
-# is 0.95 to 0.99 (docs/results.md).
-SHORTEST_SECOND_MOMENT = 20
 # Micro-batches that it spans at the least, where an update can be cut into more (docs/results.md).
 UNITS_SPANNED = 40
 
@@ -164,25 +161,6 @@ def scaled_coefficient(beta: float, kappa: float, rule: AveragingRule | float) -
     raise ValueError(f"averaging rule: expected one of {get_args(AveragingRule)} or a number in [0, 1), got {rule!r}")
 
 
-def second_moment_coefficient(beta: float, kappa: float) -> float:
-    """Return the coefficient of a second moment's average after the batch has grown by kappa.
-
-        max(beta**kappa, min(beta, 0.95))
-
-    The half-life in samples is kept, but the average never becomes shorter than 20 updates, or than it was tuned: a
-    denominator that forgets faster than the momentum lets seldom used elements run away (docs/results.md).
-
-    Args:
-        beta: coefficient at the reference batch size, in [0, 1): Adam's beta2 or RMSProp's alpha.
-        kappa: B / B_ref, > 0.
-
-    Example:
-        >>> round(second_moment_coefficient(0.999, 16), 6), second_moment_coefficient(0.95, 16)
-        (0.984119, 0.95)
-    """
-    return max(scaled_coefficient(beta, kappa, "half_life"), min(beta, 1.0 - 1.0 / SHORTEST_SECOND_MOMENT))
-
-
 def micro_batches_needed(beta: float) -> int:
     """Return how many micro-batches an update needs for a second moment whose average has this coefficient.
 
@@ -223,9 +201,8 @@ class Reference:
         rule: ``linear``, ``sqrt``, ``adascale`` (`at` gives the learning rate before the gain) or ``none``.
         momentum_rule: how mu follows the batch size (see `scaled_coefficient`); kept by default.
         beta1_rule: the same for Adam's beta1; kept by default, but of fixed ``length`` in samples under ``sqrt``.
-        beta2_rule: the same for Adam's beta2 and RMSProp's alpha; by default `second_moment_coefficient`, which is of fixed
-            half-life in samples and spans 20 updates at the least, and of fixed ``length`` in samples under ``sqrt``. Under
-            ``adascale`` and ``none`` everything is kept.
+        beta2_rule: the same for Adam's beta2 and RMSProp's alpha; by default of fixed ``half_life`` in samples under
+            ``linear``, and of fixed ``length`` under ``sqrt``. Under ``adascale`` and ``none`` everything is kept.
 
     Raises:
         ValueError: if a value lies outside its range.
@@ -284,8 +261,7 @@ class Reference:
         return values
 
     def _second_moment(self, beta: float, kappa: float, default: AveragingRule) -> float:
-        if self.beta2_rule is None and self.rule == "linear":
-            return second_moment_coefficient(beta, kappa)
+        default = "half_life" if self.rule == "linear" else default
         return scaled_coefficient(beta, kappa, default if self.beta2_rule is None else self.beta2_rule)
 
 

@@ -268,8 +268,8 @@ def test_amsgrad_through_a_growing_batch():
     decay = 1.0
     for t, units in enumerate(updates, start=1):
         kappa, n = 3 * len(units), len(units)
-        beta2 = max(0.999**kappa, 0.95)
-        decay *= beta2
+        beta2 = 0.999**kappa
+        before, decay = decay, decay * beta2
         rows = [torch.autograd.grad(mean_loss(twin, inputs[u], targets[u]), params) for u in units]
         for u in units:
             (mean_loss(model, inputs[u], targets[u]) / n).backward()
@@ -281,10 +281,14 @@ def test_amsgrad_through_a_growing_batch():
                 mean = g.mean(0)
                 variance = (g.square().mean(0) - mean**2) / (n - 1)
                 p.mul_(1 - 0.01 * kappa * 0.1)
-                m[i].lerp_(mean, 0.1)
+                older = (largest[i] / (1 - before)).sqrt() + 1e-8 if t > 1 else None
                 s[i].lerp_(mean**2 + (kappa - 1) * variance, 1 - beta2)
                 largest[i] = torch.maximum(largest[i], s[i])
-                p.sub_(0.01 * kappa * m[i] / (1 - 0.9**t) / ((largest[i] / (1 - decay)).sqrt() + 1e-8))
+                newer = (largest[i] / (1 - decay)).sqrt() + 1e-8
+                if t > 1:
+                    m[i].mul_(1 / kappa + (1 - 1 / kappa) * newer / older)
+                m[i].lerp_(mean, 0.1)
+                p.sub_(0.01 * kappa * m[i] / (1 - 0.9**t) / newer)
     torch.testing.assert_close(weights(model), weights(twin), **EXACT)
 
 
