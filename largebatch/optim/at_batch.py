@@ -19,7 +19,9 @@ from largebatch.optim.shift import Count, Row, coefficient_at, shift_of
 
 
 @contextmanager
-def values_at(optimizer: torch.optim.Optimizer, kappa: float, batch_size: int, num_units: float) -> Iterator[None]:
+def values_at(
+    optimizer: torch.optim.Optimizer, kappa: float, batch_size: int, num_units: float, shortest: float
+) -> Iterator[None]:
     """Return a context in which the groups have the values of a batch size, and afterwards those of the reference.
 
     Args:
@@ -27,13 +29,14 @@ def values_at(optimizer: torch.optim.Optimizer, kappa: float, batch_size: int, n
         kappa: B / B_ref.
         batch_size: B.
         num_units: n, of the squares.
+        shortest: as `largebatch.scaling.second_moment_coefficient`.
     """
     names = ("lr", "betas", "alpha", "fused")
     groups = optimizer.param_groups
     written = [{name: group[name] for name in names if name in group} for group in groups]
     try:
         for group in groups:
-            group.update(_scaled(optimizer, group, kappa))
+            group.update(_scaled(optimizer, group, kappa, shortest))
             if isinstance(optimizer, Quench):
                 group["batch_size"], group["num_units"] = batch_size, num_units
         yield
@@ -43,7 +46,7 @@ def values_at(optimizer: torch.optim.Optimizer, kappa: float, batch_size: int, n
             group.update(values)
 
 
-def _scaled(optimizer: torch.optim.Optimizer, group: dict[str, Any], kappa: float) -> dict[str, Any]:
+def _scaled(optimizer: torch.optim.Optimizer, group: dict[str, Any], kappa: float, shortest: float) -> dict[str, Any]:
     """Return a group's values at this batch size; those that stay are left out."""
     values: dict[str, Any] = {}
     if may_fuse(optimizer, group, optimizer.state):
@@ -52,14 +55,20 @@ def _scaled(optimizer: torch.optim.Optimizer, group: dict[str, Any], kappa: floa
         return values
     values["lr"] = group["lr"] * kappa
     if "betas" in group:
-        values["betas"] = (group["betas"][0], coefficient_at(group, kappa))
+        values["betas"] = (group["betas"][0], coefficient_at(group, kappa, shortest))
     if "alpha" in group:
-        values["alpha"] = coefficient_at(group, kappa)
+        values["alpha"] = coefficient_at(group, kappa, shortest)
     return values
 
 
 def moved_rows(
-    optimizer: torch.optim.Optimizer, name: str, units: Units, kappa: float, counts: dict[Tensor, Count]
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    units: Units,
+    *,
+    kappa: float,
+    counts: dict[Tensor, Count],
+    shortest: float,
 ) -> list[Row]:
     """Return how the second moment of each parameter is moved, and count the update.
 
@@ -69,6 +78,7 @@ def moved_rows(
         units: of the update.
         kappa: B / B_ref.
         counts: by parameter, of the updates of its second moment.
+        shortest: as `largebatch.scaling.second_moment_coefficient`.
     """
     slots = {slot.parameter: slot for slot in units.slots}
     rows: list[Row] = []
@@ -80,7 +90,8 @@ def moved_rows(
         decay = 0.0 if is_decoupled(optimizer, group) else group["weight_decay"]
         for p in present:
             state = optimizer.state[p]
-            shift = shift_of(optimizer, group, kappa, bounded, counts.setdefault(p, Count()))
+            count = counts.setdefault(p, Count())
+            shift = shift_of(optimizer, group, kappa, bounded=bounded, count=count, shortest=shortest)
             maximize = group.get("maximize", False)
             averages = state.get("exp_avg"), state.get("max_exp_avg_sq")
             rows.append(Row(slots[p], state[name], shift, decay, maximize, *averages, eps=group["eps"]))

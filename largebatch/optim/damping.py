@@ -31,7 +31,7 @@ from largebatch.noise.limit import curvature_of_steps
 from largebatch.optim.around import is_decoupled
 from largebatch.optim.response import lookahead_of, momentum_of, require_response, responses
 from largebatch.optim.shift import variances_of
-from largebatch.scaling.rules import scaled_coefficient
+from largebatch.scaling.rules import second_moment_coefficient
 
 PREVIOUS = "previous_grad"
 AVERAGES = ("grad_change", "step_sq", "step_noise")
@@ -53,12 +53,7 @@ def averages_coefficient(group: dict[str, Any], kappa: float, of_reference: bool
     own = group["betas"][1] if "betas" in group else group.get("alpha")
     if own is not None and not of_reference:
         return float(own)
-    return not_shorter(COEFFICIENT if own is None else float(own), kappa)
-
-
-def not_shorter(beta: float, kappa: float) -> float:
-    """Return beta**kappa, or what is tuned or `SHORTEST` where that is less: of a second moment whose steps are damped."""
-    return max(scaled_coefficient(beta, kappa, "half_life"), min(beta, SHORTEST))
+    return second_moment_coefficient(COEFFICIENT if own is None else float(own), kappa, SHORTEST)
 
 
 @dataclass

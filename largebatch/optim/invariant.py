@@ -19,7 +19,7 @@ from largebatch.noise.estimator import Noise, NoiseScale
 from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.optim.around import Around, second_moment_name
 from largebatch.optim.at_batch import moment_of, moved_rows, values_at
-from largebatch.optim.damping import Damping, forget_damping
+from largebatch.optim.damping import SHORTEST, Damping, forget_damping
 from largebatch.optim.groups import check_groups, described
 from largebatch.optim.host import loader_size, samples, warn_of_short_batches
 from largebatch.optim.limit import Limit, LimitWatch
@@ -120,6 +120,7 @@ class BatchSizeInvariant(Around):
     ) -> None:
         self._moment_name = second_moment_name(optimizer)
         self._damping, self._watch = Damping(optimizer) if damping else None, LimitWatch(optimizer)
+        self._shortest = SHORTEST if damping else 0.0
         micro = micro_batch_size if hasattr(micro_batch_size, "__index__") else loader_size(micro_batch_size)
         reference, micro = samples("reference_batch_size", reference_batch_size), samples("micro_batch_size", micro)
         if loss not in ("mean", "sum"):
@@ -211,7 +212,7 @@ class BatchSizeInvariant(Around):
         units = self._squares.collect()
         progress = self._progress
         if units is None:  # nothing but momentum and weight decay
-            with values_at(self.base, progress.kappa, progress.batch_size, 1.0):
+            with values_at(self.base, progress.kappa, progress.batch_size, 1.0, self._shortest):
                 self.base.step()
             progress.follow(counts_of(self.base, self._moment_name))
             return loss
@@ -244,9 +245,11 @@ class BatchSizeInvariant(Around):
         if self._damping is not None:
             self._damping.begin(units, spread, kappa)
         if self._moment_name is not None:
-            rows = moved_rows(self.base, self._moment_name, units, kappa, progress.counts)
+            rows = moved_rows(
+                self.base, self._moment_name, units, kappa=kappa, counts=progress.counts, shortest=self._shortest
+            )
             move_second_moments(rows, units, spread, kappa)
-        with values_at(self.base, kappa, progress.batch_size, units.num_units):
+        with values_at(self.base, kappa, progress.batch_size, units.num_units, self._shortest):
             if isinstance(self.base, AdaptiveOptimizer):
                 slots = self._squares.slots
                 self.base.moment_source = lambda _, params: moment_of([slots[p] for p in params], units, spread, kappa)

@@ -22,7 +22,7 @@ from largebatch.moments.micro_batches import Units
 from largebatch.moments.projection import Slot
 from largebatch.noise.estimator import power_sums
 from largebatch.optim.carry import carry, denominators, denominators_before
-from largebatch.scaling.rules import scaled_coefficient
+from largebatch.scaling.rules import second_moment_coefficient
 
 # A coefficient by which an average keeps nothing of what was before.
 FORGOTTEN = 1e-4
@@ -100,14 +100,20 @@ class Count:
         return 1.0 if abs(stretch - 1.0) < 1e-12 else stretch
 
 
-def coefficient_at(group: dict[str, Any], kappa: float) -> float:
+def coefficient_at(group: dict[str, Any], kappa: float, shortest: float) -> float:
     """Return a group's beta2 or alpha at kappa times the reference batch; not zero, as torch's is divided by it."""
     beta = float(group["betas"][1] if "betas" in group else group["alpha"])
-    return max(scaled_coefficient(beta, kappa, "half_life"), min(beta, FORGOTTEN))
+    return max(second_moment_coefficient(beta, kappa, shortest), min(beta, FORGOTTEN))
 
 
 def shift_of(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], kappa: float, bounded: bool, count: Count
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    kappa: float,
+    *,
+    bounded: bool,
+    count: Count,
+    shortest: float,
 ) -> Shift:
     """Return how the second moment of a parameter is moved in the coming update, and count the update.
 
@@ -117,11 +123,12 @@ def shift_of(
         kappa: B / B_ref.
         bounded: whether single estimates may be negative.
         count: of the parameter; counts are kept for Adam and AdamW alone.
+        shortest: as `second_moment_coefficient`.
     """
     at_most = min(1.0, kappa) if bounded else 0.0
     if isinstance(optimizer, torch.optim.Adagrad):  # an update stands for kappa of the reference
         return Shift(of_square=kappa - 1.0, of_variance=kappa * (kappa - 1.0), least=kappa * at_most)
-    beta = coefficient_at(group, kappa)
+    beta = coefficient_at(group, kappa, shortest)
     weight = 1.0 - beta
     if isinstance(optimizer, torch.optim.RMSprop):
         return Shift(of_variance=weight / beta * (kappa - 1.0), beta=beta, weight=weight, least=weight * at_most)

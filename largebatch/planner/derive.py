@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 from largebatch.config.optimizers import AdaptiveBase, QuenchConfig
 from largebatch.config.schema import Config, ScalingConfig
 from largebatch.errors import UserError
+from largebatch.optim.damping import SHORTEST
 from largebatch.scaling.plan import Plan
 from largebatch.scaling.rules import Reference
 
@@ -44,6 +45,7 @@ def reference(config: Config) -> Reference:
         momentum_rule=scaling.momentum if uses["momentum"] else None,
         beta1_rule=scaling.beta1,
         beta2_rule=scaling.beta2,
+        shortest=SHORTEST if optimizer.damping else 0.0,
     )
 
 

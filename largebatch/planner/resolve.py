@@ -20,7 +20,6 @@ from largebatch.planner.derive import (
 )
 from largebatch.planner.run import Run
 from largebatch.scaling.plan import Plan
-from largebatch.scaling.rules import micro_batches_needed
 from largebatch.scaling.schedules import Warmup
 
 # Multiple of the reference batch from the first update on, above which two micro-batches an update are too few at first, when
@@ -46,7 +45,7 @@ def resolve(config: Config, num_train: int, world_size: int = 1, group_size: int
     largest = largest_batch(config, plan)
     run = Run(
         config=config,
-        plan=replace(plan, least_units=_least_units(config, plan, largest)),
+        plan=replace(plan, least_units=_least_units(config, plan)),
         world_size=world_size,
         group_size=group_size,
         largest_batch=largest,
@@ -88,14 +87,9 @@ def _warmup(config: Config, num_train: int) -> Warmup:
     return Warmup(warmup.name, round(warmup.epochs * num_train), start, "batch" if warmup.grows_batch() else "lr")
 
 
-def _least_units(config: Config, plan: Plan, largest: int) -> int:
+def _least_units(config: Config, plan: Plan) -> int:
     """Return the micro-batches that an update is to have at the least."""
     if tracked(config) != "micro_batch":
         return 1
-    if second_moment(config) is None:
-        return 2
-    values = plan.reference.at(largest)
-    coefficient = values["betas"][1] if "betas" in values else values.get("alpha", 0.0)
-    needed = micro_batches_needed(coefficient) if coefficient else 2
     begins_at = plan.full_batch_size(0) / config.batch.reference_size
-    return max(needed, EARLY_UNITS) if begins_at > TWO_SUFFICE else needed
+    return EARLY_UNITS if second_moment(config) is not None and begins_at > TWO_SUFFICE else 2

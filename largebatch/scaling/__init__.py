@@ -1,7 +1,6 @@
 """How hyper-parameters follow the batch size: rules, schedules and plans, arithmetic without torch."""
 
 from largebatch.scaling.rules import (
-    UNITS_SPANNED,
     AveragingRule,
     LrRule,
     Reference,
@@ -9,16 +8,15 @@ from largebatch.scaling.rules import (
     averaging_coefficient,
     averaging_length,
     averaging_updates,
-    micro_batches_needed,
     noise_scale,
     scaled_coefficient,
     scaled_lr,
     scaled_momentum,
+    second_moment_coefficient,
     temperature,
 )
 
 __all__ = [
-    "UNITS_SPANNED",
     "AveragingRule",
     "LrRule",
     "Reference",
@@ -26,10 +24,10 @@ __all__ = [
     "averaging_coefficient",
     "averaging_length",
     "averaging_updates",
-    "micro_batches_needed",
     "noise_scale",
     "scaled_coefficient",
     "scaled_lr",
     "scaled_momentum",
+    "second_moment_coefficient",
     "temperature",
 ]

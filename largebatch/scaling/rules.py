@@ -13,9 +13,6 @@ from typing import Any, Literal, get_args
 LrRule = Literal["linear", "sqrt", "adascale", "none"]
 AveragingRule = Literal["keep", "half_life", "length"]
 
-# Micro-batches that it spans at the least, where an update can be cut into more (docs/results.md).
-UNITS_SPANNED = 40
-
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
     if not holds:
@@ -161,20 +158,23 @@ def scaled_coefficient(beta: float, kappa: float, rule: AveragingRule | float) -
     raise ValueError(f"averaging rule: expected one of {get_args(AveragingRule)} or a number in [0, 1), got {rule!r}")
 
 
-def micro_batches_needed(beta: float) -> int:
-    """Return how many micro-batches an update needs for a second moment whose average has this coefficient.
+def second_moment_coefficient(beta: float, kappa: float, shortest: float = 0.0) -> float:
+    """Return the coefficient of a second moment's average after the batch has grown by kappa.
 
-    Two say how they vary; with more, the average spans `UNITS_SPANNED` of them, from which on more of them follow the reference
-    no better (docs/results.md).
+        max(beta**kappa, min(beta, shortest))
+
+    Its half-life in samples is kept.
 
     Args:
-        beta: coefficient at the batch size in use, in [0, 1).
+        beta: coefficient at the reference batch size, in [0, 1): Adam's beta2 or RMSProp's alpha.
+        kappa: B / B_ref, > 0.
+        shortest: coefficient of the shortest average, unless it was tuned shorter, in [0, 1).
 
     Example:
-        >>> micro_batches_needed(0.999), micro_batches_needed(0.95), micro_batches_needed(0.9)
-        (2, 2, 4)
+        >>> round(second_moment_coefficient(0.999, 16), 6), second_moment_coefficient(0.95, 16, shortest=0.9)
+        (0.984119, 0.9)
     """
-    return max(2, math.ceil(round(UNITS_SPANNED * (1.0 - beta), 6)))
+    return max(scaled_coefficient(beta, kappa, "half_life"), min(beta, shortest))
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,9 @@ class Reference:
         momentum_rule: how mu follows the batch size (see `scaled_coefficient`); kept by default.
         beta1_rule: the same for Adam's beta1; kept by default, but of fixed ``length`` in samples under ``sqrt``.
         beta2_rule: the same for Adam's beta2 and RMSProp's alpha; by default of fixed ``half_life`` in samples under
-            ``linear``, and of fixed ``length`` under ``sqrt``. Under ``adascale`` and ``none`` everything is kept.
+            ``linear`` (`second_moment_coefficient`), and of fixed ``length`` under ``sqrt``. Under ``adascale`` and ``none``
+            everything is kept.
+        shortest: coefficient of the shortest average of a second moment by that default.
 
     Raises:
         ValueError: if a value lies outside its range.
@@ -225,6 +227,7 @@ class Reference:
     momentum_rule: AveragingRule | float | None = None
     beta1_rule: AveragingRule | float | None = None
     beta2_rule: AveragingRule | float | None = None
+    shortest: float = 0.0
 
     def __post_init__(self) -> None:
         _require_batch_size(self.batch_size)
@@ -261,7 +264,8 @@ class Reference:
         return values
 
     def _second_moment(self, beta: float, kappa: float, default: AveragingRule) -> float:
-        default = "half_life" if self.rule == "linear" else default
+        if self.beta2_rule is None and self.rule == "linear":
+            return second_moment_coefficient(beta, kappa, self.shortest)
         return scaled_coefficient(beta, kappa, default if self.beta2_rule is None else self.beta2_rule)
 
 

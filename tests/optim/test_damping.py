@@ -9,7 +9,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from damping import LIMITS, variance
-from invariant_oracle import coefficient
 from loops import EXACT, build, data, equal, mean_loss, weights
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +29,11 @@ OURS = {
     "adamw": lambda p: optim.AdamW(p, 0.01, betas=(0.9, 0.99), weight_decay=0.1),
     "rmsprop": lambda p: optim.RMSProp(p, 0.01, alpha=0.99, momentum=0.9),
 }
+
+
+def coefficient(beta, kappa):
+    """Of a second moment whose steps are damped."""
+    return max(beta**kappa, min(beta, 0.95))
 
 
 class ByHand:
@@ -81,9 +85,14 @@ class ByHand:
     def adamw(self, g, variance, kappa, kept):
         beta2 = coefficient(0.99, kappa)
         kept["t"], kept["log"] = kept.get("t", 0) + 1, kept.get("log", 0.0) + math.log(beta2)
-        kept["m"] = self.b * kept.get("m", 0.0) + (1 - self.b) * g
+        older = None
+        if "s" in kept:
+            older = (kept["s"] / (1 - math.exp(kept["log"] - math.log(beta2)))).sqrt() + 1e-8
         kept["s"] = beta2 * kept.get("s", 0.0) + (1 - beta2) * (g**2 + (kappa - 1) * variance)
         denominator = (kept["s"] / (1 - math.exp(kept["log"]))).sqrt() + 1e-8
+        if older is not None and kappa > 1:
+            kept["m"] *= 1 / kappa + (1 - 1 / kappa) * denominator / older
+        kept["m"] = self.b * kept.get("m", 0.0) + (1 - self.b) * g
         c1 = 1 - self.b ** kept["t"]
         return 0.01 * kappa * kept["m"] / c1 / denominator, 0.01 * kappa * (1 - self.b) / c1 / denominator
 
