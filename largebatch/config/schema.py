@@ -52,8 +52,7 @@ class ScalingConfig(Section):
     beta1: AveragingRule | Coefficient | None = None
     """Adam's beta1. None: kept, but of fixed length in samples under sqrt."""
     beta2: AveragingRule | Coefficient | None = None
-    """Adam's beta2 and RMSProp's alpha. None: of fixed half-life in samples, but 20 updates at the least unless tuned
-    shorter; of fixed length under sqrt."""
+    """Adam's beta2 and RMSProp's alpha. None: of fixed half-life in samples; of fixed length under sqrt."""
 
 
 class NoiseConfig(Section):
