@@ -308,8 +308,12 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
                 half_made._shutdown = (
                     True  # or it complains when it is thrown away, as it lacks what it would shut down
                 )
-        for worker in set(active_children()).difference(others):
-            worker.kill()  # they ignore what asks them to end
+        left = set(active_children()).difference(others)
+        with handled_by(signal.SIGCHLD, signal.SIG_DFL):  # torch's would raise here, in place of what is told below
+            for worker in left:
+                worker.kill()  # they ignore what asks them to end
+            for worker in left:
+                worker.join(KILLED_SECONDS)
         if dead is not None:
             raise LostWorkerError(
                 f"worker process {dead[1]} {dead[2]} while it was started; {MEMORY_ADVICE}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from largebatch.errors import UserError
-from largebatch.optim.averages import Moment, advance_average, divisor_of
+from largebatch.optim.averages import Moment, advance_average, divisor_of, smallest_ratio
 from largebatch.optim.carry import carry, denominators, denominators_before
 from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
 from largebatch.reduce import num_ranks
@@ -23,9 +23,8 @@ BiasCorrection = Literal["published", "running_mean"]
 
 def _denominators(second_moments: list[Tensor], exponent: float, eps: float) -> list[Tensor]:
     """Return s**exponent + eps."""
-    roots = torch._foreach_sqrt(second_moments) if exponent == 0.5 else torch._foreach_mul(second_moments, 1.0)
-    torch._foreach_add_(roots, eps)
-    return list(roots)
+    roots = torch._foreach_sqrt(second_moments) if exponent == 0.5 else second_moments
+    return list(torch._foreach_add(roots, eps))
 
 
 def _with_decay(grads: list[Tensor], params: list[Tensor], weight_decay: float) -> list[Tensor]:
@@ -85,8 +84,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
                 f"set_batch: expected world_size, the ranks that gradients were averaged over, as there are {num_ranks()}"
             )
         for group in self.param_groups:
-            group["batch_size"], group["num_units"] = batch_size, num_units or batch_size
-            group["world_size"] = world_size or 1
+            group.update(batch_size=batch_size, num_units=num_units or batch_size, world_size=world_size or 1)
 
     def update(
         self,
@@ -235,21 +233,18 @@ class Adam(AdaptiveOptimizer):
     ) -> None:
         """Apply the rule above."""
         lr, weight_decay, correction = group["lr"], group["weight_decay"], group["bias_correction"]
-        begun, before = "second_moment_count" in counts, divisor_of(counts, "second_moment_count", correction)
+        carries = moment.kappa > 1.0 and "second_moment_count" in counts  # not in the first update
+        before = divisor_of(counts, "second_moment_count", correction)
         weight1, divisor1 = advance_average(counts, "first_moment_count", group["betas"][0], correction)
         weight2, divisor2 = advance_average(counts, "second_moment_count", group["betas"][1], correction)
         if weight_decay and self.decoupled_weight_decay:
             torch._foreach_mul_(params, 1.0 - lr * weight_decay)
         decayed = _with_decay(grads, params, 0.0 if self.decoupled_weight_decay else weight_decay)
         means, squares = state["exp_avg"], state["exp_avg_sq"]
-        carries = moment.kappa > 1.0 and begun
         older = denominators_before(squares, before, group["eps"]) if carries else []
         torch._foreach_mul_(squares, 1.0 - weight2)
-        # Cauchy-Schwarz, in the limit of many updates: (sum v_i g_i)^2 <= sum(v_i^2/w_i) * sum(w_i g_i^2) for weights v, w.
-        beta1, beta2 = group["betas"]
-        bound = (1.0 - beta2) * max(1.0 - beta1, 1.0 - beta1**2 / beta2 if beta2 else 0.0) / (1.0 - beta1) ** 2
         direction = list(torch._foreach_lerp(means, decayed, weight1)) if moment.is_bounded else None
-        moment.add_to(squares, grads, decayed, weight2, direction, bound)
+        moment.add_to(squares, grads, decayed, weight2, direction, smallest_ratio(*group["betas"]))
         roots = denominators(squares, divisor2, group["eps"])
         if carries:
             carry(means, older, roots, moment.kappa)
@@ -401,6 +396,5 @@ class Adagrad(AdaptiveOptimizer):
         """Apply the rule above."""
         decayed = _with_decay(grads, params, group["weight_decay"])
         moment.add_to(state["exp_avg_sq"], grads, decayed, moment.kappa)
-        torch._foreach_addcdiv_(
-            params, decayed, _denominators(state["exp_avg_sq"], 0.5, group["eps"]), value=-group["lr"]
-        )
+        roots = _denominators(state["exp_avg_sq"], 0.5, group["eps"])
+        torch._foreach_addcdiv_(params, decayed, roots, value=-group["lr"])

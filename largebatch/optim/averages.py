@@ -41,6 +41,14 @@ def divisor_of(counts: dict[str, float], key: str, correction: Literal["publishe
     return 1.0 - counts[key] if correction == "published" and key in counts else 1.0
 
 
+def smallest_ratio(beta1: float, beta2: float) -> float:
+    """Return c such that s >= c * m^2 for averages s of squares and m of values, in the limit of many updates.
+
+    Cauchy-Schwarz: (sum v_i g_i)^2 <= sum(v_i^2/w_i) * sum(w_i g_i^2) for the averages' weights v and w.
+    """
+    return (1.0 - beta2) * max(1.0 - beta1, 1.0 - beta1**2 / beta2 if beta2 else 0.0) / (1.0 - beta1) ** 2
+
+
 @dataclass(frozen=True)
 class Moment:
     """The second moment of one update, as a combination of squares of the mean gradient and of the tracked squares.

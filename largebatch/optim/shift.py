@@ -21,6 +21,7 @@ from torch import Tensor
 from largebatch.moments.micro_batches import Units
 from largebatch.moments.projection import Slot
 from largebatch.noise.estimator import power_sums
+from largebatch.optim.averages import smallest_ratio
 from largebatch.optim.carry import carry, denominators, denominators_before
 from largebatch.scaling.rules import second_moment_coefficient
 
@@ -135,15 +136,13 @@ def shift_of(
     older = count.divisor if kappa > 1.0 else 0.0
     keep = count.advance(beta)
     beta1 = float(group["betas"][0])
-    # Cauchy-Schwarz, in the limit of many updates: (sum v_i g_i)^2 <= sum(v_i^2/w_i) * sum(w_i g_i^2) for weights v, w.
-    bound = weight * max(1.0 - beta1, 1.0 - beta1**2 / beta) / (1.0 - beta1) ** 2
     return Shift(
         keep=keep,
         of_square=weight / beta * (count.stretch - 1.0),
         of_variance=weight / beta * count.stretch * (kappa - 1.0),
         beta=beta,
         weight=weight,
-        least=bound * at_most,
+        least=smallest_ratio(beta1, beta) * at_most,
         beta1=beta1,
         older=older,
         newer=count.divisor,

@@ -62,9 +62,9 @@ def test_the_one_line_does_what_torch_does_at_the_reference(name, kappa, num_uni
         optimizer.zero_grad()
     scaled = dict(options, lr=1e-3 * kappa)
     if "betas" in group:
-        scaled["betas"] = (group["betas"][0], coefficient_at(group, kappa))
+        scaled["betas"] = (group["betas"][0], coefficient_at(group, kappa, 0.0))
     elif "alpha" in group:
-        scaled["alpha"] = coefficient_at(group, kappa)
+        scaled["alpha"] = coefficient_at(group, kappa, 0.0)
     expected = by_torch(lambda params: base(params, **scaled))
     assert bool(model.weight.isfinite().all())
     # But an update of Adagrad stands for kappa of the reference, whose squares add up, and of one pass alone the first
