@@ -67,7 +67,7 @@ class ByHand:
             older = (s / (1 - before)).sqrt() + self.eps if before < 1 else None
             s.mul_(beta2).add_((1 - beta2) * (g**2 + (kappa - 1) * variance))
             newer = (s / (1 - self.decay2)).sqrt() + self.eps
-            if kappa > 1 and older is not None:
+            if kappa > 1 and older is not None and beta2 < 0.98:
                 m.mul_(1 / kappa + (1 - 1 / kappa) * newer / older)
             m.mul_(beta1).add_((1 - beta1) * g)
             p.sub_(lr * (m / (1 - beta1**self.updates)) / newer)

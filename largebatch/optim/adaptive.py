@@ -14,7 +14,7 @@ from torch import Tensor
 
 from largebatch.errors import UserError
 from largebatch.optim.averages import Moment, advance_average, divisor_of, smallest_ratio
-from largebatch.optim.carry import carry, denominators, denominators_before
+from largebatch.optim.carry import carry, denominators, denominators_before, is_carried
 from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
 from largebatch.reduce import num_ranks
 
@@ -183,7 +183,7 @@ class Adam(AdaptiveOptimizer):
     """Adam (Kingma and Ba 2015, arXiv:1412.6980).
 
         s = beta2*s + (1-beta2)*s_ref         s_ref = g^2 where no squares are tracked
-        m = beta1*m + (1-beta1)*g             above the reference batch m is carried first (`largebatch.optim.carry`)
+        m = beta1*m + (1-beta1)*g             far above the reference batch m is carried first (`largebatch.optim.carry`)
         p -= lr * (m/c1) / (sqrt(s/c2) + eps)
 
     Args:
@@ -233,7 +233,7 @@ class Adam(AdaptiveOptimizer):
     ) -> None:
         """Apply the rule above."""
         lr, weight_decay, correction = group["lr"], group["weight_decay"], group["bias_correction"]
-        carries = moment.kappa > 1.0 and "second_moment_count" in counts  # not in the first update
+        carries = "second_moment_count" in counts and is_carried(moment.kappa, group["betas"][1])
         before = divisor_of(counts, "second_moment_count", correction)
         weight1, divisor1 = advance_average(counts, "first_moment_count", group["betas"][0], correction)
         weight2, divisor2 = advance_average(counts, "second_moment_count", group["betas"][1], correction)

@@ -48,7 +48,7 @@ def batch_size_invariant(
 
         kappa = B / B_ref
         lr    = kappa * lr_ref                              momentum and beta1 are kept
-        beta2 = beta2_ref**kappa                            and m is carried along (`largebatch.optim.carry`)
+        beta2 = beta2_ref**kappa                            where it is below 0.98, m is carried (`largebatch.optim.carry`)
         s     = beta2*s + (1-beta2)*s_ref,   s_ref = ghat^2 + (kappa-1)*V
 
     with V the variance of the mean gradient between the micro-batches of the update, so that s_ref estimates without bias the

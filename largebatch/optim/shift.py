@@ -22,7 +22,7 @@ from largebatch.moments.micro_batches import Units
 from largebatch.moments.projection import Slot
 from largebatch.noise.estimator import power_sums
 from largebatch.optim.averages import smallest_ratio
-from largebatch.optim.carry import carry, denominators, denominators_before
+from largebatch.optim.carry import carry_to_coming, denominators_before, is_carried
 from largebatch.scaling.rules import second_moment_coefficient
 
 # A coefficient by which an average keeps nothing of what was before.
@@ -133,7 +133,7 @@ def shift_of(
     weight = 1.0 - beta
     if isinstance(optimizer, torch.optim.RMSprop):
         return Shift(of_variance=weight / beta * (kappa - 1.0), beta=beta, weight=weight, least=weight * at_most)
-    older = count.divisor if kappa > 1.0 else 0.0
+    older = count.divisor if is_carried(kappa, beta) else 0.0
     keep = count.advance(beta)
     beta1 = float(group["betas"][0])
     return Shift(
@@ -216,14 +216,17 @@ def _dividing(rows: list[Row]) -> list[Tensor]:
 
 def _carry(rows: list[Row], older: list[Tensor], shift: Shift, kappa: float) -> None:
     """Carry the averages of gradients to the denominators that the optimizer is about to come to."""
-    coming = torch._foreach_mul([row.moment for row in rows], shift.beta)
-    taken = [row.taken() for row in rows]
-    torch._foreach_addcmul_(coming, taken, taken, value=shift.weight)
-    for row, second_moment in zip(rows, coming, strict=True):
-        if row.largest is not None:
-            torch.maximum(second_moment, row.largest, out=second_moment)
-    averages = [row.average for row in rows if row.average is not None]
-    carry(averages, older, denominators(list(coming), shift.newer, rows[0].eps), kappa)
+    carry_to_coming(
+        [row.average for row in rows if row.average is not None],
+        older,
+        [row.moment for row in rows],
+        [row.taken() for row in rows],
+        [row.largest for row in rows if row.largest is not None],
+        beta=shift.beta,
+        divisor=shift.newer,
+        eps=rows[0].eps,
+        kappa=kappa,
+    )
 
 
 def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, spread: float, shift: Shift) -> None:

@@ -89,7 +89,7 @@ def test_at_the_reference_and_below_nothing_is_carried(monkeypatch):
         raise AssertionError("carried")
 
     monkeypatch.setattr("largebatch.optim.adaptive.carry", refuse)
-    monkeypatch.setattr("largebatch.optim.shift.carry", refuse)
+    monkeypatch.setattr("largebatch.optim.shift.carry_to_coming", refuse)
     gradients = torch.ones(3, 2, dtype=torch.float64)
     for make in LINE.values():
         trained(make, gradients, 1)

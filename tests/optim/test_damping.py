@@ -90,7 +90,7 @@ class ByHand:
             older = (kept["s"] / (1 - math.exp(kept["log"] - math.log(beta2)))).sqrt() + 1e-8
         kept["s"] = beta2 * kept.get("s", 0.0) + (1 - beta2) * (g**2 + (kappa - 1) * variance)
         denominator = (kept["s"] / (1 - math.exp(kept["log"]))).sqrt() + 1e-8
-        if older is not None and kappa > 1:
+        if older is not None and kappa > 1 and beta2 < 0.98:
             kept["m"] *= 1 / kappa + (1 - 1 / kappa) * denominator / older
         kept["m"] = self.b * kept.get("m", 0.0) + (1 - self.b) * g
         c1 = 1 - self.b ** kept["t"]

@@ -285,7 +285,7 @@ def test_amsgrad_through_a_growing_batch():
                 s[i].lerp_(mean**2 + (kappa - 1) * variance, 1 - beta2)
                 largest[i] = torch.maximum(largest[i], s[i])
                 newer = (largest[i] / (1 - decay)).sqrt() + 1e-8
-                if t > 1:
+                if t > 1 and beta2 < 0.98:
                     m[i].mul_(1 / kappa + (1 - 1 / kappa) * newer / older)
                 m[i].lerp_(mean, 0.1)
                 p.sub_(0.01 * kappa * m[i] / (1 - 0.9**t) / newer)
