@@ -80,10 +80,12 @@ def updater(name: str, invariant: bool, passes: int, foreach: bool = True) -> St
     return step
 
 
-def update_alone(invariant: bool, passes: int, foreach: bool = True) -> Step:
+def update_alone(invariant: bool, passes: int, beta2: float, foreach: bool = True) -> Step:
     """Return a function that does the step with 25 million parameters, after hooks that are not timed."""
     params = [nn.Parameter(torch.randn(1000, 1000)) for _ in range(25)]
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, 1e-4, foreach=foreach or not invariant or None)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        params, 1e-4, betas=(0.9, beta2), foreach=foreach or not invariant or None
+    )
     if invariant:
         optimizer = largebatch.batch_size_invariant(optimizer, reference_batch_size=1, micro_batch_size=1)
     return Timed(params, optimizer, passes)
@@ -146,6 +148,9 @@ def main() -> None:
     parser.add_argument("--passes", type=int, nargs="+", default=[2])
     parser.add_argument("--models", nargs="+", default=["mlp", "conv", "resnet18", "vit", "gpt"])
     parser.add_argument("--update", action="store_true")
+    parser.add_argument(
+        "--beta2", type=float, default=0.999, help="of the update alone; below 0.99 averages are carried"
+    )
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--foreach", action="store_true")
     arguments = parser.parse_args()
@@ -164,7 +169,9 @@ def main() -> None:
                 continue
             foreach = arguments.foreach
             steps = [
-                update_alone(i, passes, foreach) if arguments.update else updater(name, i, passes, foreach)
+                update_alone(i, passes, arguments.beta2, foreach)
+                if arguments.update
+                else updater(name, i, passes, foreach)
                 for i in (False, True)
             ]
             plain_times, our_times = interleaved(steps, arguments.rounds)
