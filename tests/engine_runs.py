@@ -31,6 +31,7 @@ CASES["all of it"] = {**CASES["accumulation"], **CASES["growing batch"], **CASES
 CASES["micro-batches"] = {"optimizer.second_moment": "micro_batch", "batch.size": 192, "batch.micro_size": 16,
                           "schedule.epochs": 20 * 192 / 1438, "optimizer.max_grad_norm": 0.3}  # fmt: skip
 OTHERS = {  # what else a run may have: at two ranks, in float64
+    "carried averages": {"optimizer.betas": [0.9, 0.95]},
     "cnn with batch norm": {"model.name": "cnn", "model.channels": [8, 6], "model.norm": "batch", "model.norm_group_size": 16, "model.hidden": None,
                             "batch.size": 192, "batch.micro_size": 16},
     "tied transformer": {"model.hidden": None, "model.name": "engine_runs:transformer", "schedule.epochs": 0.4, "batch.micro_size": 32},
