@@ -42,6 +42,7 @@ def noisy(task):
 
 EXACT = {
     "sgd, growing batch": GROWING,
+    "adamw, carried averages": ADAMW | {"optimizer.betas": [0.9, 0.95]},
     "adamw, squares of samples, dropout": SAMPLES | {"model.name": "test_resume:noisy"},
     "rmsprop, variance of every fourth update, growing batch": GROWING | {
         "optimizer.name": "rmsprop", "optimizer.lr": 1e-3, "optimizer.momentum": 0.9, "backend.squares_every": 4},
