@@ -24,7 +24,7 @@ from torch import Tensor
 # Coefficient of the average of squares from which on m is left alone: 50 updates are long beside the ten of beta1 0.9.
 LONG = 0.98
 SMALLEST = 1e-30  # of a denominator, where eps is 0: its average of gradients is 0 too
-PIECE = 2**16  # elements at a time on a CPU: what is made of them on the way stays in its cache
+PIECE = 2**16  # elements at a time for each thread of a CPU: what is made of them on the way stays in its cache
 
 
 def is_carried(kappa: float, beta2: float) -> bool:
@@ -107,10 +107,11 @@ def denominators(second_moments: list[Tensor], divisor: float, eps: float) -> li
 def pieces(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """Yield lists of tensors that belong together: large ones on a CPU piece by piece, all others at once."""
     whole: tuple[list[Tensor], ...] = tuple([] for _ in lists)
+    size = PIECE * torch.get_num_threads()
     for tensors in zip(*lists, strict=True):
-        in_pieces = tensors[0].numel() > PIECE and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        in_pieces = tensors[0].numel() > size and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
         if in_pieces and type(tensors[0]) is Tensor:
-            for parts in zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True):
+            for parts in zip(*(t.view(-1).split(size) for t in tensors), strict=True):
                 yield tuple([part] for part in parts)
         else:
             for together, tensor in zip(whole, tensors, strict=True):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from largebatch import batch_size_invariant, optim
-from largebatch.optim.carry import carry, denominators_before
+from largebatch.optim.carry import carry, carry_to_coming, denominators_before
 
 LINE = {"ours": optim.AdamW, "torch's": torch.optim.AdamW}
 
@@ -97,3 +97,16 @@ def test_at_the_reference_and_below_nothing_is_carried(monkeypatch):
     optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
     optimizer.step()
     optimizer.step()
+
+
+@pytest.mark.parametrize("size", [(9,), (300, 701)], ids=["at once", "in pieces"])
+def test_large_tensors_are_carried_as_small_ones_are(size):
+    torch.manual_seed(0)
+    moments, means, x = torch.rand(size).double(), torch.randn(size).double(), torch.randn(size).double()
+    before = denominators_before([moments], 0.3, 1e-8)
+    assert torch.equal(before[0], (moments * (1 / 0.3)).sqrt() + 1e-8)
+    coming = ((0.9 * moments + 0.1 * x**2) / 0.5).sqrt() + 1e-8
+    expected = means * (1 / 8 + 7 / 8 * coming / before[0])
+    averages = [means.clone()]
+    carry_to_coming(averages, before, [moments], [x], [], beta=0.9, divisor=0.5, eps=1e-8, kappa=8.0)
+    torch.testing.assert_close(averages[0], expected, rtol=1e-12, atol=1e-14)
