@@ -6,7 +6,9 @@ groups. State keys are ``exp_avg`` and ``exp_avg_sq`` throughout, and ``p.grad``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from largebatch.errors import UserError
 from largebatch.optim.averages import Moment, advance_average, divisor_of, smallest_ratio
-from largebatch.optim.carry import carry, denominators, denominators_before, is_carried
+from largebatch.optim.carry import carry, is_carried, pieces, roots, roots_before
 from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
 from largebatch.reduce import num_ranks
 
@@ -232,24 +234,31 @@ class Adam(AdaptiveOptimizer):
         counts: dict[str, float],
     ) -> None:
         """Apply the rule above."""
-        lr, weight_decay, correction = group["lr"], group["weight_decay"], group["bias_correction"]
+        correction, eps = group["bias_correction"], group["eps"]
         carries = "second_moment_count" in counts and is_carried(moment.kappa, group["betas"][1])
         before = divisor_of(counts, "second_moment_count", correction)
         weight1, divisor1 = advance_average(counts, "first_moment_count", group["betas"][0], correction)
         weight2, divisor2 = advance_average(counts, "second_moment_count", group["betas"][1], correction)
-        if weight_decay and self.decoupled_weight_decay:
-            torch._foreach_mul_(params, 1.0 - lr * weight_decay)
-        decayed = _with_decay(grads, params, 0.0 if self.decoupled_weight_decay else weight_decay)
-        means, squares = state["exp_avg"], state["exp_avg_sq"]
-        older = denominators_before(squares, before, group["eps"]) if carries else []
-        torch._foreach_mul_(squares, 1.0 - weight2)
-        direction = list(torch._foreach_lerp(means, decayed, weight1)) if moment.is_bounded else None
-        moment.add_to(squares, grads, decayed, weight2, direction, smallest_ratio(*group["betas"]))
-        roots = denominators(squares, divisor2, group["eps"])
-        if carries:
-            carry(means, older, roots, moment.kappa)
-        torch._foreach_lerp_(means, decayed, weight1)
-        torch._foreach_addcdiv_(params, means, roots, value=-lr / divisor1)
+        decay = group["lr"] * group["weight_decay"] if self.decoupled_weight_decay else 0.0
+        l2 = 0.0 if self.decoupled_weight_decay else group["weight_decay"]
+        step = (
+            -group["lr"] / divisor1 * math.sqrt(divisor2)
+        )  # of roots, which are sqrt(divisor2) times the denominators
+        lists = params, grads, state["exp_avg"], state["exp_avg_sq"], *([moment.squares] if moment.squares else [])
+        for params, grads, means, squares, *tracked in pieces(*lists):
+            part = replace(moment, squares=tracked[0]) if tracked else moment
+            if decay:
+                torch._foreach_mul_(params, 1.0 - decay)
+            decayed = _with_decay(grads, params, l2)
+            older = roots_before(squares, before, eps) if carries else []
+            torch._foreach_mul_(squares, 1.0 - weight2)
+            direction = list(torch._foreach_lerp(means, decayed, weight1)) if part.is_bounded else None
+            part.add_to(squares, grads, decayed, weight2, direction, smallest_ratio(*group["betas"]))
+            newer = roots(squares, divisor2, eps)
+            if carries:
+                carry(means, older, newer, math.sqrt(before / divisor2), moment.kappa)
+            torch._foreach_lerp_(means, decayed, weight1)
+            torch._foreach_addcdiv_(params, means, newer, value=step)
 
 
 class AdamW(Adam):

@@ -22,7 +22,7 @@ from largebatch.moments.micro_batches import Units
 from largebatch.moments.projection import Slot
 from largebatch.noise.estimator import power_sums
 from largebatch.optim.averages import smallest_ratio
-from largebatch.optim.carry import carry_to_coming, denominators_before, is_carried
+from largebatch.optim.carry import carry, is_carried, pieces, roots, roots_before
 from largebatch.scaling.rules import second_moment_coefficient
 
 # A coefficient by which an average keeps nothing of what was before.
@@ -173,11 +173,12 @@ class Row:
     largest: Tensor | None = None
     eps: float = 0.0
 
-    def taken(self) -> Tensor:
-        """Return x, the gradient as the optimizer takes it."""
-        gradient = self.slot.gradient()
-        gradient = -gradient if self.maximize else gradient
-        return gradient.add(self.slot.parameter.detach(), alpha=self.weight_decay) if self.weight_decay else gradient
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What is equal for parameters that are moved together."""
+        optional = self.average is None, self.largest is None
+        numbers = self.shift, self.weight_decay, self.maximize, self.eps
+        return *numbers, *optional, self.slot.holds, self.moment.dtype
 
 
 @torch.no_grad()
@@ -190,53 +191,69 @@ def move_second_moments(rows: Iterable[Row], units: Units, spread: float, kappa:
         spread: with one unit alone, V = spread * (g_t - g_{t-1})^2.
         kappa: B / B_ref.
     """
-    alike: dict[tuple[Shift, float, bool, torch.dtype], list[Row]] = {}
+    alike: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.shift.moves:
-            alike.setdefault((row.shift, row.eps, row.slot.holds == "previous", row.moment.dtype), []).append(row)
-    for (shift, eps, _, _), group in alike.items():
-        moments = [row.moment for row in group]
-        older = denominators_before(_dividing(group), shift.older, eps) if shift.older else []
-        if shift.keep != 1.0:
-            torch._foreach_mul_([*moments, *(row.largest for row in group if row.largest is not None)], shift.keep)
-        if shift.of_square:
-            taken = [row.taken() for row in group]
-            torch._foreach_addcmul_(moments, taken, taken, value=shift.of_square)
-        _add_variances(moments, [row.slot for row in group], units, spread, shift)
-        for row in group if shift.least else ():
-            _bound(row)
-        _drop_rounding(moments, shift)
-        if older:
-            _carry(group, older, shift, kappa)
+            alike.setdefault(row.kind, []).append(row)
+    for together in alike.values():
+        columns = [
+            [row.moment for row in together],
+            [row.slot.region for row in together],
+            [row.slot.gradient() for row in together],
+            [row.slot.parameter.detach() for row in together],
+            [row.average for row in together if row.average is not None],
+            [row.largest for row in together if row.largest is not None],
+        ]
+        given = [column for column in columns if column]
+        for piece in pieces(*given):
+            parts = iter(piece)
+            _move(_Piece(*(next(parts) if column else [] for column in columns)), together[0], units, spread, kappa)
 
 
-def _dividing(rows: list[Row]) -> list[Tensor]:
-    return [row.moment if row.largest is None else row.largest for row in rows]
+@dataclass
+class _Piece:
+    """Elements of parameters of one kind; each list is in their order, or empty where there is no such tensor."""
+
+    moments: list[Tensor]
+    regions: list[Tensor]
+    gradients: list[Tensor]
+    parameters: list[Tensor]
+    averages: list[Tensor]
+    largest: list[Tensor]
+
+    def taken(self, row: Row) -> list[Tensor]:
+        """Return x, the gradients as the optimizer takes them."""
+        found = list(torch._foreach_neg(self.gradients)) if row.maximize else self.gradients
+        return list(torch._foreach_add(found, self.parameters, alpha=row.weight_decay)) if row.weight_decay else found
 
 
-def _carry(rows: list[Row], older: list[Tensor], shift: Shift, kappa: float) -> None:
-    """Carry the averages of gradients to the denominators that the optimizer is about to come to."""
-    carry_to_coming(
-        [row.average for row in rows if row.average is not None],
-        older,
-        [row.moment for row in rows],
-        [row.taken() for row in rows],
-        [row.largest for row in rows if row.largest is not None],
-        beta=shift.beta,
-        divisor=shift.newer,
-        eps=rows[0].eps,
-        kappa=kappa,
-    )
+def _move(piece: _Piece, row: Row, units: Units, spread: float, kappa: float) -> None:
+    shift, moments, taken = row.shift, piece.moments, piece.taken(row)
+    older = roots_before(piece.largest or moments, shift.older, row.eps) if shift.older else []
+    if shift.keep != 1.0:
+        torch._foreach_mul_([*moments, *piece.largest], shift.keep)
+    if shift.of_square:
+        torch._foreach_addcmul_(moments, taken, taken, value=shift.of_square)
+    _add_variances(piece, row.slot.holds == "previous", units, spread, shift)
+    if shift.least:
+        _bound(piece, taken, shift)
+    _drop_rounding(moments, shift)
+    if older:
+        # sqrt(beta*s + weight*x^2) is sqrt(beta) times the root of this.
+        coming = torch._foreach_addcmul(moments, taken, taken, value=shift.weight / shift.beta)
+        newer, ratio = shift.newer / shift.beta, shift.older / shift.newer * shift.beta
+        if piece.largest:
+            torch._foreach_maximum_(coming, torch._foreach_div(piece.largest, shift.beta))
+        carry(piece.averages, older, roots(list(coming), newer, row.eps), math.sqrt(ratio), kappa)
 
 
-def _add_variances(moments: list[Tensor], slots: list[Slot], units: Units, spread: float, shift: Shift) -> None:
+def _add_variances(piece: _Piece, is_change: bool, units: Units, spread: float, shift: Shift) -> None:
     """Add of_variance * V to second moments."""
     weight = shift.of_variance
-    regions = [slot.region for slot in slots]
-    grads = [slot.gradient() for slot in slots]
+    moments, regions, grads = piece.moments, piece.regions, piece.gradients
     if units.num_units <= 1:
         # The variance of a difference of two is the sum of theirs; without an older gradient all of this one counts as noise.
-        if slots[0].holds == "previous":  # which the gradient replaces afterwards
+        if is_change:  # the gradient replaces it afterwards
             torch._foreach_mul_(regions, -units.clip)
             torch._foreach_add_(regions, grads)
             grads, weight = regions, weight * spread
@@ -311,14 +328,16 @@ def noise_sums(slots: list[Slot], units: Units, spread: float) -> tuple[float, f
     return signal_sum, variance_sum
 
 
-def _bound(row: Row) -> None:
-    """Keep the second moment above what an average of squares cannot fall below.
+def _bound(piece: _Piece, taken: list[Tensor], shift: Shift) -> None:
+    """Keep second moments above what an average of squares cannot fall below.
 
     Below the reference batch s_ref is a difference, and so it is where units differ in size: single estimates may be
     negative, and their average come near zero, by which the update would be divided.
     """
-    shift, taken = row.shift, row.taken()
-    direction = taken if row.average is None else torch.lerp(row.average.to(taken.dtype), taken, 1.0 - shift.beta1)
-    lowest = direction.square_().mul_(shift.least) if direction is not taken else taken.square().mul_(shift.least)
-    lowest.addcmul_(taken, taken, value=-shift.weight).div_(shift.beta)
-    torch.maximum(row.moment, lowest.to(row.moment.dtype), out=row.moment)
+    for index, (moment, newest) in enumerate(zip(piece.moments, taken, strict=True)):
+        direction = newest
+        if piece.averages:
+            direction = torch.lerp(piece.averages[index].to(newest.dtype), newest, 1.0 - shift.beta1)
+        lowest = direction.square().mul_(shift.least)
+        lowest.addcmul_(newest, newest, value=-shift.weight).div_(shift.beta)
+        torch.maximum(moment, lowest.to(moment.dtype), out=moment)

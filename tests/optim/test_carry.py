@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from largebatch import batch_size_invariant, optim
-from largebatch.optim.carry import carry, carry_to_coming, denominators_before
+from largebatch.optim.carry import carry, roots_before
 
 LINE = {"ours": optim.AdamW, "torch's": torch.optim.AdamW}
 
@@ -78,10 +78,10 @@ def test_an_eps_of_zero_leaves_no_nan(make):
 
 def test_what_float16_rounds_to_zero_is_not_divided_by():
     lost = torch.zeros(2, dtype=torch.float16)
-    before = denominators_before([lost], 0.003, 1e-4)
+    before = roots_before([lost], 0.003, 1e-4)
     averages = [torch.full((2,), 1e-3, dtype=torch.float16)]
-    carry(averages, before, [torch.full((2,), 2e-3, dtype=torch.float16)], 4.0)
-    assert float(averages[0].max()) < 1e-3  # the denominator before may have been 4.5e-3
+    carry(averages, before, [torch.full((2,), 1.1e-4, dtype=torch.float16)], 1.0, 4.0)
+    assert float(averages[0].max()) < 1e-3  # the root before may have been 2.4e-4
 
 
 def test_at_the_reference_and_below_nothing_is_carried(monkeypatch):
@@ -89,7 +89,7 @@ def test_at_the_reference_and_below_nothing_is_carried(monkeypatch):
         raise AssertionError("carried")
 
     monkeypatch.setattr("largebatch.optim.adaptive.carry", refuse)
-    monkeypatch.setattr("largebatch.optim.shift.carry_to_coming", refuse)
+    monkeypatch.setattr("largebatch.optim.shift.carry", refuse)
     gradients = torch.ones(3, 2, dtype=torch.float64)
     for make in LINE.values():
         trained(make, gradients, 1)
@@ -99,14 +99,30 @@ def test_at_the_reference_and_below_nothing_is_carried(monkeypatch):
     optimizer.step()
 
 
-@pytest.mark.parametrize("size", [(9,), (300, 701)], ids=["at once", "in pieces"])
-def test_large_tensors_are_carried_as_small_ones_are(size):
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(make, options) for make in LINE.values() for options in ({}, {"weight_decay": 0.1})]
+    + [(torch.optim.Adam, options) for options in ({"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True})],
+    ids=str,
+)
+def test_large_tensors_are_stepped_as_small_ones_are(make, options, monkeypatch):
+    """They are stepped piece by piece: with one unit and with two, above the reference and below."""
+    monkeypatch.setattr("largebatch.optim.carry.PIECE", 1000)
     torch.manual_seed(0)
-    moments, means, x = torch.rand(size).double(), torch.randn(size).double(), torch.randn(size).double()
-    before = denominators_before([moments], 0.3, 1e-8)
-    assert torch.equal(before[0], (moments * (1 / 0.3)).sqrt() + 1e-8)
-    coming = ((0.9 * moments + 0.1 * x**2) / 0.5).sqrt() + 1e-8
-    expected = means * (1 / 8 + 7 / 8 * coming / before[0])
-    averages = [means.clone()]
-    carry_to_coming(averages, before, [moments], [x], [], beta=0.9, divisor=0.5, eps=1e-8, kappa=8.0)
-    torch.testing.assert_close(averages[0], expected, rtol=1e-12, atol=1e-14)
+    whole = nn.Parameter(torch.randn(400, 400, dtype=torch.float64))
+    rows = [nn.Parameter(row.clone()) for row in whole.detach()]
+    targets = torch.randn(6, 2, 400, 400, dtype=torch.float64)
+    updates = (2, None), (2, 3), (1, None), (1, None), (2, 3), (2, None)
+    for params in ([whole], rows):
+        plain = make(params, lr=1e-2, betas=(0.9, 0.9), **options)
+        optimizer = batch_size_invariant(plain, reference_batch_size=4, micro_batch_size=8)
+        for both, (units, batch) in zip(targets, updates, strict=True):
+            for target in both[:units]:
+                values = torch.stack(params).view(400, 400)
+                ((values - target).square().sum() / units).backward()
+            if batch:
+                optimizer.set_batch(batch)
+            torch.nn.utils.clip_grad_norm_(params, 100.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(torch.stack(rows), whole, rtol=1e-12, atol=1e-12)
