@@ -23,12 +23,6 @@ from largebatch.reduce import num_ranks
 BiasCorrection = Literal["published", "running_mean"]
 
 
-def _denominators(second_moments: list[Tensor], exponent: float, eps: float) -> list[Tensor]:
-    """Return s**exponent + eps."""
-    roots = torch._foreach_sqrt(second_moments) if exponent == 0.5 else second_moments
-    return list(torch._foreach_add(roots, eps))
-
-
 def _with_decay(grads: list[Tensor], params: list[Tensor], weight_decay: float) -> list[Tensor]:
     """Return gradients with L2 weight decay added; the same list where there is none."""
     return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
@@ -81,10 +75,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
                 micro-batches their number, or 1/sum(w^2) where their weights w in the mean differ.
             world_size: ranks over which the engine averaged gradients; may be left out on one process.
         """
-        if world_size is None and num_ranks() > 1:
-            raise UserError(
-                f"set_batch: expected world_size, the ranks that gradients were averaged over, as there are {num_ranks()}"
-            )
+        if world_size is None and (ranks := num_ranks()) > 1:
+            raise UserError(f"set_batch: expected world_size, the ranks that gradients were averaged over: {ranks}")
         for group in self.param_groups:
             group.update(batch_size=batch_size, num_units=num_units or batch_size, world_size=world_size or 1)
 
@@ -241,9 +233,8 @@ class Adam(AdaptiveOptimizer):
         weight2, divisor2 = advance_average(counts, "second_moment_count", group["betas"][1], correction)
         decay = group["lr"] * group["weight_decay"] if self.decoupled_weight_decay else 0.0
         l2 = 0.0 if self.decoupled_weight_decay else group["weight_decay"]
-        step = (
-            -group["lr"] / divisor1 * math.sqrt(divisor2)
-        )  # of roots, which are sqrt(divisor2) times the denominators
+        # The roots are sqrt(divisor2) times the denominators.
+        step = -group["lr"] / divisor1 * math.sqrt(divisor2)
         lists = params, grads, state["exp_avg"], state["exp_avg_sq"], *([moment.squares] if moment.squares else [])
         for params, grads, means, squares, *tracked in pieces(*lists):
             part = replace(moment, squares=tracked[0]) if tracked else moment
@@ -353,17 +344,17 @@ class RMSProp(AdaptiveOptimizer):
         second_moments = state["exp_avg_sq"]
         if group["centered"]:
             mean_weight, _ = advance_average(counts, "first_moment_count", group["alpha"], self.bias_correction)
-            torch._foreach_lerp_(state["exp_avg"], decayed, mean_weight)
-            second_moments = list(
-                torch._foreach_addcmul(second_moments, state["exp_avg"], state["exp_avg"], value=-1.0)
-            )
+            means = state["exp_avg"]
+            torch._foreach_lerp_(means, decayed, mean_weight)
+            second_moments = list(torch._foreach_addcmul(second_moments, means, means, value=-1.0))
             # Rounding can leave a variance of -1e-20, whose root is NaN.
             torch._foreach_clamp_min_(second_moments, 0.0)
-        denominators = _denominators(second_moments, group["exponent"], group["eps"])
-        if group["momentum"] > 0:
-            torch._foreach_mul_(state["momentum_buffer"], group["momentum"])
-            torch._foreach_addcdiv_(state["momentum_buffer"], decayed, denominators)
-            torch._foreach_add_(params, state["momentum_buffer"], alpha=-group["lr"])
+        powers = torch._foreach_sqrt(second_moments) if group["exponent"] == 0.5 else second_moments
+        denominators = list(torch._foreach_add(powers, group["eps"]))
+        if buffers := state.get("momentum_buffer"):
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_addcdiv_(buffers, decayed, denominators)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
         else:
             torch._foreach_addcdiv_(params, decayed, denominators, value=-group["lr"])
 
@@ -390,8 +381,8 @@ class Adagrad(AdaptiveOptimizer):
         weight_decay: float = 0.0,
         reference_batch_size: int | None = None,
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "reference_batch_size": reference_batch_size}
-        super().__init__(params, defaults)
+        own = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, own | {"reference_batch_size": reference_batch_size})
 
     def update(
         self,
@@ -405,5 +396,5 @@ class Adagrad(AdaptiveOptimizer):
         """Apply the rule above."""
         decayed = _with_decay(grads, params, group["weight_decay"])
         moment.add_to(state["exp_avg_sq"], grads, decayed, moment.kappa)
-        roots = _denominators(state["exp_avg_sq"], 0.5, group["eps"])
-        torch._foreach_addcdiv_(params, decayed, roots, value=-group["lr"])
+        denominators = roots(state["exp_avg_sq"], 1.0, group["eps"])
+        torch._foreach_addcdiv_(params, decayed, denominators, value=-group["lr"])
