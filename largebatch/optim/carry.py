@@ -25,7 +25,7 @@ from torch import Tensor, nn
 # Coefficient of the average of squares from which on m is left alone: 50 updates are long beside the ten of beta1 0.9.
 LONG = 0.98
 SMALLEST = 1e-30  # of a root that is divided by
-PIECE = 2**15  # elements at a time for each thread of a CPU: what is made of them on the way stays in its cache
+PIECE = 2**16  # elements at a time for each thread of a CPU: what is made of them on the way stays in its cache
 
 
 def is_carried(kappa: float, beta2: float) -> bool:
