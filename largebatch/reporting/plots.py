@@ -105,6 +105,11 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
         batch_axis.set_ylim(0, sizes.max() * 1.15)
         batch_axis.set_ylabel("batch size")
         if "noise_scale" in updates[-1]:
+            stable = np.array([row.get("stable_batch_size") for row in updates], dtype=float)
+            stable[~(stable < 100 * sizes.max())] = np.nan  # what is far away would leave no room for the others
+            if np.isfinite(stable).any():
+                label = "batch size of the largest stable step"
+                batch_axis.plot(epochs, stable, color=BLUE, linewidth=1.2, label=label)
             _draw_noise(batch_axis, epochs, *(column(updates, f"noise_scale{end}") for end in ("", "_low", "_high")))
         batch_axis.set_xlabel(f"epochs of {samples_per_epoch:,} samples")
         batch_axis.set_xlim(left=0)
@@ -135,7 +140,7 @@ def _draw_noise(axis: Any, epochs: np.ndarray, scale: np.ndarray, low: np.ndarra
     axis.autoscale(axis="y")
     _set_log(axis)
     axis.set_ylabel("samples")
-    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=8)  # above: a band may fill the axis
+    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, fontsize=8)  # above: a band may fill the axis
 
 
 def plot_limit(places: Sequence[Place], path: Path, num_train: int) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from largebatch.reporting.loggers import Row
 DECISIONS = 10
 # Updates that an averaging length spans at least, by default: fewer than five leave the band open for good.
 LEAST_UPDATES = 10
+# Share of the largest stable step above which is warned, and measurements that it rests on at the least. It is a mean over
+# directions; where it was measured beside the steepest one, that one's share was up to five times as large (docs/limit.md).
+LARGE_SHARE, LEAST_MEASUREMENTS = 0.2, 4
 
 
 def layer_of(name: str) -> str:
@@ -48,6 +51,7 @@ class NoiseMeter:
         self.is_adaptive, self.share = config.batch.growth == "adaptive", config.batch.critical_share
         self.smallest = config.batch.size
         self.warned, self.warns_from = False, plan.total_samples / 4
+        self.warned_of_limit = False
 
     @property
     def clock(self) -> float | None:
@@ -101,22 +105,31 @@ class NoiseMeter:
         scales = {name: noise.noise_scale for name, noise in self.noise.by_name.items()}
         return {name: scale if math.isfinite(scale) else None for name, scale in scales.items()}
 
-    def warning(self, batch_size: int, samples_seen: int) -> str | None:
-        """Return, once, that the batch is larger than the critical batch size.
+    def warnings(self, batch_size: int, samples_seen: int) -> Iterator[str]:
+        """Yield, once each, that the batch is larger than the critical batch size, and that its steps are near the limit.
 
-        Not in the first quarter of the run, where the noise is small and that of the averages out of date, and of an
+        Of noise not in the first quarter of the run, where it is small and that of the averages out of date, and of an
         adaptive batch only where it can fall no further and lies above what it aims at.
         """
         whole, share = self.noise.whole, self.share if self.is_adaptive else 1.0
         can_fall = self.is_adaptive and batch_size > self.smallest
-        if self.warned or can_fall or samples_seen < self.warns_from or share * whole.high >= batch_size:
-            return None
-        self.warned = True
-        return (
-            f"batch size {batch_size:,} is above the critical batch size of {whole.noise_scale:,.0f} samples "
-            f"(99 % band {whole.low:,.0f} to {whole.high:,.0f}): a sample now brings "
-            f"{efficiency(batch_size, whole.noise_scale):.0%} of what it would in a small batch"
-        )
+        if not (self.warned or can_fall or samples_seen < self.warns_from or share * whole.high >= batch_size):
+            self.warned = True
+            yield (
+                f"batch size {batch_size:,} is above the critical batch size of {whole.noise_scale:,.0f} samples "
+                f"(99 % band {whole.low:,.0f} to {whole.high:,.0f}): a sample now brings "
+                f"{efficiency(batch_size, whole.noise_scale):.0%} of what it would in a small batch"
+            )
+        if self.limit is None or self.warned_of_limit or self.limit.count < LEAST_MEASUREMENTS:
+            return
+        found = self.limit.limit()
+        if found.share > LARGE_SHARE:
+            self.warned_of_limit = True
+            yield (
+                f"a step of batch size {batch_size:,} takes {found.share:.2f} of the largest stable one, of batch size "
+                f"{found.batch_size:,.0f}, as a mean over directions: the steepest may be past their limit, from where on the "
+                "loss leaves the curve of a small batch; largebatch limit measures them at a checkpoint"
+            )
 
     def next_batch_size(self, batch_size: int, samples_seen: int, last: int) -> int:
         """Return the batch size from here on: doubled or halved once the whole confidence band speaks for it.
@@ -151,12 +164,13 @@ class NoiseMeter:
         if self.limit is not None:
             self.limit.drop()  # half a measurement is not saved, and the run that goes on goes on as one that is resumed
             limit = self.limit.state_dict()
-        return {"noise": self.noise.state_dict(), "adascale": clock, "warned": self.warned, "limit": limit}
+        warned = {"warned": self.warned, "warned_of_limit": self.warned_of_limit}
+        return {"noise": self.noise.state_dict(), "adascale": clock, "limit": limit} | warned
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self.noise.load_state_dict(state["noise"])
-        self.warned = state["warned"]
+        self.warned, self.warned_of_limit = state["warned"], state.get("warned_of_limit", False)
         if self.limit is not None and state.get("limit"):
             self.limit.load_state_dict(state["limit"])
         if self.adascale is not None and state["adascale"] is not None:

@@ -187,7 +187,7 @@ class Trainer:
                 f"batch size {full:,} → {size:,}: the critical batch size is {whole.noise_scale:,.0f} samples "
                 f"(99 % band {whole.low:,.0f} to {whole.high:,.0f})",
             )
-        if (warning := meter.warning(full, progress.samples_seen)) is not None:
+        for warning in meter.warnings(full, progress.samples_seen):
             self.log.event(self.progress, warning)
 
     def _change_batch(self, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 from largebatch import batch_size_invariant, optim
 from largebatch.distributed import Ranks
 from largebatch.reporting.loggers import read_metrics
+from largebatch.reporting.plots import plot_run
 
 
 def trained_on_a_quadratic(make, beta, kappa, updates, **options):
@@ -132,3 +134,17 @@ def test_a_run_logs_it_beside_the_critical_batch_size(rank_pool, tmp_path):
     shares = [row["stability_share"] for row in rows[7:]]
     assert [row["stability_share"] for row in resumed[7:]] == shares
     assert [row["stability_share"] for row in other[7:]] == pytest.approx(shares, rel=1e-8)
+
+
+def test_steps_near_the_largest_stable_ones_are_said_once_and_drawn(tmp_path):
+    """Also where the run is resumed after it was said."""
+    sgd = {"optimizer.name": "sgd", "optimizer.lr": 0.3, "optimizer.momentum": 0.9, "optimizer.max_grad_norm": None}
+    run = digits(**LIVE | sgd)
+    for updates in (40, 10**9):
+        part_of_run(0, 1, run, tmp_path, updates)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    said = [row for row in rows if "of the largest stable one" in row.get("event", "")]
+    assert len(said) == 1
+    measured = [row for row in rows if "stability_share" in row and row["samples"] <= said[0]["samples"]][-1]
+    assert f"takes {measured['stability_share']:.2f} of the largest" in said[0]["event"]
+    assert plot_run(tmp_path, "digits", 1438).stat().st_size > 10_000
