@@ -1,13 +1,13 @@
 """What has no rule of its own, run again in the backward pass for the chosen samples.
 
-An operation that is followed: PyTorch's own derivative of it, taken for all of them at once. A module that the user has named:
-one sample at a time, exact where samples do not interact and nothing is drawn at random, which is checked by what comes out.
+An operation that is followed is differentiated for all of them at once, by torch.vmap. A module that the user has named is
+run one sample at a time, exact where samples do not interact and nothing is drawn at random: its outputs are compared.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,72 +20,133 @@ from largebatch.errors import UserError
 from largebatch.moments.operations import WHOLE, Rows
 from largebatch.moments.private import with_parameters
 from largebatch.moments.rules import tap, wide
-from largebatch.moments.samples import by_sample, mark_of, marks_in, verdicts
+from largebatch.moments.samples import by_sample, mark_of, verdicts
 from largebatch.moments.scope import Refusal, Scope, notes, state
-from largebatch.moments.uses import Made, Operand, Use, own_graph, runs, statistic_dtype
+from largebatch.moments.uses import Operand, Use, own_graph, runs, statistic_dtype
+
+Values = Sequence[Tensor]
+
+
+class Again:
+    """A call that can be made again for the chosen samples.
+
+    Args:
+        scope: the forward pass.
+        name: of what is called, for messages.
+        call: takes the values of the operands and the arguments' leaves, and returns the leaves of the output.
+        operands: the parameters that it uses, and what was computed from them.
+        leaves: its arguments, flattened; None in the place of operands.
+        is_module: whether it is run for one sample at a time, and its output held against that among the others.
+
+    Raises:
+        Refusal: if its arguments do not hold the same samples.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        name: str,
+        call: Callable[[Values, list[Any]], list[Any]],
+        operands: Sequence[Operand],
+        leaves: list[Any],
+        is_module: bool = False,
+    ):
+        self.scope, self.name, self.call, self.operands, self.is_module = scope, name, call, operands, is_module
+        self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        marks = {i: found for i, leaf in self.tensors.items() if (found := mark_of(scope.batch, leaf)) is not None}
+        self.rows = {i: found for i, found in marks.items() if isinstance(found, Rows)}
+        if len(self.rows) < len(marks) or len({rows[2:] for rows in self.rows.values()}) != 1:
+            raise Refusal("its arguments do not hold the same samples, or hold them mixed")
+        for i, rows in self.rows.items():
+            self.tensors[i] = scope.batch.take(self.tensors[i], rows)
+
+    def outputs(self, values: Values, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Any]:
+        """Return the leaves of the output for one sample's part of each argument that holds samples."""
+        leaves = list(self.leaves)
+        for i, tensor in zip(self.tensors, tensors, strict=True):
+            leaves[i] = tensor
+        for (i, rows), part in zip(self.rows.items(), parts, strict=True):
+            leaves[i] = part.movedim(0, max(0, rows.dim))
+        return self.call(values, leaves)
+
+    def tapped(self, output: Tensor, rows: Rows, number: int = 0) -> Tensor:
+        """Put a tap on one leaf of the output."""
+        # Of what is saved, autograd says if it was changed in place since. A later operation may change the output so.
+        expected = [self.scope.batch.take(output.detach(), rows).clone()] if self.is_module else []
+
+        def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
+            d = self.scope.batch.gradients(grad, rows)
+            values = [operand.value() for operand in self.operands]
+            if not self.is_module:
+                values, saved = [wide(value, grad) for value in values], tuple(wide(tensor, grad) for tensor in saved)
+            given = [saved[place].contiguous() for place, i in enumerate(self.tensors) if i in self.rows]
+
+            def one(values: Values, parts: Sequence[Tensor]) -> Tensor:
+                tensors = saved[: len(self.tensors)]
+                return self.outputs(values, tensors, parts)[number].movedim(max(0, rows.dim), 0)
+
+            @functools.lru_cache(1)
+            def made(first: int, last: int) -> tuple[Tensor, ...]:
+                grads = self._gradients(one, values, d[first:last], [tensor[first:last] for tensor in given])
+                if self.is_module and not _agree(grads.pop(), saved[-1][first:last]):
+                    raise UserError(
+                        f"track: {self.name} gives a sample another output alone than among the others: its samples "
+                        "interact, or it draws random numbers; per='micro_batch' takes any model"
+                    )
+                return tuple(grads)
+
+            def use(place: int) -> Use:
+                return Use(lambda run: made(run.start, run.stop)[place].clone(), several)
+
+            several = runs(len(d), max(value.numel() for value in values), grad.device)
+            if self.is_module:
+                several = [slice(index, index + 1) for index in range(len(d))]
+            return [(operand, use(place)) for place, operand in enumerate(self.operands)]
+
+        return tap(self.scope, output, rows, self.operands, left, [*self.tensors.values(), *expected])
+
+    def _gradients(self, one: Callable[..., Tensor], values: Values, d: Tensor, parts: list[Tensor]) -> list[Tensor]:
+        """Return the gradients of a run of samples, [samples, *shape] for each operand, and of a module its output."""
+        copies = tuple(value.detach().expand(len(d), *value.shape).requires_grad_() for value in values)
+        try:
+            with torch.enable_grad(), own_graph(), sdpa_kernel(SDPBackend.MATH):  # no other knows masks' gradients
+                if self.is_module:
+                    result = one([copy[0] for copy in copies], [part[0] for part in parts])[None]
+                else:
+                    result = torch.vmap(one)(copies, tuple(parts))
+                if result.shape != d.shape:
+                    raise RuntimeError("it gives a sample alone an output of another shape")
+                grads = torch.autograd.grad(result, copies, d.to(result.dtype), materialize_grads=True)
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"track: {self.name} with parameter '{self.operands[0].bases[0].name}' cannot be taken for single samples: "
+                f"{str(error).partition(chr(10))[0]}; per='micro_batch' takes any model"
+            ) from error
+        return [*(g.to(statistic_dtype(g.dtype)) for g in grads), *([result.detach()] if self.is_module else [])]
 
 
 def derivative(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Any other operation that is followed: PyTorch's own derivative of it, taken for the chosen samples at once."""
+    """Any other operation that is followed: PyTorch's own derivative of it."""
     output = func(*args, **kwargs)
-    name = getattr(func, "__name__", str(func))
-    if not isinstance(output, Tensor):
-        raise Refusal("there is no rule for it")
     leaves, spec = tree_flatten((args, kwargs))
     operands = {i: operand for i, leaf in enumerate(leaves) if (operand := scope.operand(leaf)) is not None}
-    marks = marks_in(scope.batch, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
-    (rows,) = verdicts(func, args, kwargs, marks, [output])
-    at = {id(t): m for t, m in marks if isinstance(m, Rows)}
-    inputs = {i: at[id(leaf)] for i, leaf in enumerate(leaves) if id(leaf) in at}
-    if not isinstance(rows, Rows) or len(inputs) < len(marks):
+
+    def call(values: Values, leaves: list[Any]) -> list[Any]:
+        for i, value in zip(operands, values, strict=True):
+            leaves[i] = value
+        args, kwargs = tree_unflatten(leaves, spec)
+        return [func(*args, **kwargs)]
+
+    others = [None if i in operands else leaf for i, leaf in enumerate(leaves)]
+    again = Again(scope, getattr(func, "__name__", str(func)), call, list(operands.values()), others)
+    marks = [(leaves[i], rows) for i, rows in again.rows.items()]
+    (rows,) = verdicts(func, args, kwargs, marks, [output]) if isinstance(output, Tensor) else (None,)
+    if not isinstance(rows, Rows):
         raise Refusal("there is no rule for it")
-    if len({m[2:] for m in inputs.values()}) > 1:
-        raise Refusal("its arguments do not hold the same samples")
-    constants = [None if i in operands or i in inputs else leaf for i, leaf in enumerate(leaves)]
-    versions = [(x.detach(), x._version) for x in constants if isinstance(x, Tensor)]
-
-    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
-        if any(x._version != version for x, version in versions):
-            raise UserError(f"track: a constant that {name} was given was changed in place since; use another tensor")
-        given = [t.contiguous() for t in (scope.batch.take(grad, rows), *saved)]
-        given = [wide(t, grad) if t.is_floating_point() else t for t in given]
-        values = [wide(operand.value(), grad) for operand in operands.values()]
-
-        filled = [wide(x, grad) if isinstance(x, Tensor) and x.is_floating_point() else x for x in constants]
-
-        def one(values: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> Tensor:
-            for i, value in zip(operands, values, strict=True):
-                filled[i] = value
-            for i, part in zip(inputs, parts, strict=True):
-                filled[i] = part.movedim(0, max(0, inputs[i].dim))
-            args, kwargs = tree_unflatten(filled, spec)
-            return func(*args, **kwargs).movedim(max(0, rows.dim), 0)
-
-        @functools.lru_cache(1)
-        def made(first: int, last: int) -> tuple[Tensor, ...]:
-            d, *parts = (t[first:last] for t in given)
-            copies = tuple(value.expand(len(d), *value.shape).detach().requires_grad_() for value in values)
-            try:
-                with torch.enable_grad(), own_graph(), sdpa_kernel(SDPBackend.MATH):  # no other knows masks' gradients
-                    result = torch.vmap(one)(copies, tuple(parts))
-                    if result.shape != d.shape:
-                        raise RuntimeError("it gives a sample alone an output of another shape")
-                    return torch.autograd.grad(result, copies, d, materialize_grads=True)
-            except RuntimeError as error:
-                raise UserError(
-                    f"track: {name} with parameter '{next(iter(operands.values())).bases[0].name}' cannot be taken for single "
-                    f"samples: {str(error).splitlines()[0]}; per='micro_batch' takes any model"
-                ) from error
-
-        def maker(place: int) -> Callable[[slice], Tensor]:
-            return lambda run: made(run.start, run.stop)[place]
-
-        numel = max(value.numel() for value in values)
-        several = runs(len(given[0]), numel, grad.device)
-        return [(operand, Made(maker(place), several)) for place, operand in enumerate(operands.values())]
-
-    saved = [scope.batch.take(leaves[i], m) for i, m in inputs.items()]
-    return tap(scope, output, rows, list(operands.values()), left, saved)
+    return again.tapped(output, rows)
 
 
 def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
@@ -95,143 +156,67 @@ def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs
         Refusal: if its arguments do not hold the samples, or an output does not show which part of it belongs to one.
     """
     # By name, which makes them whole under ZeRO-3.
-    named = [(name, module.get_parameter(name)) for name, _ in module.named_parameters()]
-    parameters: dict[str, Tensor] = {name: p for name, p in named if not p.requires_grad or scope.operand(p)}
+    named = {name: module.get_parameter(name) for name, _ in module.named_parameters()}
+    operands = {name: operand for name, p in named.items() if (operand := scope.operand(p)) is not None}
+    fixed: dict[str, Tensor] = {name: p for name, p in named.items() if not p.requires_grad}
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with _alone(scope, {id(p) for p in parameters.values()}):
+    leaves, spec = tree_flatten((args, kwargs))
+
+    def call(values: Values, leaves: list[Any]) -> list[Any]:
+        args, kwargs = tree_unflatten(leaves, spec)
+        tensors = fixed | {name: buffer.clone() for name, buffer in buffers.items()}
+        tensors |= dict(zip(operands, values, strict=True))
+        devices = {value.device for value in values if value.is_cuda}
+        with _alone(scope, set()), torch.random.fork_rng(devices), with_parameters(module, tensors):
+            return tree_flatten(original(*args, **kwargs))[0]
+
+    with _alone(scope, {id(named[name]) for name in (*fixed, *operands)}):
         output = original(*args, **kwargs)
-    again = _Again(scope, original, parameters, buffers, module, args, kwargs)
-    results, spec = tree_flatten(output)
-    shapes = again.shapes()
+    if any(scope.operand(leaf) is not None for leaf in leaves):
+        raise Refusal("a parameter, or what was computed from parameters, is among its arguments")
+    again = Again(scope, f"module '{notes(module).path}'", call, list(operands.values()), leaves, is_module=True)
+    try:
+        with torch.no_grad():
+            values, parts = (
+                [operand.value() for operand in operands.values()],
+                [by_sample(leaves[i], rows)[0] for i, rows in again.rows.items()],
+            )
+            single = again.outputs(values, list(again.tensors.values()), parts)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise Refusal(f"it does not run on a sample alone: {str(error).partition(chr(10))[0]}") from error
+    results, spec_of_results = tree_flatten(output)
     for number, result in enumerate(results):
         if isinstance(result, Tensor) and result.requires_grad:
-            results[number] = again.tapped(number, result, again.rows_like(result, shapes[number]))
-    return tree_unflatten(results, spec)
+            rows = _rows_like(result, single[number], next(iter(again.rows.values())))
+            results[number] = again.tapped(result, rows, number)
+    return tree_unflatten(results, spec_of_results)
+
+
+def _rows_like(result: Tensor, single: Any, rows: Rows) -> Rows:
+    """Return where an output has its samples: the one dimension in which it is longer than for one."""
+    if rows.dim == WHOLE:
+        return rows
+    sizes = zip(result.shape, single.shape, strict=True) if result.ndim == getattr(single, "ndim", -1) else ()
+    longer = [(dim, own, size) for dim, (own, size) in enumerate(sizes) if own != size]
+    if len(longer) != 1 or longer[0][1] != longer[0][2] * rows.length:
+        raise Refusal("its output does not show which part of it is one sample's")
+    return Rows(longer[0][0], 1, rows.first, rows.length)
 
 
 @contextmanager
 def _alone(scope: Scope, allowed: set[int]) -> Iterator[None]:
     """Neither follow nor tap what runs within, which may use these parameters alone."""
-    before = state.scope, state.is_replaying, scope.allowed
-    state.scope, state.is_replaying, scope.allowed = None, True, allowed
+    before = state.is_replaying, scope.allowed
+    state.is_replaying, scope.allowed = True, allowed
     try:
         yield
     finally:
-        state.scope, state.is_replaying, scope.allowed = before
+        state.is_replaying, scope.allowed = before
 
 
-class _Again:
-    """A module's call that can be made again for one sample."""
-
-    def __init__(
-        self,
-        scope: Scope,
-        original: Any,
-        parameters: dict[str, Tensor],
-        buffers: dict[str, Tensor],
-        module: nn.Module,
-        args: Any,
-        kwargs: Any,
-    ):
-        self.scope, self.original, self.module, self.buffers = scope, original, module, buffers
-        self.name = f"module '{notes(module).path}'"
-        self.operands = {name: operand for name, p in parameters.items() if (operand := scope.operand(p)) is not None}
-        self.frozen = {name: p for name, p in parameters.items() if name not in self.operands}
-        self.leaves, self.spec = tree_flatten((args, kwargs))
-        found = {i: mark_of(scope.batch, x) for i, x in enumerate(self.leaves) if isinstance(x, Tensor)}
-        self.rows = {i: m for i, m in found.items() if isinstance(m, Rows)}
-        if any(m is not None and i not in self.rows for i, m in found.items()):
-            raise Refusal("the samples of an argument are mixed")
-        if len({(m.first, m.length) for m in self.rows.values()}) != 1:
-            raise Refusal("its arguments do not hold the same samples")
-        dim, _, self.first, self.count = next(iter(self.rows.values()))
-        self.is_whole = dim == WHOLE
-        # Its arguments without their graphs.
-        self.plain = [x.detach() if isinstance(x, Tensor) else x for x in self.leaves]
-        self.versions = [x._version if isinstance(x, Tensor) else 0 for x in self.plain]
-
-    def outputs(self, sample: int, parameters: dict[str, Tensor]) -> list[Any]:
-        """Return the leaves of what it returns for one sample."""
-        leaves = list(self.plain)
-        for i, rows in self.rows.items():
-            leaves[i] = by_sample(self.plain[i], rows)[sample - self.first].movedim(0, max(0, rows.dim))
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        devices = {p.device for p in parameters.values() if p.is_cuda}
-        with _alone(self.scope, set()), torch.random.fork_rng(devices):
-            before = torch.get_rng_state()
-            with with_parameters(self.module, {**self.frozen, **parameters, **buffers}):
-                results = tree_flatten(self.original(*args, **kwargs))[0]
-            if not torch.equal(torch.get_rng_state(), before):
-                raise UserError(f"track: {self.name} draws random numbers; per='micro_batch' takes any model")
-        return results
-
-    def shapes(self) -> list[Any]:
-        """Return the shapes of its outputs for one sample."""
-        parameters = {name: operand.value() for name, operand in self.operands.items()}
-        try:
-            with torch.no_grad():
-                return [getattr(result, "shape", None) for result in self.outputs(self.first, parameters)]
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise Refusal(f"it does not run on a sample alone: {str(error).splitlines()[0]}") from error
-
-    def rows_like(self, result: Tensor, other: torch.Size) -> Rows:
-        """Return where an output has its samples: the one dimension in which it is longer than for one."""
-        if self.is_whole:
-            return Rows(WHOLE, 1, 0, 1)
-        pairs = list(zip(result.shape, other, strict=True)) if result.ndim == len(other) else []
-        dims = [dim for dim, (own, size) in enumerate(pairs) if own != size]
-        if len(dims) != 1 or pairs[dims[0]][0] != pairs[dims[0]][1] * self.count:
-            raise Refusal("its output does not show which part of it is one sample's")
-        return Rows(dims[0], 1, self.first, self.count)
-
-    def tapped(self, number: int, result: Tensor, rows: Rows) -> Tensor:
-        """Put a tap on one output."""
-        samples = self.scope.batch.samples_of(rows)
-        expected = self.scope.batch.take(result.detach(), rows).clone()  # a later operation may change it in place
-
-        def left(grad: Tensor, _: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
-            d = self.scope.batch.take(grad, rows)
-            if any(isinstance(x, Tensor) and x._version != v for x, v in zip(self.plain, self.versions, strict=True)):
-                raise UserError(
-                    f"track: what {self.name} was given was changed in place since; use operations out of place"
-                )
-
-            @functools.lru_cache(1)
-            def gradients(index: int) -> tuple[Tensor, ...]:
-                return self._gradients(number, rows, samples[index], d[index], expected[index])
-
-            def maker(place: int) -> Callable[[slice], Tensor]:
-                return lambda run: gradients(run.start)[place].clone()[None]
-
-            one_by_one = [slice(index, index + 1) for index in range(len(samples))]
-            return [(operand, Made(maker(place), one_by_one)) for place, operand in enumerate(self.operands.values())]
-
-        return tap(self.scope, result, rows, list(self.operands.values()), left, [])
-
-    def _gradients(self, number: int, rows: Rows, sample: int, d: Tensor, expected: Tensor) -> tuple[Tensor, ...]:
-        copies = {name: operand.value().clone().requires_grad_() for name, operand in self.operands.items()}
-        try:
-            with torch.enable_grad(), own_graph():
-                result = self.outputs(sample, copies)[number].movedim(max(0, rows.dim), 0)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, UserError):
-                raise
-            why = str(error).splitlines()[0]
-            raise UserError(f"track: {self.name} does not run on a sample alone: {why}") from error
-        if result.shape != d.shape or not _same(result.detach(), expected):
-            raise UserError(
-                f"track: {self.name} gives a sample another output alone than among the others: its samples interact, or it "
-                "draws random numbers; per='micro_batch' takes any model"
-            )
-        grads = torch.autograd.grad(result, list(copies.values()), d.to(result.dtype), allow_unused=True)
-        filled = (torch.zeros_like(c) if g is None else g for g, c in zip(grads, copies.values(), strict=True))
-        return tuple(g.to(statistic_dtype(g.dtype)) for g in filled)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
+def _agree(a: Tensor, b: Tensor) -> bool:
     """Whether two results agree but for rounding: sums in another order do by far, another sample's data do not."""
     scale = float(b.abs().max()) if b.numel() else 0.0
-    return bool(((a - b).abs() <= 1e3 * torch.finfo(a.dtype).eps * scale).all()) if a.is_floating_point() else True
+    return bool(((a - b).abs() <= 1e3 * torch.finfo(a.dtype).eps * scale).all())

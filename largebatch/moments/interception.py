@@ -44,8 +44,8 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         if scope.allowed is not None:
             for t in tensors_in(args, kwargs):
-                if id(t) in scope.operands and id(t) not in scope.allowed:
-                    raise Refusal(f"it uses parameter '{scope.operands[id(t)].bases[0].name}', which is not its own")
+                if (operand := scope.operand(t)) is not None and id(t) not in scope.allowed:
+                    raise Refusal(f"it uses parameter '{operand.bases[0].name}', which is not its own")
             return func(*args, **kwargs)
         body = BODIES.get(func)
         if body is not None:
@@ -164,8 +164,6 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
 
 
 def _forward_inner(scope: Scope, module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
-    if scope.allowed is not None:
-        return original(*args, **kwargs)
     scope.enter(module)
     return _run(scope, module, tracked, original, args, kwargs)
 

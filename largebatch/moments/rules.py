@@ -18,16 +18,7 @@ from largebatch.moments.operations import WHOLE, Rows, is_in_place
 from largebatch.moments.private import batch_statistics
 from largebatch.moments.samples import Batch, mark, mark_of, marks_in, verdicts
 from largebatch.moments.scope import Refusal, Scope
-from largebatch.moments.uses import (
-    Given,
-    Left,
-    Operand,
-    Product,
-    Tap,
-    Use,
-    collectors,
-    statistic_dtype,
-)
+from largebatch.moments.uses import Left, Operand, Tap, Use, collectors, given, product, statistic_dtype
 
 Rule = Callable[..., Any]
 
@@ -82,44 +73,60 @@ def tap(
 def wide(tensor: Tensor, grad: Tensor) -> Tensor:
     """Return a tensor in the type of squares, rounded as the operation took it under autocast."""
     dtype = grad.dtype
-    if tensor.dtype == dtype and dtype in (torch.float32, torch.float64):
-        return tensor
-    return tensor.to(dtype).to(statistic_dtype(dtype))
-
-
-def _flat(rows: Tensor) -> Tensor:
-    """[samples, rows of each, .., features] -> [samples, positions, features]."""
-    return rows if rows.ndim == 3 else rows.reshape(rows.shape[0], -1, rows.shape[-1])
+    return tensor.to(dtype).to(statistic_dtype(dtype)) if tensor.is_floating_point() else tensor
 
 
 def arguments(names: str, args: Any, kwargs: Any) -> list[Any]:
     """Return the arguments of a call in the order of their names, None for those that were not given."""
-    given = dict(zip(names.split(), args, strict=False)) | kwargs
-    return [given.get(name) for name in names.split()]
+    values = dict(zip(names.split(), args, strict=False)) | kwargs
+    return [values.get(name) for name in names.split()]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """[samples, rows of each, .., features] -> [samples, positions, features]."""
+    return tensor if tensor.ndim == 3 else tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """[samples, rows of each, channels, ..] -> [samples, channels]."""
+    return tensor.flatten(3).sum((1, 3)) if tensor.ndim > 3 else tensor.sum(1)
+
+
+def _layer(
+    scope: Scope,
+    output: Tensor,
+    layer: tuple[Tensor, Any, Any],
+    rows: Rows,
+    of: Callable[[Tensor, Tensor], Use],
+    arrange: Callable[[Tensor], Tensor] = _same,
+) -> Tensor:
+    """Put a tap on the output of a layer, whose weight is owed what `of` makes of (d, x), and its bias the sum of d."""
+    x, weight, bias = layer
+    of_weight, of_bias = scope.operand(weight), scope.operand(bias)
+
+    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
+        d = arrange(scope.batch.gradients(grad, rows))
+        uses = [] if of_weight is None else [(of_weight, of(d, arrange(wide(saved[0], grad))))]
+        return uses if of_bias is None else [*uses, (of_bias, given(_summed(d)))]
+
+    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
+    return tap(scope, output, rows, operands, left, [] if of_weight is None else [scope.batch.take(x, rows)])
 
 
 def _linear(scope: Scope, func: Any, args: Any, kwargs: Any, x: Tensor, weight: Any, bias: Any) -> Tensor:
     """Y = x w^T + b, or x w + b."""
-    rows, of_weight, of_bias = rows_of(scope, x, weight, bias), scope.operand(weight), scope.operand(bias)
-    is_transposed = func is not torch.nn.functional.linear
+    rows = rows_of(scope, x, weight, bias)
     if weight.ndim != 2 or x.ndim < 2 or rows.dim == x.ndim - 1 or (bias is not None and bias.ndim != 1):
         raise Refusal("its samples, or its weight, have other dimensions than (samples, .., features)")
     output = func(*args, **kwargs)
     if bias is not None and bias.shape != output.shape[-1:]:
         raise Refusal("its bias has other dimensions than (features)")
-
-    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
-        d = wide(_flat(scope.batch.take(grad, rows)), grad)
-        uses: list[tuple[Operand, Use]] = []
-        if of_weight is not None:
-            pair = d, wide(_flat(saved[0]), grad)
-            uses.append((of_weight, Product(*(reversed(pair) if is_transposed else pair))))
-        if of_bias is not None:
-            uses.append((of_bias, Given(d.squeeze(1) if d.shape[1] == 1 else d.sum(1))))
-        return uses
-
-    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
-    return tap(scope, output, rows, operands, left, [scope.batch.take(x, rows)] if of_weight is not None else [])
+    of = product if func is torch.nn.functional.linear else lambda d, x: product(x, d)
+    return _layer(scope, output, (x, weight, bias), rows, of, _flat)
 
 
 @rule(torch.nn.functional.linear)
@@ -144,44 +151,34 @@ def matmul(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     return _linear(scope, func, args, kwargs, x, weight, None)
 
 
-class LookedUp(Use):
-    """Rows of a table of v: d [samples, t, features], and which rows they are, [samples, t]."""
-
-    def __init__(self, d: Tensor, index: Tensor, num_rows: int):
-        self.d, self.index, self.num_rows = d, index, num_rows
-
-    def gradient(self, number: int) -> Tensor:
-        """Return a table."""
-        table = self.d.new_zeros(self.num_rows, self.d.shape[-1])
-        return table.index_add_(0, self.index[number], self.d[number])
-
-    def squares(self, weight: float) -> Tensor:
-        """Add what a sample owes to one row, then square, then add the samples."""
-        samples = torch.arange(len(self.d), device=self.d.device).unsqueeze(1)
-        pairs, where = torch.unique(samples * self.num_rows + self.index, return_inverse=True)
-        grads = self.d.new_zeros(len(pairs), self.d.shape[-1]).index_add_(0, where.flatten(), self.d.flatten(0, 1))
-        grads.square_().mul_(weight)
-        return self.d.new_zeros(self.num_rows, self.d.shape[-1]).index_add_(0, pairs % self.num_rows, grads)
-
-
 @rule(torch.embedding)
 def embedding(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """Rows of a table by numbers from the batch."""
     names = "weight indices padding_idx scale_grad_by_freq"
     weight, index, padding, by_frequency = arguments(names, args, kwargs)
-    operand, rows = scope.operand(weight), rows_of(scope, index)
-    if operand is None or by_frequency:
+    rows, num_rows = rows_of(scope, index), len(weight)
+    if by_frequency:
         raise Refusal("it scales gradients by how often rows occur in the batch")
-    num_rows = len(weight)
 
-    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
-        d = wide(_flat(scope.batch.take(grad, rows)), grad)
-        index = saved[0].reshape(len(d), -1)
+    def of(d: Tensor, index: Tensor) -> Use:
+        d, index = _flat(d), index.reshape(len(d), -1)
         if padding is not None and padding >= 0:
             d = d.masked_fill((index == padding).unsqueeze(-1), 0)
-        return [(operand, LookedUp(d, index, num_rows))]
 
-    return tap(scope, func(*args, **kwargs), rows, [operand], left, [scope.batch.take(index, rows)])
+        def make(run: slice) -> Tensor:
+            tables = d.new_zeros(len(d[run]), num_rows, d.shape[-1])
+            return torch.stack([t.index_add_(0, i, g) for t, i, g in zip(tables, index[run], d[run], strict=True)])
+
+        def squares() -> Tensor:
+            """Add what a sample owes to one row, then square, then add the samples."""
+            samples = torch.arange(len(d), device=d.device).unsqueeze(1)
+            pairs, where = torch.unique(samples * num_rows + index, return_inverse=True)
+            grads = d.new_zeros(len(pairs), d.shape[-1]).index_add_(0, where.flatten(), d.flatten(0, 1))
+            return d.new_zeros(num_rows, d.shape[-1]).index_add_(0, pairs % num_rows, grads.square_())
+
+        return Use(make, quick=squares)
+
+    return _layer(scope, func(*args, **kwargs), (index, weight, None), rows, of)
 
 
 @rule(torch.batch_norm)
@@ -192,7 +189,7 @@ def batch_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """
     names = "input weight bias running_mean running_var training momentum eps"
     x, weight, bias, mean, var, by_batch, _, eps = arguments(names, args, kwargs)
-    rows, of_weight, of_bias = rows_of(scope, x, weight, bias), scope.operand(weight), scope.operand(bias)
+    rows = rows_of(scope, x, weight, bias)
     if rows.dim not in (0, WHOLE):
         raise Refusal("its samples do not lie along the first dimension")
     statistics = None if by_batch else (mean.clone(), (var + eps).rsqrt())  # as they are now
@@ -201,58 +198,15 @@ def batch_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     if statistics is None:
         variance, average = torch.var_mean(x.detach(), [0, *range(2, x.ndim)], correction=0)
         statistics = average, (variance + eps).rsqrt()
-
-    def reduced(t: Tensor) -> Tensor:
-        return t.flatten(3).sum((1, 3)) if t.ndim > 3 else t.sum(1)
-
-    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
-        d = wide(scope.batch.take(grad, rows), grad)
-        uses: list[tuple[Operand, Use]] = []
-        if of_weight is not None:
-            x, mean, factor = saved
-            mean, factor = (t.view(-1, *[1] * (x.ndim - 3)) for t in (mean, factor))
-            uses.append((of_weight, Given(reduced(((x - mean) * factor).to(d.dtype) * d))))
-        if of_bias is not None:
-            uses.append((of_bias, Given(reduced(d))))
-        return uses
-
-    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
-    saved = [scope.batch.take(x, rows), *statistics] if of_weight is not None else []
-    return tap(scope, output, rows, operands, left, saved)
+    mean, factor = (t.view(-1, *[1] * (x.ndim - 2)) for t in statistics)
+    return _layer(
+        scope, output, (x, weight, bias), rows, lambda d, x: given(_summed(((x - mean) * factor).to(d.dtype) * d))
+    )
 
 
-class Convolved(Use):
-    """Weight gradients of a convolution: d [samples, rows, o, ..] and x [samples, rows, i, ..]."""
-
-    # Small weight gradients leave a processor's threads idle unless several are made at once (64 -> 128 channels at 16 x 16:
-    # 4.2 ms for 32 samples by fours, 8.1 ms one by one, two cores); of 256 -> 256 channels a second sample only costs cache.
-    FOLD_ELEMENTS = 1 << 18
-
-    def __init__(self, d: Tensor, x: Tensor, shape: torch.Size, options: tuple[Any, ...]):
-        self.d, self.x, self.shape, self.options = d, x, shape, options
-
-    def gradient(self, number: int) -> Tensor:
-        """Return one sample's."""
-        return self._gradients(self.d[number], self.x[number], 1)[0]
-
-    def squares(self, weight: float) -> Tensor:
-        """Fold some samples into the groups of one convolution at a time."""
-        count, rows = self.d.shape[:2]
-        step = math.ceil(self.FOLD_ELEMENTS / math.prod(self.shape)) if rows == 1 else 1
-        total = torch.zeros(self.shape, dtype=self.d.dtype, device=self.d.device)
-        for first in range(0, count, step):
-            d, x = (t[first : first + step].flatten(0, 1) for t in (self.d, self.x))
-            for grad in self._gradients(d, x, len(d) if rows == 1 else 1):
-                total.addcmul_(grad, grad, value=weight)
-        return total
-
-    def _gradients(self, d: Tensor, x: Tensor, folded: int) -> Tensor:
-        stride, padding, dilation, groups = self.options
-        if folded > 1:
-            d, x = (t.reshape(1, -1, *t.shape[2:]) for t in (d, x))
-        weight = d.new_empty(1).expand(folded * self.shape[0], *self.shape[1:])
-        options = (stride, padding, dilation, False, [0] * len(stride), folded * groups, (False, True, False))
-        return torch.ops.aten.convolution_backward(d, x, weight, None, *options)[1].reshape(folded, *self.shape)
+# Small weight gradients leave a processor's threads idle unless several are made at once (64 -> 128 channels at 16 x 16:
+# 4.2 ms for 32 samples by fours, 8.1 ms one by one, two cores); of 256 -> 256 channels a second sample only costs cache.
+FOLD_ELEMENTS = 1 << 18
 
 
 @rule(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -260,8 +214,8 @@ def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """Convolutions with zero padding given as numbers."""
     names = "input weight bias stride padding dilation groups"
     x, weight, bias, stride, padding, dilation, groups = arguments(names, args, kwargs)
-    ndim = weight.ndim - 2
-    rows, of_weight, of_bias = rows_of(scope, x, weight, bias), scope.operand(weight), scope.operand(bias)
+    shape, ndim, groups = weight.shape, weight.ndim - 2, groups or 1
+    rows = rows_of(scope, x, weight, bias)
     if x.ndim != ndim + 2 or rows.dim not in (0, WHOLE) or isinstance(padding, str):
         raise Refusal("its samples do not lie along the first dimension, or its padding has a name")
     stride, padding, dilation = (
@@ -270,26 +224,29 @@ def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
         else (default if value is None else value,) * ndim
         for value, default in ((stride, 1), (padding, 0), (dilation, 1))
     )
-    options, shape = (stride, padding, dilation, groups or 1), weight.shape
-    is_pointwise = math.prod(shape[2:]) == 1 and not any(padding) and options[-1] == 1
 
-    def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
-        d = wide(scope.batch.take(grad, rows), grad)
-        uses: list[tuple[Operand, Use]] = []
-        if of_weight is not None:
-            x = wide(saved[0], grad)
-            use: Use = Convolved(d, x, shape, options)
-            if is_pointwise:  # a linear map at each position
-                x = x[tuple([slice(None)] * 3 + [slice(None, None, step) for step in stride])]
-                use = Product(*(t.movedim(2, -1).flatten(1, -2) for t in (d, x)))
-            uses.append((of_weight, use))
-        if of_bias is not None:
-            uses.append((of_bias, Given(d.flatten(3).sum((1, 3)))))
-        return uses
+    def gradient(d: Tensor, x: Tensor, folded: int) -> Tensor:
+        """Return the weight's gradients of several samples, folded into the groups of one convolution."""
+        if folded > 1:
+            d, x = (t.reshape(1, -1, *t.shape[2:]) for t in (d, x))
+        empty = d.new_empty(1).expand(folded * shape[0], *shape[1:])
+        options = stride, padding, dilation, False, [0] * ndim, folded * groups, (False, True, False)
+        return torch.ops.aten.convolution_backward(d, x, empty, None, *options)[1].reshape(folded, *shape)
 
-    operands = [operand for operand in (of_weight, of_bias) if operand is not None]
-    saved = [scope.batch.take(x, rows)] if of_weight is not None else []
-    return tap(scope, func(*args, **kwargs), rows, operands, left, saved)
+    def of(d: Tensor, x: Tensor) -> Use:
+        if math.prod(shape[2:]) == 1 and not any(padding) and groups == 1:  # a linear map at each position
+            x = x[tuple([slice(None)] * 3 + [slice(None, None, step) for step in stride])]
+            return product(*(t.movedim(2, -1).flatten(1, -2) for t in (d, x)))
+        step = math.ceil(FOLD_ELEMENTS / shape.numel()) if d.shape[1] == 1 else 1
+        several = [slice(first, first + step) for first in range(0, len(d), step)]
+
+        def make(run: slice) -> Tensor:
+            """Return those of a run, whose samples have one row each or are one."""
+            return gradient(d[run].flatten(0, 1), x[run].flatten(0, 1), len(d[run]) if step > 1 else 1)
+
+        return Use(make, several)
+
+    return _layer(scope, func(*args, **kwargs), (x, weight, bias), rows, of)
 
 
 def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -360,7 +317,6 @@ def _broadcast_back(
 ) -> list[tuple[Operand, Use]]:
     """Sum the gradient of an expanded operand to its own shape, for each sample."""
     shape = (1,) * (grad.ndim - len(operand.shape)) + tuple(operand.shape)
-    g = batch.take(grad, rows)
-    g = g.to(statistic_dtype(g.dtype))
+    g = batch.gradients(grad, rows)
     g = g if rows.dim == WHOLE else g.movedim(1, rows.dim + 1)
-    return [(operand, Given(g.sum_to_size(len(g), *shape).reshape(len(g), *operand.shape)))]
+    return [(operand, given(g.sum_to_size(len(g), *shape).reshape(len(g), *operand.shape)))]

@@ -8,6 +8,7 @@ parameter may meet it. So a dimension is never taken for the samples' because it
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from largebatch.moments import operations
 from largebatch.moments.operations import WHOLE, Call, Lost, Rows
 from largebatch.moments.private import identity_edge, metadata_of
+from largebatch.moments.uses import statistic_dtype
 
 
 class Batch:
@@ -55,6 +57,12 @@ class Batch:
             else:
                 self._places[key] = torch.tensor(places, dtype=torch.long, device=tensor.device)
         return grouped[self._places[key]]
+
+    def gradients(self, grad: Tensor, rows: Rows) -> Tensor:
+        """Return the chosen samples' rows of an output's gradient in the type of squares, times the root of their weight."""
+        taken = self.take(grad, rows)
+        taken = taken.to(statistic_dtype(taken.dtype))
+        return taken if self.weight == 1 else taken * math.sqrt(self.weight)
 
 
 def by_sample(tensor: Tensor, rows: Rows) -> Tensor:

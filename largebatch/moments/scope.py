@@ -34,7 +34,6 @@ class Tracked:
         inputs: which tensor arguments hold samples: "first" or "all"; None where it has not been said.
         samples: how many samples to square in a forward pass, None for all.
         use_fallback: whether to differentiate the module as a whole, one sample at a time.
-        passes: shadow's name -> number of the last backward pass that squared it.
     """
 
     names: dict[str, str]
@@ -45,7 +44,6 @@ class Tracked:
     inputs: str | None
     samples: int | None
     use_fallback: bool
-    passes: dict[str, int]
 
 
 def notes(module: nn.Module) -> Tracked:
@@ -87,7 +85,7 @@ class Scope:
                 shadow = owner._parameters.get(shadow_name)
                 assert shadow is not None
                 label = f"{tracked.path}.{name}".lstrip(".")
-                base = Base(label, parameter, shadow, (owner, shadow_name, tracked.passes), self.batch)
+                base = Base(label, parameter, shadow, (owner, shadow_name))
                 self.operands[id(parameter)] = Operand(parameter, (base,))
                 self.batch.parameters.add(id(parameter))
 

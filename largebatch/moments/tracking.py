@@ -110,7 +110,7 @@ def track(
                 shadow_of[id(parameter)] = _shadow(parameter)
             module.register_parameter(name + SUFFIX, shadow_of[id(parameter)])
             names[name] = name + SUFFIX
-        _install(module, Tracked(names, path, [], per, batch_dim, inputs, samples, path in slow, {}))
+        _install(module, Tracked(names, path, [], per, batch_dim, inputs, samples, path in slow))
     for module in modules.values():
         notes(module).owners = [m for m in module.modules() if notes(m).names]
     return model

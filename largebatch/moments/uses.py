@@ -9,10 +9,9 @@ taps, makes the sum of squares of them, and returns it as the gradient of the pa
 from __future__ import annotations
 
 import functools
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from largebatch.errors import UserError
 from largebatch.moments.private import backward_pass
-from largebatch.moments.samples import Batch
 
 # Elements of samples' gradients made at a time: on a processor 256 KiB of float32, which a core's cache holds (32 samples of
 # 192 x 768: 7.2 ms one by one, 10 ms by sevens); elsewhere 4 MiB, so that a launch is worth its while.
@@ -43,89 +41,47 @@ def own_graph() -> AbstractContextManager[Any]:
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
-class Use(ABC):
-    """What one use of an operand owes to each of some samples: `gradient` of one, and `squares`, their sum."""
+@dataclass
+class Use:
+    """What one use of an operand owes to each of some samples.
 
-    @abstractmethod
-    def gradient(self, number: int) -> Tensor:
-        """Return the gradient of sample `number` of those chosen, of the operand's shape."""
+    Attributes:
+        make: takes a run of the samples and returns their gradients, [samples of the run, *shape of the operand].
+        runs: of all samples, those whose gradients are made at a time.
+        quick: returns the sum of the samples' squared gradients at less cost, where there is such a way.
+    """
 
-    @abstractmethod
-    def squares(self, weight: float) -> Tensor:
-        """Return the sum of the chosen samples' squared gradients, times a weight."""
-
-
-class Given(Use):
-    """Gradients that are held: [samples, *shape]."""
-
-    def __init__(self, grads: Tensor):
-        self.grads = grads
+    make: Callable[[slice], Tensor]
+    runs: Sequence[slice] = ()
+    quick: Callable[[], Tensor] | None = None
 
     def gradient(self, number: int) -> Tensor:
-        """Return a row."""
-        return self.grads[number]
-
-    def squares(self, weight: float) -> Tensor:
-        """Sum the rows' squares."""
-        return self.grads.square().sum(0).mul_(weight)
-
-
-class Summed(Use):
-    """The sum of squares alone, of a parameter that is used once."""
-
-    def __init__(self, total: Tensor):
-        self.total = total
-
-    def gradient(self, number: int) -> Tensor:
-        """Never asked for."""
-        raise AssertionError("a parameter that is used once")
-
-    def squares(self, weight: float) -> Tensor:
-        """Weigh it."""
-        return self.total * weight
-
-
-class Made(Use):
-    """Gradients made by a function of a run of samples, [samples of the run, *shape], whenever they are needed."""
-
-    def __init__(self, make: Callable[[slice], Tensor], runs: Sequence[slice]):
-        self.make, self.runs = make, runs
-
-    def gradient(self, number: int) -> Tensor:
-        """Make one."""
+        """Return the gradient of sample `number` of those chosen."""
         return self.make(slice(number, number + 1))[0]
 
-    def squares(self, weight: float) -> Tensor:
-        """Make all, run by run."""
-        sums = (self.make(run).square().sum(0) for run in self.runs)
-        return functools.reduce(Tensor.add_, sums).mul_(weight)
-
-
-class Product(Use):
-    """a_s^T b_s over the positions of a sample: a [samples, t, p], b [samples, t, q]."""
-
-    def __init__(self, a: Tensor, b: Tensor):
-        self.a, self.b = a, b
-
-    def gradient(self, number: int) -> Tensor:
-        """Return one product [p, q]."""
-        return self.a[number].t() @ self.b[number]
-
-    def squares(self, weight: float) -> Tensor:
-        """With one position (a b^T)^2 = a^2 (b^2)^T, one product for all samples; else as many at a time as the cache holds."""
-        a, b = self.a, self.b
-        if a.shape[1] == 1:
-            return torch.addmm(a.new_empty(()), a[:, 0].square().t(), b[:, 0].square(), beta=0, alpha=weight)
-        a = a if weight == 1 else a * math.sqrt(weight)
-        several = runs(len(a), a.shape[2] * b.shape[2], a.device)
-        if len(several) < len(a):
-            return functools.reduce(Tensor.add_, (torch.bmm(a[run].mT, b[run]).square_().sum(0) for run in several))
-        total = torch.mm(a[0].t(), b[0]).square_()
-        buffer = torch.empty_like(total) if len(a) > 1 else total
-        for number in range(1, len(a)):
-            torch.mm(a[number].t(), b[number], out=buffer)
-            total.addcmul_(buffer, buffer)
+    def squares(self) -> Tensor:
+        """Return the sum of the chosen samples' squared gradients."""
+        if self.quick is not None:
+            return self.quick()
+        first, *others = self.runs
+        total = self.make(first).square().sum(0)
+        for run in others:
+            grads = self.make(run)
+            total = total.addcmul_(grads[0], grads[0]) if len(grads) == 1 else total.add_(grads.square_().sum(0))
         return total
+
+
+def given(grads: Tensor) -> Use:
+    """Return the use of gradients that are held: [samples, *shape]."""
+    return Use(lambda run: grads[run], [slice(0, len(grads))])
+
+
+def product(a: Tensor, b: Tensor) -> Use:
+    """Return the use that owes a_s^T b_s over the positions of a sample: a [samples, t, p], b [samples, t, q]."""
+    made = Use(lambda run: torch.bmm(a[run].mT, b[run]), runs(len(a), a.shape[2] * b.shape[2], a.device))
+    if a.shape[1] == 1:  # (a b^T)^2 = a^2 (b^2)^T, one product for all samples
+        made.quick = lambda: a[:, 0].square().t() @ b[:, 0].square()
+    return made
 
 
 class Base:
@@ -135,14 +91,11 @@ class Base:
         name: for messages.
         parameter: the tensor that the module computes with (under FSDP2 the gathered one).
         shadow: the parameter whose gradient is to be the sum of squares.
-        home: the module that owns the shadow, the shadow's name there, and a place to note its last backward pass.
-        batch: the samples.
+        home: the module that owns the shadow, and the shadow's name there.
     """
 
-    def __init__(
-        self, name: str, parameter: Tensor, shadow: Tensor, home: tuple[nn.Module, str, dict[str, int]], batch: Batch
-    ):
-        self.name, self.parameter, self.shadow, self.home, self.batch = name, parameter, shadow, home, batch
+    def __init__(self, name: str, parameter: Tensor, shadow: Tensor, home: tuple[nn.Module, str]):
+        self.name, self.parameter, self.shadow, self.home = name, parameter, shadow, home
         self.token: Tensor | None = None
         self.reached = -1
         self.num_uses = 0
@@ -152,7 +105,7 @@ class Base:
     def check(self) -> None:
         """Raise where squares of the parameter would have no place, or not fit its gradient."""
         if self.shadow.shape != self.parameter.shape:  # under ZeRO-3 the weight of a child, which its parent has read
-            owner, name, _ = self.home
+            owner, name = self.home
             self.shadow = owner._parameters[name]  # type: ignore[assignment]
         if self.shadow.shape != self.parameter.shape and self.shadow.numel() and self.parameter.numel():
             raise UserError(
@@ -170,15 +123,16 @@ class Base:
             return None
         pending = [(use, samples) for number, use, samples in self.pending if number == now]
         self.pending = []
-        name, passes = self.home[1:]
-        if self.is_done or now in (passes.get(name), getattr(self.parameter, "_largebatch_pass", None)):
+        both = self.parameter, self.shadow  # one may be another's: of a second tracked model, of functional_call
+        if self.is_done or any(getattr(tensor, "_largebatch_pass", None) == now for tensor in both):
             raise UserError(
                 f"track: parameter '{self.name}' takes part in two forward passes of one backward pass, or in two backward "
                 "passes of one forward pass, so that what they owe to a sample cannot be added before it is squared: call the "
                 "tracked model once, and backward once, for each batch; or use per='micro_batch'"
             )
-        self.is_done, passes[name] = True, now
-        self.parameter._largebatch_pass = now  # type: ignore[attr-defined]  # of another tracked model with the same weight
+        self.is_done = True
+        for tensor in both:
+            tensor._largebatch_pass = now  # type: ignore[attr-defined]
         with _full_precision(self.parameter.device):
             return self._sum_of_squares(pending)
 
@@ -187,13 +141,13 @@ class Base:
         dtype = statistic_dtype(self.parameter.dtype)
         numbers = {sample for _, samples in pending for sample in samples}
         if pending and sum(len(samples) for _, samples in pending) == len(numbers):
-            parts = (use.squares(self.batch.weight).reshape(self.parameter.shape) for use, _ in pending)
+            parts = (use.squares().reshape(self.parameter.shape) for use, _ in pending)
             return functools.reduce(torch.add, parts).to(dtype)
         total = torch.zeros(self.parameter.shape, dtype=dtype, device=self.parameter.device)
         for sample in sorted(numbers):
             owed = [use.gradient(samples.index(sample)) for use, samples in pending if sample in samples]
             grad = functools.reduce(torch.add, (value.reshape(total.shape).to(dtype) for value in owed))
-            total.addcmul_(grad, grad, value=self.batch.weight)
+            total.addcmul_(grad, grad)
         return total
 
 
@@ -233,8 +187,9 @@ class Operand:
     def _pulled(self, base: Base, use: Use, count: int) -> Use:
         grads = (self.pull(base, use.gradient(number)) for number in range(count))
         if base.num_uses > 1:
-            return Given(torch.stack(list(grads)))
-        return Summed(functools.reduce(torch.add, (grad.square() for grad in grads)))
+            return given(torch.stack(list(grads)))
+        total = functools.reduce(Tensor.add_, (grad.square() for grad in grads))
+        return Use(lambda _: total, quick=lambda: total)  # used once, so that nobody asks for the gradients
 
 
 Left = Callable[[Tensor, tuple[Tensor, ...]], "Sequence[tuple[Operand, Use]]"]

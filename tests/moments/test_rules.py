@@ -721,6 +721,44 @@ class TestWhereWeightsComeFrom:
         with pytest.raises(UserError, match=r"fallback module '2'.*parameter '0\.weight', which is not its own"):
             model(torch.randn(N, 3))
 
+    @pytest.mark.parametrize("is_argument", [True, False])
+    def test_what_was_computed_from_parameters_meets_a_fallback(self, is_argument):
+        class Head(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale, self.kept = nn.Parameter(torch.randn(3)), None
+
+            def forward(self, x, w):
+                return F.linear(x, self.kept if w is None else w) * self.scale
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.head = nn.Linear(3, 3), Head()
+
+            def forward(self, x):
+                w = self.first.weight.t()
+                self.head.kept = None if is_argument else w
+                return self.head(self.first(x), w if is_argument else None)
+
+        with pytest.raises(
+            UserError, match=r"fallback module 'head'.*(among its arguments|'first\.weight', which is not)"
+        ):
+            track(Model(), fallback=["head"])(torch.randn(N, 3))
+
+    def test_an_argument_of_a_fallback_that_is_changed_in_place_is_refused(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = Apply(lambda x, w: x + w, w=normal(3))
+
+            def forward(self, x):
+                x = x * 2
+                return self.inner(x) + x.mul_(2)
+
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            track(Model(), fallback=["inner"])(normal(N, 3)).sum().backward()
+
     def test_an_operation_in_place_after_a_fallback_that_draws(self):
         module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 3))
         model = track(nn.Sequential(module, nn.ReLU(inplace=True)), fallback=["0"])
