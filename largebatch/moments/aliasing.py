@@ -1,6 +1,6 @@
 """The squares of whole backward passes as gradients of shadows, for engines that cut parameters up (FSDP2, ZeRO).
 
-Every parameter of a module is replaced, while its forward runs, by an alias whose backward returns (g, g^2).
+While a forward pass runs, a parameter that is read from its module is an alias whose backward returns (g, g^2).
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from largebatch.errors import UserError
 from largebatch.moments.private import backward_pass, inside_reentrant_checkpoint
@@ -32,99 +30,59 @@ class Square(torch.autograd.Function):
         return grad, grad.to(ctx.dtype).square()
 
 
+class Aliased(dict[str, Any]):
+    """In the place of a module's parameters: what is read by name is an alias, what is iterated over are the parameters.
+
+    Args:
+        owner: the module. FSDP2 puts other parameters into it as the pass goes on, and ZeRO-3 makes whole what is read with [].
+    """
+
+    def __init__(self, owner: nn.Module):
+        super().__init__(owner._parameters.items())
+        self.held, self.names = owner._parameters, notes(owner).names
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the alias of a parameter, the same for all modules and uses in this pass."""
+        parameter, aliases = self.held[name], state.aliases
+        if name not in self.names or parameter is None or not parameter.requires_grad or not torch.is_grad_enabled():
+            return parameter
+        assert aliases is not None
+        if id(parameter) not in aliases:
+            aliases[id(parameter)] = parameter, Square.apply(parameter, self.held[self.names[name]])
+        return aliases[id(parameter)][1]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Put a parameter into the module."""
+        super().__setitem__(name, value)
+        self.held[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what an engine keeps beside the parameters."""
+        return getattr(self.held, name)
+
+
+@torch.compiler.disable
 def forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
-    """Run forward with every parameter of the subtree replaced by an alias whose backward squares."""
-    if not torch.compiler.is_compiling() and backward_pass() >= 0 and inside_reentrant_checkpoint():
+    """Run forward with aliases for the parameters of the subtree."""
+    if backward_pass() >= 0 and inside_reentrant_checkpoint():
         raise UserError(  # each would square its own part of a gradient
             "track: per='micro_batch' does not go with the re-entrant activation checkpoint around "
             f"'{tracked.path}'; call torch.utils.checkpoint with use_reentrant=False"
         )
-    if state.is_aliasing:
-        return original(*args, **kwargs)
-    is_outermost = state.aliases is None
-    if is_outermost and _is_cut_up(tracked):
-        with Aliasing(tracked):
-            return original(*args, **kwargs)
-    aliases = state.aliases = {} if state.aliases is None else state.aliases
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    before, flat = state.aliases, None
+    state.aliases = {} if before is None else before
+    owners = [owner for owner in tracked.owners if not isinstance(owner._parameters, Aliased)]
     try:
-        for owner in tracked.owners:
-            values = owner.__dict__
-            for name, shadow_name in notes(owner).names.items():
-                parameter = owner._parameters[name]
-                if parameter is None or not parameter.requires_grad:
-                    continue
-                if id(parameter) not in aliases:
-                    alias = Square.apply(parameter, owner._parameters[shadow_name])
-                    aliases[id(parameter)] = (parameter, alias)
-                alias = aliases[id(parameter)][1]
-                if values.get(name) is not alias:  # FSDP2 puts another tensor there than an outer module saw
-                    replaced.append((values, name, values.get(name)))
-                    values[name] = alias  # found before _parameters
-            if isinstance(owner, nn.RNNBase):
-                replaced.append((values, "_flat_weights", values["_flat_weights"]))
-                values["_flat_weights"] = [getattr(owner, name) for name in owner._flat_weights_names]
+        for owner in owners:
+            owner.__dict__["_parameters"] = Aliased(owner)
+        if isinstance(module, nn.RNNBase):
+            flat = module.__dict__["_flat_weights"]
+            module.__dict__["_flat_weights"] = [getattr(module, name) for name in module._flat_weights_names]
         return original(*args, **kwargs)
     finally:
-        for values, name, value in reversed(replaced):
-            if value is None:
-                del values[name]
-            else:
-                values[name] = value
-        if is_outermost:
-            state.aliases = None
-
-
-def _is_cut_up(tracked: Tracked) -> bool:
-    """Whether parameters of the subtree are whole only while they are used, as under ZeRO-3."""
-    for owner in tracked.owners:
-        for name in notes(owner).names:
-            parameter = owner._parameters.get(name)
-            if parameter is not None and parameter.numel() == 0:
-                return True
-    return False
-
-
-class Aliasing(TorchFunctionMode):
-    """Replace parameters by aliases whose backward squares, each when an operation first uses it."""
-
-    def __init__(self, tracked: Tracked):
-        super().__init__()
-        self.homes: dict[int, tuple[nn.Module, str]] = {}
-        self.aliases: dict[int, Tensor] = {}
-        for owner in tracked.owners:
-            for name, shadow_name in notes(owner).names.items():
-                parameter = owner._parameters.get(name)
-                if parameter is not None and parameter.requires_grad:
-                    self.homes[id(parameter)] = owner, shadow_name
-
-    def __enter__(self) -> Any:
-        """Take over from the aliases that modules would put into their places."""
-        state.is_aliasing = True
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        """Leave them to it again."""
-        state.is_aliasing = False
-        super().__exit__(*error)
-
-    def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func` on aliases."""
-        kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        if getattr(func, "__name__", "") in ("__get__", "__set__"):
-            output = func(*args, **kwargs)
-            if not (isinstance(output, Tensor) and output.grad_fn is not None):
-                return output  # .data, which the engine sets, .shape, .grad; but not .T
-        args, kwargs = tree_map(self._alias, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def _alias(self, value: Any) -> Any:
-        if id(value) not in self.homes:
-            return value
-        if id(value) not in self.aliases:
-            owner, shadow_name = self.homes[id(value)]
-            # Read with [], by which ZeRO-3 makes it whole.
-            self.aliases[id(value)] = Square.apply(value, owner._parameters[shadow_name])
-        return self.aliases[id(value)]
+        for owner in owners:
+            if isinstance(owner._parameters, Aliased):
+                owner.__dict__["_parameters"] = owner._parameters.held
+        if flat is not None:
+            module.__dict__["_flat_weights"] = flat
+        state.aliases = before

@@ -150,7 +150,6 @@ class State:
         scope: the forward pass that is running under per="sample".
         choice: (samples to square, weight of each) of the forward passes to come, where somebody chose.
         aliases: the pass under per="micro_batch": id of a parameter -> (the parameter, its alias).
-        is_aliasing: whether `Aliasing` is at work there instead.
         is_replaying: whether the fallback is running a module again, in which nothing is to be intercepted.
     """
 
@@ -158,7 +157,6 @@ class State:
         self.scope: Scope | None = None
         self.choice: tuple[list[int], float] | None = None
         self.aliases: dict[int, tuple[Tensor, Tensor]] | None = None
-        self.is_aliasing = False
         self.is_replaying = False
 
 

@@ -46,8 +46,8 @@ def track(
     With per="sample" the samples are followed from the model's arguments through every operation; a parameter that meets them
     in an operation without a rule, or after one that may have mixed them, is refused by name (`provenance`, `rules`). Call the
     tracked model once for each backward pass. What a forward pass does to a parameter without any sample, and what the loss
-    does to it outside of the model (a penalty on its norm), is no part of the statistic. torch.compile leaves such
-    a model uncompiled.
+    does to it outside of the model (a penalty on its norm), is no part of the statistic. torch.compile leaves a
+    tracked model uncompiled.
 
     Cast the model first (`model.bfloat16()` would cast the shadows too). Call it before wrapping the model (DDP, FSDP2,
     DeepSpeed) and before building the optimizer. Calling it again is allowed: it takes in what was added or unfrozen

