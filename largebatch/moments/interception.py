@@ -7,6 +7,7 @@ module, and activation checkpointing runs a module again during the backward pas
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,16 +18,11 @@ from torch.utils._pytree import tree_leaves
 from largebatch.errors import UserError
 from largebatch.moments import again, operations, rules
 from largebatch.moments.aliasing import forward_squared
-from largebatch.moments.operations import WHOLE, Rows
-from largebatch.moments.private import (
-    BODIES,
-    backward_pass,
-    inside_function_transform,
-    is_transformed,
-    unwrapped,
-)
-from largebatch.moments.samples import Batch, check_in_place, follow, mark, mark_of, passed_on, tensors_in
+from largebatch.moments.operations import WHOLE, Lost, Rows
+from largebatch.moments.private import BODIES, backward_pass, inside_function_transform, is_transformed, unwrapped
+from largebatch.moments.samples import Batch, check_in_place, follow, live_in, mark, marks_in, passed_on, tensors_in
 from largebatch.moments.scope import WAY_OUT, Refusal, Scope, Tracked, notes, state, why_lost
+from largebatch.moments.uses import Operand
 
 
 class Interception(TorchFunctionMode):
@@ -57,27 +53,38 @@ class Interception(TorchFunctionMode):
         operands = [operand for t in tensors if (operand := scope.operand(t)) is not None]
         if not operands or not torch.is_grad_enabled():
             return self._plain(func, args, kwargs, tensors)
-        if getattr(func, "__name__", "") == "register_hook":
-            raise scope.refuse(func, operands, "a hook may change its gradient, which squares of samples would not see")
-        if operations.is_in_place(func) and scope.operand(args[0]) is not None:
-            raise scope.refuse(func, operands, "it changes the parameter, or what was computed from it, in place")
+        try:
+            return self._with_operands(func, args, kwargs, tensors, operands)
+        except Refusal as refusal:
+            raise scope.refuse(func, operands, str(refusal)) from None
+
+    def _with_operands(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], operands: list[Operand]) -> Any:
+        """Run a function that parameters are seen by."""
+        scope = self.scope
+        if func is Tensor.register_hook:
+            raise Refusal("a hook may change its gradient, which squares of samples would not see")
+        is_in_place = operations.is_in_place(func)
+        if is_in_place and scope.operand(args[0]) is not None:
+            raise Refusal("it changes the parameter, or what was computed from it, in place")
         is_like = func in operations.LIKE and scope.operand(args[0]) is not None  # of another it takes the shape alone
-        if (is_like and len(operands) == 1) or all(mark_of(scope.batch, t) is None for t in tensors):
+        marks = marks_in(scope.batch, tensors)
+        if (is_like and len(operands) == 1) or not marks:
             return scope.derive(func, args, kwargs, operands)
-        lost = scope.lost(tensors)
-        if lost is not None:
-            raise scope.refuse(func, operands, why_lost(lost))
+        for _, found in live_in(marks):
+            if isinstance(found, Lost):
+                raise Refusal(why_lost(found))
         if any(operand.dtype.is_complex for operand in operands):
-            raise scope.refuse(func, operands, "it takes the parameter as complex numbers")
-        reason = ""
+            raise Refusal("it takes the parameter as complex numbers")
         is_broadcast = func in operations.POINTWISE or func in rules.JOINS
-        for way in (rules.RULES.get(func, rules.broadcast if is_broadcast else None), again.derivative):
-            try:
-                if way is not None and not (way is again.derivative and operations.is_in_place(func)):
-                    return way(scope, func, args, kwargs)
-            except Refusal as refusal:
-                reason = reason or str(refusal)
-        raise scope.refuse(func, operands, reason or "there is no rule for it")
+        rule = rules.RULES.get(func, rules.broadcast if is_broadcast else None)
+        try:
+            return (rule or again.derivative)(scope, func, args, kwargs)
+        except Refusal as refusal:
+            if rule is None or is_in_place:
+                raise
+            with suppress(Refusal):
+                return again.derivative(scope, func, args, kwargs)
+            raise refusal
 
     def _check_seen(self, func: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         """Raise where values of the batch go to where they are not followed.
@@ -139,17 +146,15 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if state.is_replaying or not torch.is_grad_enabled():
         return original(*args, **kwargs)
     tracked = notes(self)
-    if tracked.per == "micro_batch":
-        return forward_squared(self, tracked, original, args, kwargs)
-    if state.scope is not None and not torch.compiler.is_compiling():
-        return _forward_inner(state.scope, self, tracked, original, args, kwargs)
-    return _forward_tapped(self, tracked, original, args, kwargs)
+    run = forward_squared if tracked.per == "micro_batch" else _forward_tapped
+    return run(self, tracked, original, args, kwargs)
 
 
 @torch.compiler.disable
 def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
     if state.scope is not None:
-        return _forward_inner(state.scope, module, tracked, original, args, kwargs)
+        state.scope.enter(module)
+        return _run(state.scope, module, tracked, original, args, kwargs)
     scope = state.scope = _outermost(module, tracked, args, kwargs)
     try:
         with Interception(scope):
@@ -161,11 +166,6 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
         for operand in scope.operands.values():
             operand.bases[0].token = None  # which would keep its own graph alive
     return output
-
-
-def _forward_inner(scope: Scope, module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
-    scope.enter(module)
-    return _run(scope, module, tracked, original, args, kwargs)
 
 
 def _tensors_of(output: Any, depth: int = 3) -> list[Tensor]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.moments import operations
-from largebatch.moments.operations import WHOLE, Call, Lost, Rows
+from largebatch.moments.operations import WHOLE, Lost, Rows, lies
 from largebatch.moments.private import identity_edge, metadata_of
 from largebatch.moments.uses import statistic_dtype
 
@@ -135,6 +135,11 @@ def marks_in(batch: Batch, tensors: list[Tensor]) -> list[tuple[Tensor, Rows | L
     return [(t, m) for t in tensors if (m := mark_of(batch, t)) is not None]
 
 
+def live_in(marks: Marks) -> Marks:
+    """Return the marks that count: whole numbers that were mixed, such as masks, take no sample's gradient to another."""
+    return [(t, m) for t, m in marks if isinstance(m, Rows) or t.is_floating_point() or t.is_complex()] or marks
+
+
 def follow(batch: Batch, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], output: Any) -> None:
     """Mark the results of a function that was called on tensors of the batch; `tensors` are its arguments'."""
     marks = marks_in(batch, tensors)
@@ -164,9 +169,7 @@ def verdicts(func: Any, args: Any, kwargs: Any, marks: Marks, pieces: Any) -> li
     """Return where the samples lie in each result of a function; `marks` are its tensors that have any."""
     if func in operations.LIKE:
         marks = [(t, m) for t, m in marks if args and t is args[0]]
-    # Whole numbers that were mixed, such as masks, choose what is computed, and take no sample's gradient to another.
-    live = [(t, m) for t, m in marks if isinstance(m, Rows) or t.is_floating_point() or t.is_complex()] or list(marks)
-    name = getattr(func, "__name__", str(func))
+    live, name = live_in(marks), getattr(func, "__name__", str(func))
     lost = [m for _, m in live if isinstance(m, Lost)]
     if lost:
         is_sum = len(lost) == len(live) and all(m.is_sum for m in lost)
@@ -177,8 +180,7 @@ def verdicts(func: Any, args: Any, kwargs: Any, marks: Marks, pieces: Any) -> li
         return [Lost(name)] * len(pieces)
     if live[0][1].dim == WHOLE:  # type: ignore[union-attr]
         return [live[0][1]] * len(pieces)
-    call = Call(func, args, kwargs, live)  # type: ignore[arg-type]
-    return [call.follow(name, piece, number) for number, piece in enumerate(pieces)]
+    return [lies(func, args, kwargs, live, piece, number) for number, piece in enumerate(pieces)]  # type: ignore[arg-type]
 
 
 def check_in_place(batch: Batch, func: Any, args: Any, kwargs: Any) -> Rows | Lost | None:
@@ -189,10 +191,10 @@ def check_in_place(batch: Batch, func: Any, args: Any, kwargs: Any) -> Rows | Lo
             tensor would go on under marks that are no longer true.
     """
     target, before = args[0], mark_of(batch, args[0])
-    values = marks_in(batch, tensors_in(args[1:] if func is not Tensor.__setitem__ else args[2:], kwargs))
-    if not values and (before is None or func in operations.FILLING):
-        return before
-    if before is not None and (func in operations.POINTWISE or (func is Tensor.__setitem__ and not values)):
+    values = marks_in(batch, tensors_in(args[1:], kwargs))
+    if before is None and not values:
+        return None
+    if before is not None and func in operations.POINTWISE:
         (after,) = verdicts(torch.add, (target,), {}, [(target, before), *values], [target])
         if after == before and (isinstance(before, Rows) or before.is_sum):
             return before

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from largebatch.errors import UserError
-from largebatch.moments.operations import Lost, Rows
-from largebatch.moments.samples import Batch, mark_of, marks_in
+from largebatch.moments.operations import Lost
+from largebatch.moments.samples import Batch, mark_of
 from largebatch.moments.uses import Base, Operand
 
 # Where messages send who needs squares of samples from an operation without a rule.
@@ -23,16 +23,12 @@ class Refusal(Exception):
 
 @dataclass
 class Tracked:
-    """What `track` notes on a module.
+    """What `track` notes on a module, beside its own arguments.
 
     Attributes:
         names: this module's parameters, name -> name of the shadow.
         path: the module's name in the model, for messages.
         owners: the modules of the subtree that own tracked parameters.
-        per: "sample" or "micro_batch".
-        batch_dim: dimension of the samples in the model's inputs.
-        inputs: which tensor arguments hold samples: "first" or "all"; None where it has not been said.
-        samples: how many samples to square in a forward pass, None for all.
         use_fallback: whether to differentiate the module as a whole, one sample at a time.
     """
 
@@ -116,13 +112,6 @@ class Scope:
             f"track: parameter '{operands[0].bases[0].name}' meets the batch in {name}, where samples' gradients cannot be "
             f"told apart: {why}. {WAY_OUT}"
         )
-
-    def lost(self, tensors: list[Tensor]) -> Lost | None:
-        """Return the mark of an argument whose samples are lost, None where there is none that matters."""
-        marks = marks_in(self.batch, tensors)
-        is_batch = any(isinstance(m, Rows) for _, m in marks)  # beside which whole numbers only choose
-        lost = [m for t, m in marks if isinstance(m, Lost) and (t.is_floating_point() or not is_batch)]
-        return lost[0] if lost else None
 
     def check_outputs(self, tensors: list[Tensor]) -> None:
         """Raise if the outcome of the pass mixes samples otherwise than by a sum of them.

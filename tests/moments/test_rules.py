@@ -645,6 +645,16 @@ HIDDEN = {
     "numpy": lambda x, w: (F.linear(x, w), F.linear(torch.from_numpy(x.numpy().copy()), w)),
     "a list": lambda x, w: (F.linear(x, w), F.linear(torch.tensor(x.tolist(), dtype=x.dtype), w)),
     "vmap": lambda x, w: (F.linear(x, w), F.linear(torch.vmap(torch.sin)(x), w)),
+    "a constant assigned": lambda x, w: F.linear(_assigned(x.clone(), (slice(None), 0), 0.0), w),
+    "filled": lambda x, w: F.linear(x.clone().uniform_(), w),
+    "a mask written by the batch": lambda x, w: F.linear(_assigned(torch.zeros_like(x), x > 0, 1.0), w),
+    "repeated along features": lambda x, w: F.linear(x.repeat(1, 3)[:, ::3], w),
+    "gathered along features": lambda x, w: F.linear(x.gather(1, torch.zeros(len(x), 3).long()), w),
+    "selected along features": lambda x, w: F.linear(x.index_select(1, torch.arange(3)), w),
+    "the larger of two": lambda x, w: F.linear(torch.max(x, x.sin()), w),
+    "pixel_shuffle": lambda x, w: F.linear(
+        F.pixel_shuffle(x[:, :, None, None].expand(-1, -1, 4, 4).repeat_interleave(4, 1), 2), w
+    ),
     "foreach": lambda x, w: F.linear(torch._foreach_add([x], [x.flip(0)])[0], w),
     "cumsum_": lambda x, w: F.linear(x.clone().cumsum_(0), w),
     "statistics without a gradient": lambda x, w: F.linear(x, w) - x.mean(0),
