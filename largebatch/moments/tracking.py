@@ -37,21 +37,19 @@ def track(
 ) -> ModelT:
     """Make every backward pass of `model` leave sum g^2 in the gradient of each parameter's shadow.
 
-    Gradients stay the model's own, bit for bit. Scale: the squares are those of the gradients as they arrive. Let a backward
-    pass of a *mean* loss over B samples give ghat = (1/B) sum_b g_b. Then
+    Gradients stay the model's own, bit for bit. The squares are those of the gradients as they arrive: let a backward pass of a
+    *mean* loss over B samples give ghat = (1/B) sum_b g_b. Then
         per="sample":       shadow.grad = sum_b (g_b / B)^2,
         per="micro_batch":  shadow.grad = sum_k (G_k / K)^2 over K micro-batches whose losses were divided by K,
     and `statistic_scale` turns either into a mean of squares. Gradients and squares accumulate over backward passes.
 
-    With per="sample" the samples are followed from the model's arguments through every operation; a parameter that meets them
-    in an operation without a rule, or after one that may have mixed them, is refused by name (`provenance`, `rules`). Call the
-    tracked model once for each backward pass. What a forward pass does to a parameter without any sample, and what the loss
-    does to it outside of the model (a penalty on its norm), is no part of the statistic. torch.compile leaves a
-    tracked model uncompiled.
+    With per="sample" a parameter that meets the batch in an operation without a rule, or after one that may have mixed its
+    samples, is refused by name. Call the tracked model once for each backward pass. What a forward pass does to a parameter
+    without any sample, and what the loss does to it outside of the model (a penalty on its norm), is no part of the statistic.
 
     Cast the model first (`model.bfloat16()` would cast the shadows too). Call it before wrapping the model (DDP, FSDP2,
-    DeepSpeed) and before building the optimizer. Calling it again is allowed: it takes in what was added or unfrozen
-    since. Parameters with requires_grad=False are left alone.
+    DeepSpeed) and before building the optimizer; and again, to take in what was added or unfrozen since. Parameters with
+    requires_grad=False are left alone. torch.compile leaves a tracked model uncompiled.
 
     Args:
         model: any module; changed in place.
@@ -88,29 +86,35 @@ def track(
         if parameter.is_complex() and parameter.requires_grad:
             raise UserError(f"track: parameter '{name}' is complex; make it real and use torch.view_as_complex on it")
     for name, module in modules.items():
-        if isinstance(module, torch.jit.ScriptModule) or any(map(is_lazy, module._parameters.values())):
+        is_lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values())
+        if is_lazy or isinstance(module, torch.jit.ScriptModule):
             raise UserError(
                 f"track: module '{name}' is scripted, or does not know its shapes yet; run it once, or leave it plain"
             )
     shadow_of: dict[int, nn.Parameter] = {}
-    owner_of: dict[int, int] = {}
+    for _, parameter, shadow in list(_pairs(model)):
+        if parameter.shape == shadow.shape and all(
+            shadow is not other for other in shadow_of.values()
+        ):  # or untied since
+            shadow_of[id(parameter)] = shadow
+    untrack(model)
     for path, module in modules.items():
-        names = dict(notes(module).names) if hasattr(module, "_largebatch") else {}
-        for name, shadow_name in list(names.items()):
-            parameter, shadow = module._parameters.get(name), module._parameters[shadow_name]
-            is_replaced = parameter is None or shadow is None or parameter.shape != shadow.shape
-            if is_replaced or owner_of.setdefault(id(shadow), id(parameter)) != id(parameter):  # or untied since
-                del names[name], module._parameters[shadow_name]
-            else:
-                shadow_of[id(parameter)] = shadow
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None or not parameter.requires_grad or is_shadow(parameter) or name in names:
-                continue
+        trained = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
+        for name, parameter in trained.items():
             if id(parameter) not in shadow_of:
-                shadow_of[id(parameter)] = _shadow(parameter)
+                shadow = nn.Parameter(torch.zeros_like(parameter, dtype=statistic_dtype(parameter.dtype)))
+                shadow._is_largebatch_shadow = True  # type: ignore[attr-defined]
+                shadow_of[id(parameter)] = shadow
             module.register_parameter(name + SUFFIX, shadow_of[id(parameter)])
-            names[name] = name + SUFFIX
-        _install(module, Tracked(names, path, [], per, batch_dim, inputs, samples, path in slow))
+        names = {name: name + SUFFIX for name in trained}
+        module._largebatch = Tracked(names, path, [], per, batch_dim, inputs, samples, path in slow)  # type: ignore[assignment]
+        if "forward" in module.__dict__:
+            module.__dict__["_largebatch_forward"] = module.__dict__["forward"]
+        module.__dict__["forward"] = Intercepted(forward, module)
+        module.__dict__["_largebatch_handles"] = [
+            module.register_state_dict_post_hook(_hide_shadows),
+            module.register_load_state_dict_post_hook(_forget_missing_shadows),
+        ]
     for module in modules.values():
         notes(module).owners = [m for m in module.modules() if notes(m).names]
     return model
@@ -127,32 +131,6 @@ def chosen_samples(samples: list[int], weight: float) -> Iterator[None]:
         yield
     finally:
         state.choice = before
-
-
-def is_lazy(parameter: Tensor | None) -> bool:
-    """Whether a parameter gets its shape in the first forward pass."""
-    return isinstance(parameter, nn.parameter.UninitializedParameter)
-
-
-def _shadow(parameter: nn.Parameter) -> nn.Parameter:
-    shadow = nn.Parameter(torch.zeros_like(parameter, dtype=statistic_dtype(parameter.dtype)))
-    shadow._is_largebatch_shadow = True  # type: ignore[attr-defined]
-    return shadow
-
-
-def _install(module: nn.Module, tracked: Tracked) -> None:
-    is_new = not hasattr(module, "_largebatch")
-    module._largebatch = tracked  # type: ignore[assignment]
-    if not is_new:
-        return
-    if "forward" in module.__dict__:
-        module.__dict__["_largebatch_forward"] = module.__dict__["forward"]
-    module.__dict__["forward"] = Intercepted(forward, module)
-    handles = [
-        module.register_state_dict_post_hook(_hide_shadows),
-        module.register_load_state_dict_post_hook(_forget_missing_shadows),
-    ]
-    module.__dict__["_largebatch_handles"] = handles
 
 
 def _hide_shadows(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

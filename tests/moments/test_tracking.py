@@ -497,6 +497,15 @@ class TestErrors:
         model(torch.randn(N, 6, dtype=torch.float64)).sum().backward()
         check_statistics(model)
 
+    def test_what_is_tracked_again_keeps_its_shadows_unless_it_was_untied(self):
+        model = track(GPT(tied=True))
+        before = shadows(model)
+        assert all(shadow is before[name] for name, shadow in shadows(track(model)).items())
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+        after = shadows(track(model))
+        assert after["head.weight"] is not before["tokens.weight"] and len(after) == len(before) + 1
+        assert all(after[name] is shadow for name, shadow in before.items())
+
     def test_arguments(self):
         with pytest.raises(UserError, match="per must be"):
             track(mlp(), per="batch")  # type: ignore[arg-type]
