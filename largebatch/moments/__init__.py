@@ -30,14 +30,5 @@ from largebatch.moments.tracking import (
 )
 from largebatch.moments.verify import verify
 
-__all__ = [
-    "chosen_samples",
-    "grad_sample_sq",
-    "is_shadow",
-    "shadows",
-    "statistic_scale",
-    "track",
-    "tracked_parameters",
-    "untrack",
-    "verify",
-]
+__all__ = ["chosen_samples", "grad_sample_sq", "is_shadow", "shadows", "statistic_scale", "track", "tracked_parameters"]
+__all__ += ["untrack", "verify"]

@@ -87,40 +87,28 @@ class Interception(TorchFunctionMode):
             raise refusal
 
     def _check_seen(self, func: Any, kwargs: Any, tensors: list[Tensor]) -> None:
-        """Raise where values of the batch go to where they are not followed.
-
-        Raises:
-            UserError: with the function's name.
-        """
-        name = getattr(func, "__name__", "")
-        wrapped = [t for t in tensors if is_transformed(t)]
-        is_get = name == "__set__" and len(tensors) < 2
-        if not (wrapped or kwargs.get("out") is not None or (operations.is_unseen(func) and not is_get)):
-            return
-        batch = self.scope.batch
-        if any(passed_on(unwrapped(t))[0] is batch for t in tensors):
-            what = "torch.func" if wrapped else f"{name} with out=" if kwargs.get("out") is not None else name
+        """Raise, naming the function, where values of the batch go to where they are not followed."""
+        what, name = "", getattr(func, "__name__", "")
+        if any(map(is_transformed, tensors)):
+            what = "torch.func"
+        elif kwargs.get("out") is not None:
+            what = f"{name} with out="
+        elif operations.is_unseen(func) and (name != "__set__" or len(tensors) > 1):
+            what = name
+        if what and any(passed_on(unwrapped(t))[0] is self.scope.batch for t in tensors):
             raise UserError(
                 f"track: the values of the batch go through {what}, where its samples cannot be followed. {WAY_OUT}"
             )
 
     def _plain(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Run a function that no parameter is seen by."""
-        batch = self.scope.batch
-        if not operations.is_in_place(func):
-            output = func(*args, **kwargs)
-            follow(batch, func, args, kwargs, tensors, output)
-            return output
-        target = args[0]
-        try:
-            found = check_in_place(batch, func, args, kwargs) if isinstance(target, Tensor) else None
-        except ValueError as error:
-            raise UserError(
-                f"track: {error}, so that the samples cannot be followed; use an operation out of place"
-            ) from None
+        batch, is_in_place = self.scope.batch, operations.is_in_place(func)
+        found = check_in_place(batch, func, args, kwargs) if is_in_place else None
         output = func(*args, **kwargs)
-        if found is not None and isinstance(target, Tensor):
-            mark(batch, target, found)
+        if found is not None:
+            mark(batch, args[0], found)
+        elif not is_in_place:
+            follow(batch, func, args, kwargs, tensors, output)
         return output
 
 
@@ -155,7 +143,7 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
     if state.scope is not None:
         state.scope.enter(module)
         return _run(state.scope, module, tracked, original, args, kwargs)
-    scope = state.scope = _outermost(module, tracked, args, kwargs)
+    scope = state.scope = Scope(_outermost(module, tracked, args, kwargs), module)
     try:
         with Interception(scope):
             output = _run(scope, module, tracked, original, args, kwargs)
@@ -163,8 +151,7 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
             scope.check_outputs(_tensors_of(output))
     finally:
         state.scope = None
-        for operand in scope.operands.values():
-            operand.bases[0].token = None  # which would keep its own graph alive
+        scope.leave()
     return output
 
 
@@ -191,8 +178,8 @@ def _run(scope: Scope, module: nn.Module, tracked: Tracked, original: Any, args:
         ) from None
 
 
-def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> Scope:
-    """Return the scope of a forward pass that starts here; its first tensor argument tells the number of samples."""
+def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> Batch:
+    """Return the samples of a forward pass that starts here, marked; its first tensor argument tells how many there are."""
     dim = tracked.batch_dim
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if backward_pass() >= 0:  # activation checkpointing runs a part of the model again, on what it was run on before
@@ -202,10 +189,7 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
                 f"track: '{tracked.path}' runs again in activation checkpointing, on other tensors than before: call "
                 "torch.utils.checkpoint on modules as they are, with use_reentrant=False, or use per='micro_batch'"
             )
-        scope = Scope(batches[0])
-        scope.enter(module)
-        scope.is_open = True
-        return scope
+        return batches[0]
     if tracked.path:
         raise UserError(
             f"track: '{tracked.path}' is called from outside of the model that was tracked, so that nothing tells its samples; "
@@ -222,25 +206,18 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> S
     num_samples = held[0].shape[dim]
     if num_samples == 0:
         raise UserError("track: the model is called with a batch without samples; skip an empty batch")
-    scope = Scope(_batch(num_samples, tracked.samples))
+    chosen, weight, most = None, 1.0, tracked.samples
+    if state.choice is not None:
+        chosen, weight = state.choice
+        chosen = chosen if len(chosen) < num_samples else None
+    elif most is not None and most < num_samples:
+        chosen, weight = [(2 * i + 1) * num_samples // (2 * most) for i in range(most)], num_samples / most
+    batch = Batch(num_samples, chosen, weight)
     for tensor in held if tracked.inputs == "all" else held[:1]:
         if tensor.shape[dim] != num_samples:
             raise UserError(
                 f"track: an argument of the model has {tensor.shape[dim]} rows along dimension {dim}, where the first has "
                 f"{num_samples} samples; inputs='first' takes the others for constants"
             )
-        mark(scope.batch, tensor, Rows(WHOLE if num_samples == 1 else dim, 1, 0, num_samples))
-    scope.enter(module)
-    scope.is_open = True
-    return scope
-
-
-def _batch(num_samples: int, most: int | None) -> Batch:
-    """Return the samples of a pass: those somebody chose, or so many of them at even distances."""
-    if state.choice is not None:
-        chosen, weight = state.choice
-        return Batch(num_samples, chosen if len(chosen) < num_samples else None, weight)
-    if most is None or most >= num_samples:
-        return Batch(num_samples)
-    chosen = [(2 * i + 1) * num_samples // (2 * most) for i in range(most)]
-    return Batch(num_samples, chosen, num_samples / most)
+        mark(batch, tensor, Rows(WHOLE if num_samples == 1 else dim, 1, 0, num_samples))
+    return batch

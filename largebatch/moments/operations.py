@@ -237,7 +237,7 @@ def _view(step: Step) -> Rows | None:
 
 
 @_follows({Tensor.__getitem__}, resizes=True)
-def _item(step: Step) -> Rows | None:
+def _item(step: Step) -> Rows | bool | None:
     index = step.args[1] if isinstance(step.args[1], tuple) else (step.args[1],)
     return _view(step) if all(item is None or isinstance(item, (int, slice, EllipsisType)) for item in index) else None
 
@@ -259,7 +259,7 @@ _SUMMED = _named("baddbmm addmm")
 
 
 @_follows(_SUMMED | _named("linear matmul bmm __matmul__ mm"))
-def _matmul(step: Step) -> Rows | None:
+def _matmul(step: Step) -> Rows | bool | None:
     tensor, rows = step.tensor, step.rows
     factors = [a for a in (*step.args, *step.kwargs.values()) if isinstance(a, Tensor)]
     if step.func in _SUMMED and tensor is factors.pop(0):

@@ -58,11 +58,6 @@ def identity_edge(tensor: Tensor) -> tuple[Any, int] | None:
     return edge
 
 
-def metadata_of(node: Any) -> dict[Any, Any]:
-    """Return the dictionary that a node of the graph carries (torch.autograd.graph.Node.metadata)."""
-    return node.metadata
-
-
 def batch_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the mean and 1 / sd that a batch norm in training took, None where its node does not tell."""
     node = output.grad_fn

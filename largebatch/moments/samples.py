@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from largebatch.errors import UserError
 from largebatch.moments import operations
 from largebatch.moments.operations import WHOLE, Lost, Rows, lies
-from largebatch.moments.private import identity_edge, metadata_of
+from largebatch.moments.private import identity_edge
 from largebatch.moments.uses import statistic_dtype
 
 
@@ -33,7 +34,6 @@ class Batch:
 
     def __init__(self, num_samples: int, chosen: list[int] | None = None, weight: float = 1.0):
         self.num_samples, self.chosen, self.weight = num_samples, chosen, weight
-        self.parameters: set[int] = set()  # ids of the tracked ones, which hold no samples
         # An engine may pass tensors on by identities of its own.
         self.under_engine = dist.is_available() and dist.is_initialized()
         self._places: dict[Any, Any] = {}
@@ -79,7 +79,7 @@ def mark(batch: Batch, tensor: Tensor, found: Rows | Lost) -> None:
     """Note where the samples of a tensor lie."""
     tensor._largebatch_mark = (batch, found, tensor.requires_grad)  # type: ignore[attr-defined]
     if batch.under_engine and tensor.grad_fn is not None:
-        metadata_of(tensor.grad_fn)["largebatch", tensor.output_nr] = (batch, found)
+        tensor.grad_fn.metadata["largebatch", tensor.output_nr] = (batch, found)  # type: ignore[index]
 
 
 def mark_of(batch: Batch, tensor: Tensor) -> Rows | Lost | None:
@@ -87,9 +87,7 @@ def mark_of(batch: Batch, tensor: Tensor) -> Rows | Lost | None:
     owner, found, had_grad = getattr(tensor, "_largebatch_mark", (None, None, False))
     if owner is batch and had_grad == tensor.requires_grad:
         return found
-    if not tensor.requires_grad or id(tensor) in batch.parameters:
-        return None
-    if getattr(tensor, "_largebatch_operand", (None,))[0] is batch:
+    if not tensor.requires_grad or getattr(tensor, "_largebatch_operand", (None,))[0] is batch:
         return None
     owner, found = passed_on(tensor)
     return found if owner is batch else _unseen(tensor)
@@ -101,7 +99,7 @@ def passed_on(tensor: Tensor) -> tuple[Batch, Rows | Lost] | tuple[None, None]:
     if owner is not None and had_grad == tensor.requires_grad:
         return owner, found
     edge = identity_edge(tensor)
-    return (None, None) if edge is None else metadata_of(edge[0]).get(("largebatch", edge[1]), (None, None))
+    return (None, None) if edge is None else edge[0].metadata.get(("largebatch", edge[1]), (None, None))
 
 
 def _unseen(tensor: Tensor) -> Lost:
@@ -187,15 +185,19 @@ def check_in_place(batch: Batch, func: Any, args: Any, kwargs: Any) -> Rows | Lo
     """Return the mark that a tensor keeps while an operation in place changes it, None for a constant.
 
     Raises:
-        ValueError: if the batch is written into a constant, or rows of one sample over those of another: other views of the
+        UserError: if the batch is written into a constant, or rows of one sample over those of another: other views of the
             tensor would go on under marks that are no longer true.
     """
+    if not isinstance(args[0], Tensor):
+        return None
     target, before = args[0], mark_of(batch, args[0])
     values = marks_in(batch, tensors_in(args[1:], kwargs))
     if before is None and not values:
         return None
-    if before is not None and func in operations.POINTWISE:
+    if isinstance(before, Rows) and func in operations.POINTWISE:
         (after,) = verdicts(torch.add, (target,), {}, [(target, before), *values], [target])
-        if after == before and (isinstance(before, Rows) or before.is_sum):
+        if after == before:
             return before
-    raise ValueError(f"{func.__name__} writes rows of the batch in place where they are not followed")
+    raise UserError(
+        f"track: {func.__name__} writes rows of the batch in place where they are not followed; use an operation out of place"
+    )

@@ -1,4 +1,4 @@
-"""One forward pass of the outermost tracked module: its batch, and its parameters and what is computed from them alone."""
+"""What is known of a tracked module, and of one forward pass: its parameters, and what is computed from them alone."""
 
 from __future__ import annotations
 
@@ -48,61 +48,63 @@ def notes(module: nn.Module) -> Tracked:
 
 
 class Scope:
-    """See above.
+    """One forward pass, from the outermost module.
 
     Attributes:
         batch: its samples.
-        operands: id of a parameter -> its bookkeeping.
-        is_open: whether the outermost module's parameters are in.
+        operands: the parameters that the modules seen so far may use.
         allowed: ids of the parameters that a module may use whose inside is not looked at; None where none runs.
     """
 
-    def __init__(self, batch: Batch):
-        self.batch = batch
-        self.operands: dict[int, Operand] = {}
+    def __init__(self, batch: Batch, module: nn.Module):
+        self.batch, self.operands = batch, list[tuple[Tensor, Operand]]()
         self.allowed: set[int] | None = None
-        self.is_open = False
+        self.enter(module)
 
     def enter(self, module: nn.Module) -> None:
         """Take in the parameters of a module that is about to run, its children's too: it may use them itself.
 
         They are looked at with `get`: ZeRO-3 makes whole what is read with [], which is for `Base.check` to do.
         """
+        is_outermost = not self.operands
         for owner in notes(module).owners:
-            tracked = notes(owner)
-            for name, shadow_name in tracked.names.items():
-                parameter = owner._parameters.get(name)
+            for name, shadow_name in notes(owner).names.items():
+                parameter, shadow = owner._parameters.get(name), owner._parameters.get(shadow_name)
                 if parameter is None or not parameter.requires_grad or parameter.grad_fn is not None:
                     continue  # frozen, or computed from others and put into its place
-                if id(parameter) in self.operands:
-                    if self.is_open:  # nobody has exchanged this module's parameters since its parent was entered
+                if self.operand(parameter) is not None:
+                    if not is_outermost:  # nobody has exchanged this module's parameters since its parent was entered
                         return
                     continue
-                shadow = owner._parameters.get(shadow_name)
                 assert shadow is not None
-                label = f"{tracked.path}.{name}".lstrip(".")
-                base = Base(label, parameter, shadow, (owner, shadow_name))
-                self.operands[id(parameter)] = Operand(parameter, (base,))
-                self.batch.parameters.add(id(parameter))
+                base = Base(f"{notes(owner).path}.{name}".lstrip("."), parameter, shadow, (owner, shadow_name))
+                self.operands.append((parameter, self._note(parameter, (base,), True)))
+
+    def leave(self) -> None:
+        """Take the notes off the parameters."""
+        for parameter, operand in self.operands:
+            operand.bases[0].token = None  # which would keep its own graph alive
+            del parameter._largebatch_operand  # type: ignore[attr-defined]
+
+    def _note(self, tensor: Tensor, bases: tuple[Base, ...], is_parameter: bool) -> Operand:
+        operand = Operand(tensor, bases, is_parameter)
+        tensor._largebatch_operand = (self.batch, operand)  # type: ignore[attr-defined]
+        return operand
 
     def operand(self, value: Any) -> Operand | None:
-        """Return the bookkeeping of an operand, None for any other value."""
+        """Return the bookkeeping of a parameter, or of what was computed from some alone; None for any other value."""
         if not isinstance(value, Tensor) or not value.requires_grad:
             return None
-        found = self.operands.get(id(value))
-        if found is None:
-            batch, found = getattr(value, "_largebatch_operand", (None, None))
-            return found if batch is self.batch else None
-        return found
+        batch, found = getattr(value, "_largebatch_operand", (None, None))
+        return found if batch is self.batch else None
 
     def derive(self, func: Any, args: Any, kwargs: Any, operands: list[Operand]) -> Any:
         """Run a function of operands and constants, and note on its results that they come of operands."""
         output = func(*args, **kwargs)
         bases = tuple(dict.fromkeys(base for operand in operands for base in operand.bases))
         for piece in output if isinstance(output, (list, tuple)) else (output,):
-            if not isinstance(piece, Tensor) or not piece.requires_grad or self.operand(piece) is not None:
-                continue  # contiguous(), float() and the like may return their argument
-            piece._largebatch_operand = (self.batch, Operand(piece, bases, False))  # type: ignore[attr-defined]
+            if isinstance(piece, Tensor) and piece.requires_grad and self.operand(piece) is None:
+                self._note(piece, bases, False)  # contiguous(), float() and the like may return their argument
         return output
 
     def refuse(self, func: Any, operands: list[Operand], why: str) -> UserError:
@@ -114,11 +116,7 @@ class Scope:
         )
 
     def check_outputs(self, tensors: list[Tensor]) -> None:
-        """Raise if the outcome of the pass mixes samples otherwise than by a sum of them.
-
-        Raises:
-            UserError: naming the function that did so.
-        """
+        """Raise, naming the function, if the outcome of the pass mixes samples otherwise than by a sum of them."""
         for tensor in tensors:
             found = mark_of(self.batch, tensor) if tensor.requires_grad else None
             if isinstance(found, Lost) and not found.is_sum:

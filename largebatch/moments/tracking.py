@@ -102,12 +102,12 @@ def track(
         trained = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
         for name, parameter in trained.items():
             if id(parameter) not in shadow_of:
-                shadow = nn.Parameter(torch.zeros_like(parameter, dtype=statistic_dtype(parameter.dtype)))
-                shadow._is_largebatch_shadow = True  # type: ignore[attr-defined]
-                shadow_of[id(parameter)] = shadow
+                zeros = torch.zeros_like(parameter, dtype=statistic_dtype(parameter.dtype))
+                shadow_of[id(parameter)] = nn.Parameter(zeros)
+                shadow_of[id(parameter)]._is_largebatch_shadow = True  # type: ignore[attr-defined]
             module.register_parameter(name + SUFFIX, shadow_of[id(parameter)])
         names = {name: name + SUFFIX for name in trained}
-        module._largebatch = Tracked(names, path, [], per, batch_dim, inputs, samples, path in slow)  # type: ignore[assignment]
+        module._largebatch = Tracked(names, path, [], per, batch_dim, inputs, samples, path in slow)
         if "forward" in module.__dict__:
             module.__dict__["_largebatch_forward"] = module.__dict__["forward"]
         module.__dict__["forward"] = Intercepted(forward, module)

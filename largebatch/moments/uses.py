@@ -67,7 +67,7 @@ class Use:
         total = self.make(first).square().sum(0)
         for run in others:
             grads = self.make(run)
-            total = total.addcmul_(grads[0], grads[0]) if len(grads) == 1 else total.add_(grads.square_().sum(0))
+            total = total.addcmul_(grads[0], grads[0]) if len(grads) == 1 else total.add_(grads.square().sum(0))
         return total
 
 

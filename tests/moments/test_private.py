@@ -57,8 +57,8 @@ def test_function_transforms_and_their_stand_ins_are_known():
 
 def test_a_node_carries_a_dictionary_and_only_engines_identities_have_an_edge():
     x = torch.ones(2, requires_grad=True) * 2
-    private.metadata_of(x.grad_fn)["key"] = 3
-    assert private.metadata_of(x.grad_fn)["key"] == 3 and private.identity_edge(x) is None
+    x.grad_fn.metadata["key"] = 3
+    assert x.grad_fn.metadata["key"] == 3 and private.identity_edge(x) is None
 
     class PostBackwardFunctionForModule(Ask):
         pass

@@ -655,6 +655,7 @@ HIDDEN = {
     "pixel_shuffle": lambda x, w: F.linear(
         F.pixel_shuffle(x[:, :, None, None].expand(-1, -1, 4, 4).repeat_interleave(4, 1), 2), w
     ),
+    "a sum that is changed in place": lambda x, w: F.linear(x, w).sum(0).relu_(),
     "foreach": lambda x, w: F.linear(torch._foreach_add([x], [x.flip(0)])[0], w),
     "cumsum_": lambda x, w: F.linear(x.clone().cumsum_(0), w),
     "statistics without a gradient": lambda x, w: F.linear(x, w) - x.mean(0),
