@@ -76,9 +76,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
             world_size: ranks over which the engine averaged gradients; may be left out on one process.
         """
         if world_size is None and (ranks := num_ranks()) > 1:
-            raise UserError(
-                f"set_batch: expected world_size, ranks that gradients were averaged over, as there are {ranks}"
-            )
+            raise UserError(f"set_batch: expected world_size, the ranks of the gradients' mean, as there are {ranks}")
         for group in self.param_groups:
             group.update(batch_size=batch_size, num_units=num_units or batch_size, world_size=world_size or 1)
 

@@ -105,11 +105,7 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
         batch_axis.set_ylim(0, sizes.max() * 1.15)
         batch_axis.set_ylabel("batch size")
         if "noise_scale" in updates[-1]:
-            stable = np.array([row.get("stable_batch_size") for row in updates], dtype=float)
-            stable[~(stable < 100 * sizes.max())] = np.nan  # what is far away would leave no room for the others
-            if np.isfinite(stable).any():
-                label = "batch size of the largest stable step"
-                batch_axis.plot(epochs, stable, color=BLUE, linewidth=1.2, label=label)
+            _draw_stable(batch_axis, epochs, [row.get("stable_batch_size") for row in updates], sizes.max())
             _draw_noise(batch_axis, epochs, *(column(updates, f"noise_scale{end}") for end in ("", "_low", "_high")))
         batch_axis.set_xlabel(f"epochs of {samples_per_epoch:,} samples")
         batch_axis.set_xlim(left=0)
@@ -128,6 +124,14 @@ def _save(figure: Any, path: Path) -> Path:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
     return path
+
+
+def _draw_stable(axis: Any, epochs: np.ndarray, sizes: list[float | None], largest: float) -> None:
+    """Draw the batch size of the largest stable step, where it is not so far away that it leaves the others no room."""
+    near = np.array(sizes, dtype=float)
+    near[~(near < 100 * largest)] = np.nan
+    if np.isfinite(near).any():
+        axis.plot(epochs, near, color=BLUE, linewidth=1.2, label="batch size of the largest stable step")
 
 
 def _draw_noise(axis: Any, epochs: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
