@@ -46,15 +46,26 @@ class Aliased(dict[str, Any]):
         parameter, aliases = self.held[name], state.aliases
         if name not in self.names or parameter is None or not parameter.requires_grad or not torch.is_grad_enabled():
             return parameter
+        if (
+            parameter.grad_fn is not None
+        ):  # computed from aliases and put into its place, as by torch.func.functional_call
+            return parameter
         assert aliases is not None
         if id(parameter) not in aliases:
-            aliases[id(parameter)] = parameter, Square.apply(parameter, self.held[self.names[name]])
+            alias = Square.apply(parameter, self.held[self.names[name]])
+            alias._largebatch_parameter = parameter
+            aliases[id(parameter)] = parameter, alias
         return aliases[id(parameter)][1]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Put a parameter into the module."""
-        super().__setitem__(name, value)
-        self.held[name] = value
+        """Put a parameter into the module, that of an alias which was read before."""
+        self.held[name] = getattr(value, "_largebatch_parameter", value)
+        super().__setitem__(name, self.held[name])
+
+    def __delitem__(self, name: str) -> None:
+        """Take a parameter out of the module."""
+        super().__delitem__(name)
+        del self.held[name]
 
     def __getattr__(self, name: str) -> Any:
         """Return what an engine keeps beside the parameters."""

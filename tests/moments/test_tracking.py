@@ -407,6 +407,25 @@ class TestMicroBatch:
             grad = dict(model.named_parameters())[name].grad
             torch.testing.assert_close(statistic, grad.square())
 
+    def test_a_weight_put_into_a_modules_place(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.low = nn.Linear(3, 3), nn.Parameter(torch.randn(3, 3))
+
+            def forward(self, x):
+                adapted = {"weight": self.inner.weight + self.low}
+                return torch.func.functional_call(self.inner, adapted, (x,)) + self.inner(x)
+
+        plain, inputs = Model().double(), torch.randn(N, 3, dtype=torch.float64)
+        model = track(copy.deepcopy(plain), per="micro_batch")
+        for m in (model, plain):
+            m(inputs).square().sum().backward()
+        assert isinstance(model.inner._parameters["weight"], nn.Parameter)
+        for name, parameter in plain.named_parameters():
+            assert torch.equal(model.get_parameter(name).grad, parameter.grad)
+            torch.testing.assert_close(grad_sample_sq(model, 1)[name], parameter.grad.square())
+
     def test_activation_checkpointing(self):
         model, inputs = GPT(tied=True, use_reentrant=False).double(), text(N)
         track(model, per="micro_batch")
