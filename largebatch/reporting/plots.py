@@ -105,8 +105,8 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
         batch_axis.set_ylim(0, sizes.max() * 1.15)
         batch_axis.set_ylabel("batch size")
         if "noise_scale" in updates[-1]:
-            _draw_stable(batch_axis, epochs, [row.get("stable_batch_size") for row in updates], sizes.max())
-            _draw_noise(batch_axis, epochs, *(column(updates, f"noise_scale{end}") for end in ("", "_low", "_high")))
+            noise = [column(updates, f"noise_scale{end}") for end in ("", "_low", "_high")]
+            _draw_noise(batch_axis, epochs, *noise, stable=[row.get("stable_batch_size") for row in updates])
         batch_axis.set_xlabel(f"epochs of {samples_per_epoch:,} samples")
         batch_axis.set_xlim(left=0)
         path = _save(figure, folder / "curve.png")
@@ -126,21 +126,23 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _draw_stable(axis: Any, epochs: np.ndarray, sizes: list[float | None], largest: float) -> None:
-    """Draw the batch size of the largest stable step, where it is not so far away that it leaves the others no room."""
-    near = np.array(sizes, dtype=float)
-    near[~(near < 100 * largest)] = np.nan
-    if np.isfinite(near).any():
-        axis.plot(epochs, near, color=BLUE, linewidth=1.2, label="batch size of the largest stable step")
+def _draw_noise(
+    axis: Any, epochs: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray, stable: list[float | None]
+) -> None:
+    """Draw the critical batch size and its band beside the batch size, and the batch size of the largest stable step.
 
-
-def _draw_noise(axis: Any, epochs: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    """Draw the critical batch size and its band beside the batch size; where the band is open there is no line."""
+    Where the band is open there is no line, and none so far away that it leaves the others no room.
+    """
+    largest = axis.get_ylim()[1]
     known = np.isfinite(scale) & np.isfinite(high) & (low > 0)
     axis.plot(
         epochs, np.where(known, scale, np.nan), color=ORANGE, linewidth=1.2, label="critical batch size (99 % band)"
     )
     axis.fill_between(epochs, low, high, where=known, color=ORANGE, alpha=0.25, linewidth=0)
+    near = np.array(stable, dtype=float)
+    near[~(near < 100 * largest)] = np.nan
+    if np.isfinite(near).any():
+        axis.plot(epochs, near, color=BLUE, linewidth=1.2, label="batch size of the largest stable step")
     axis.autoscale(axis="y")
     _set_log(axis)
     axis.set_ylabel("samples")
