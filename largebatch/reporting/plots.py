@@ -89,8 +89,7 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
         loss_axis.legend(loc="upper right")
         loss_axis.set_title(displayable(title), loc="left", fontsize=11, color="#30343a")
 
-        lrs = column(updates, "lr")
-        lr_axis.plot(epochs, lrs, color=GREEN, linewidth=1.6)
+        lr_axis.plot(epochs, lrs := column(updates, "lr"), color=GREEN, linewidth=1.6)
         if lrs.min() > 0 and lrs.max() > 20 * np.quantile(lrs, 0.25):  # steps; a cosine reads better on a linear scale
             _set_log(lr_axis)
         else:
@@ -105,8 +104,10 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
         batch_axis.set_ylim(0, sizes.max() * 1.15)
         batch_axis.set_ylabel("batch size")
         if "noise_scale" in updates[-1]:
-            noise = [column(updates, f"noise_scale{end}") for end in ("", "_low", "_high")]
-            _draw_noise(batch_axis, epochs, *noise, stable=[row.get("stable_batch_size") for row in updates])
+            stable = [row.get("stable_batch_size") for row in updates]
+            _draw_noise(
+                batch_axis, epochs, stable, *(column(updates, f"noise_scale{end}") for end in ("", "_low", "_high"))
+            )
         batch_axis.set_xlabel(f"epochs of {samples_per_epoch:,} samples")
         batch_axis.set_xlim(left=0)
         path = _save(figure, folder / "curve.png")
@@ -127,7 +128,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _draw_noise(
-    axis: Any, epochs: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray, stable: list[float | None]
+    axis: Any, epochs: np.ndarray, stable: list[float | None], scale: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> None:
     """Draw the critical batch size and its band beside the batch size, and the batch size of the largest stable step.
 
