@@ -6,6 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 from runs import digits, rows_of
+from scipy.sparse.linalg import eigsh
 from torch import nn
 
 from largebatch.cli import main
@@ -100,6 +101,41 @@ def test_the_largest_curvature_is_that_of_the_dense_hessian(name):
     torch.testing.assert_close(product(vector), hessian @ vector, rtol=1e-10, atol=1e-12)
     exact = float(torch.linalg.eigvalsh(hessian)[-1])
     assert largest_eigenvalue(product, vector).value == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore")  # of these libraries
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_the_largest_curvature_is_that_of_other_libraries(name):
+    """Products by curvlinops and the eigenvalue by ARPACK of them; power iteration by PyHessian, in float32."""
+    curvlinops = pytest.importorskip("curvlinops", reason="needs curvlinops-for-pytorch")
+    pyhessian = pytest.importorskip("pyhessian", reason="needs pyhessian")
+    model, inputs, targets = networks()[name]
+    loss = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    for _ in range(20):  # until the eigenvalue of largest magnitude is positive
+        optimizer.zero_grad()
+        loss(model(inputs), targets).backward()
+        optimizer.step()
+    params = list(model.parameters())
+
+    def product(vector):
+        parts = [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in params]), params, strict=True)]
+        with torch.enable_grad():
+            return torch.cat(
+                [part.reshape(-1) for part in hessian_product(loss(model(inputs), targets), params, parts)]
+            )
+
+    start = torch.randn(sum(p.numel() for p in params))
+    by_power = pyhessian.hessian(model, loss, data=(inputs, targets), cuda=False).eigenvalues(maxIter=500, tol=1e-6)[0][
+        0
+    ]
+    assert largest_eigenvalue(product, start, tolerance=1e-4).value == pytest.approx(by_power, rel=0.01)
+    model.double()
+    inputs, params, start = inputs.double(), list(model.parameters()), start.double()
+    operator = curvlinops.HessianLinearOperator(model, loss, params, [(inputs, targets)])
+    torch.testing.assert_close(product(start), operator @ start, rtol=1e-10, atol=1e-12)
+    by_arpack = float(eigsh(operator.to_scipy(), k=1, which="LA", return_eigenvectors=False)[0])
+    assert largest_eigenvalue(product, start).value == pytest.approx(by_arpack, rel=0.01)
 
 
 def test_what_has_no_second_derivative_is_named():
