@@ -6,8 +6,8 @@ follows the gradient itself, with rate 1 - b. There the three sums of a layer, o
     E = sum A ((g_{t+1} - g_t)^2/2 - V),   U = sum dw^2 / A,   N = sum A V
 
 give the curvature h of `largebatch.noise.limit.curvature_of_steps`, and r = h / (2 (1+b)) is the share of the largest stable
-step in use: a mean over directions, weighted by the square of the steps and by the noise. A direction alone may be nearer to
-its limit. Each sum is averaged over measurements before r is taken.
+step in use, times (1+2b)/(1+b) with Nesterov's momentum: a mean over directions, weighted by the square of the steps and by
+the noise. A direction alone may be nearer to its limit. Each sum is averaged over measurements before r is taken.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from largebatch.moments.micro_batches import Units
 from largebatch.moments.projection import Slot
 from largebatch.noise.limit import curvature_of_steps
 from largebatch.optim.around import is_decoupled
-from largebatch.optim.response import KNOWN, momentum_of, responses
+from largebatch.optim.response import KNOWN, lookahead_of, momentum_of, responses
 from largebatch.optim.shift import sampled_noise
 
 # A measurement is of two updates in a row: of the first updates two of every eight, then of every so many. An average spans so
@@ -37,8 +37,8 @@ class Limit:
     """How near an optimizer's steps are to the largest stable ones.
 
     Args:
-        share: r of the whole: at 1 updates diverge, and at 0.5 the temperature that the linear rule is to keep has doubled;
-            nan before the first measurement.
+        share: r of the whole, a mean over directions: the steepest may reach its limit, 1, while the mean is well below. In a
+            direction where it is 0.5 the variance of the weights has doubled. nan before the first measurement.
         batch_size: that at which r would be 1 by the linear rule, in samples; infinite where r is 0.
         by_name: r of each parameter or layer.
     """
@@ -63,7 +63,7 @@ class LimitMeter:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
         self.reduce: Callable[[Tensor], Tensor] | None = None
-        self.count, self.momentum, self.batch_size = 0, 0.0, 0.0
+        self.count, self.momentum, self.lookahead, self.batch_size = 0, 0.0, 1.0, 0.0
         self.means = torch.zeros(3, len(self.names), dtype=torch.float64)
         self._kept: dict[int, tuple[Tensor, Any, float]] = {}
         self._sums: Tensor | None = None
@@ -86,7 +86,7 @@ class LimitMeter:
         variances: Sequence[Tensor],
         responses: Sequence[Any],
         weights: Sequence[float],
-        momentum: float,
+        group: dict[str, Any],
         batch_size: float,
     ) -> None:
         """Take in parameters at the first update of two, after its step.
@@ -98,10 +98,10 @@ class LimitMeter:
             variances: V, used up.
             responses: A of each, tensors or numbers, times what the gradients were clipped by; kept.
             weights: elements that each one given stands for.
-            momentum: b.
+            group: with their momentum, b.
             batch_size: B.
         """
-        self.momentum, self.batch_size = momentum, batch_size
+        self.momentum, self.lookahead, self.batch_size = momentum_of(group), lookahead_of(group), batch_size
         if self._sums is None:
             self._sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=grads[0].device)
         pieces = (columns, steps, grads, variances, responses, weights)
@@ -158,17 +158,18 @@ class LimitMeter:
 
     def _share(self, sums: Tensor) -> float:
         extra, step_sq, step_noise = (float(value) for value in sums)
-        return curvature_of_steps(extra, step_sq, step_noise) / (2.0 * (1.0 + self.momentum))
+        return self.lookahead * curvature_of_steps(extra, step_sq, step_noise) / (2.0 * (1.0 + self.momentum))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, for a checkpoint; half a measurement is dropped."""
-        numbers = {name: getattr(self, name) for name in ("count", "momentum", "batch_size")}
+        numbers = {name: getattr(self, name) for name in ("count", "momentum", "lookahead", "batch_size")}
         return {**numbers, "names": self.names, "means": self.means.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self.names, self.means = list(state["names"]), torch.tensor(state["means"], dtype=torch.float64)
         self.count, self.momentum, self.batch_size = state["count"], state["momentum"], state["batch_size"]
+        self.lookahead = state.get("lookahead", 1.0)
         self.drop()
 
 
@@ -271,8 +272,7 @@ class LimitWatch:
                 effective.append(response * self._clip * damped)
                 steps.append(before.mul_(1.0 - decay).sub_(slot.sample(p.detach())))
             weights = [slot.parameter.numel() / slot.num_sampled for slot in part.slots]
-            momentum = momentum_of(part.group)
             self.meter.begin(
-                part.columns, steps, part.grads, part.variances, effective, weights, momentum, self._batch_size
+                part.columns, steps, part.grads, part.variances, effective, weights, part.group, self._batch_size
             )
         self._parts = []

@@ -60,6 +60,13 @@ def test_the_share_of_each_layer_is_that_of_its_curvature(name, beta):
 
 
 @pytest.mark.filterwarnings("ignore:the batch of")
+def test_nesterovs_share_is_of_its_own_limit():
+    """Which is 1 + 2b times nearer than that of plain momentum: about a third and a sixth of it."""
+    limit = trained_on_a_quadratic(lambda ws: torch.optim.SGD(ws, 0.1, momentum=0.9, nesterov=True), 0.9, 2, 800).limit
+    torch.testing.assert_close(shares_of(limit), 2 * (1 + 2 * 0.9) / LIMITS[:2], rtol=0.08, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:the batch of")
 def test_the_share_of_damped_steps_is_that_of_what_is_left():
     """At twice the limit of the steep layer, x/(1 + (1 - 1/kappa) x)."""
     x = 32 / LIMITS[:2]
