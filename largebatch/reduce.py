@@ -1,4 +1,4 @@
-"""Sums over the data-parallel ranks of a loop of one's own: the library's one place that speaks torch.distributed."""
+"""Sums over the data-parallel ranks of a loop of one's own: all collective communication of the library."""
 
 from __future__ import annotations
 

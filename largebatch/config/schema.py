@@ -52,7 +52,8 @@ class ScalingConfig(Section):
     beta1: AveragingRule | Coefficient | None = None
     """Adam's beta1. None: kept, but of fixed length in samples under sqrt."""
     beta2: AveragingRule | Coefficient | None = None
-    """Adam's beta2 and RMSProp's alpha. None: of fixed half-life in samples; of fixed length under sqrt."""
+    """Adam's beta2 and RMSProp's alpha. None: of fixed half-life in samples under linear, of fixed length under sqrt, else
+    kept."""
 
 
 class NoiseConfig(Section):

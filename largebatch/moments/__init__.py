@@ -7,8 +7,8 @@ One linear layer, y = F.linear(x, w) with x [n, i], w [o, i] and y [n, o], from 
 2. F.linear runs as it was called, w attached. Its rule (`rules.linear`) puts a *tap* on y, an identity.
 3. In the backward pass the tap sees d = dL/dy [n, o], hands it on, and leaves (d, x) with w: sample s owes d_s^T x_s (`uses`).
 4. After all taps of w its *collector* squares: sum_s (d_s^T x_s)^2 = (d^2)^T (x^2) [o, i], the gradient of the shadow.
-5. F.linear hands y's mark on, sample s in row s (`operations`). Had x been sorted over its rows before, nobody would know whose
-   row is whose, and step 2 an error that names the parameter.
+5. F.linear marks y, sample s in row s (`operations`). If x had been sorted along its rows, the samples of the rows would not be
+   known, and step 2 would be an error that names the parameter.
 
     >>> import torch
     >>> model = track(torch.nn.Linear(2, 1, bias=False))

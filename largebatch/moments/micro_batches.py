@@ -1,8 +1,8 @@
 """Squared gradients of micro-batches, by hooks on the parameters: nothing of the model is touched.
 
-A *unit* is one backward pass of one rank. A hook on a leaf runs once in each, with the pass's whole gradient c_u, before it
-is accumulated and before DistributedDataParallel reduces it. The gradient that the optimizer sees is ghat = (1/W) * sum_u c_u
-over all passes and W ranks, a mean over n units, and
+A *unit* is one backward pass of one rank, or several that were joined. A hook on a leaf runs once in each, with the pass's
+whole gradient c_u, before it is accumulated and before DistributedDataParallel reduces it. The gradient that the optimizer
+sees is ghat = (1/W) * sum_u c_u over all passes and W ranks, a mean over n units, and
 
     q = n/W^2 * sum_u c_u^2                       the mean square of a unit's gradient
     V = (q - ghat^2) / (n - 1)                    without bias the variance of ghat, sigma^2 / B
@@ -35,13 +35,13 @@ class Units:
 
     Args:
         num_units: n; 1/sum(w^2) where their sizes, and so their weights w in the mean, differ.
-        size: samples of the update, in micro-batches of the announced size.
+        size: samples of the update over those of the announced micro-batch.
         equal: whether all units have one size.
         world_size: W.
         factor: by which gradients were multiplied between the backward passes and the update.
         rounding: of gradients, relative to their size.
         slots: of the parameters that have a gradient, in order.
-        clip: the part of the factor that is neither a loss scale nor the size of a sum.
+        clip: by which gradients were clipped: the factor without a loss scale and without the size of a sum.
     """
 
     num_units: float
@@ -283,7 +283,9 @@ class MicroBatchSquares:
 
     @torch.no_grad()
     def collect(self) -> Units | None:
-        """Reduce what the passes since the last update left; None where no parameter has a gradient but zeros.
+        """Reduce over the ranks what the passes since the last update left.
+
+        None if no parameter has a gradient, or if there was no pass and all gradients are zero.
 
         Raises:
             UserError: if a gradient is not what the backward passes left, times one factor for all.

@@ -1,4 +1,4 @@
-"""Gradient noise: which batch size a problem bears, from the squares that training tracks anyway.
+"""Gradient noise: which batch size a problem can use, from the squares that training tracks anyway.
 
 Notation: B is the global batch size in samples, ghat the mean gradient of one update, G the gradient over all data, Sigma
 the covariance of one sample's gradient, n the independent units whose squares were tracked (samples, or micro-batches),
@@ -8,9 +8,9 @@ W the ranks over which gradients were averaged.
     |G|^2     = |ghat|^2 - tr(Sigma)/B          both without bias
     B_simple  = tr(Sigma) / |G|^2               each averaged over time before dividing
 
-One update with B_simple samples makes half the progress of one without noise, for half of each sample's worth. Beyond it
-a larger batch buys little: it is the critical batch size (McCandlish et al. 2018, arXiv:1812.06162, section 2 and
-appendix A). They need gradients at two batch sizes; the tracked squares need one.
+An update with B_simple samples makes half the progress of an update without noise, and each of its samples contributes half of
+what it would in a small batch. A larger batch brings little more: it is the critical batch size (McCandlish et al. 2018,
+arXiv:1812.06162, section 2 and appendix A). They need gradients at two batch sizes; the tracked squares need one.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def partial_sums(params: Iterable[Tensor], shadows: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def sums_with(squares: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """Return what `partial_sums` does of parameters and the sums of their squared gradients, which all with a gradient have."""
+    """Return what `partial_sums` does of parameters and the sums of their squared gradients."""
     pairs = list(squares)
     indices, grads, found = [], [], []
     for index, (p, square) in enumerate(pairs):
@@ -169,8 +169,8 @@ def reference_norm_ratio(sums: Tensor, num_units: float, scale: float, kappa: fl
 
         |ghat|^2 / E|g_ref|^2,   E|g_ref|^2 = |ghat|^2 + (kappa - 1) * sum(V),   V = (q - ghat^2) / (n - 1)
 
-    is the square of it. A clipping threshold tuned at the reference, times this ratio, multiplies the mean gradient by what it
-    would have multiplied a gradient of the reference by.
+    is the square of it. Where a clipping threshold tuned at the reference is multiplied by this ratio, the mean gradient is
+    scaled by the factor by which a gradient of the reference batch would have been.
 
     Args:
         sums: as in `noise_estimates`.
@@ -179,7 +179,7 @@ def reference_norm_ratio(sums: Tensor, num_units: float, scale: float, kappa: fl
         kappa: B / B_ref.
 
     Returns:
-        A value in (0, 1/sqrt(kappa)] below the reference batch size and in (0, 1] above; 1 for sums that are not finite.
+        A value in [1, 1/sqrt(kappa)] below the reference batch size and in (0, 1] above; 1 for sums that are not finite.
     """
     signal, squares = sums.sum(dim=1).tolist()
     if not num_units > 1 or not signal > 0:
@@ -256,7 +256,8 @@ class NoiseScale:
         names: of the columns of the sums: parameters, in the order of `partial_sums`, or layers they were added up for.
         length_samples: N0, samples that the averages span, >= 1.
         level: of the confidence band, in (0, 1).
-        least_updates: that the averages span however large a batch is, >= 1; `FEWEST_UPDATES` and more give a band.
+        least_updates: updates that the averages span at the least, however large a batch is, >= 1; there is a band from
+            `FEWEST_UPDATES` on.
 
     Example:
         >>> noise = NoiseScale(["weight"], length_samples=10_000)

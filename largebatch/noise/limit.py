@@ -119,7 +119,7 @@ def curvature_of_steps(extra: Value, step_sq: Value, step_noise: Value) -> Value
     Args:
         extra: mean of d - V; below 0 it counts as 0.
         step_sq: mean of dw^2, the squared step between the two gradients.
-        step_noise: mean of a (1-b) V, what a gradient's noise moves times itself, of the earlier of the two.
+        step_noise: mean of a (1-b) V at the earlier of the two: a gradient's noise times the step that it causes.
 
     Returns:
         h >= 0; 0 where there is no step and no noise.

@@ -1,4 +1,4 @@
-"""Optimizers: what torch.optim lacks, on its interface. None of them knows of torch.distributed."""
+"""Optimizers: what torch.optim lacks, on its interface. Sums over ranks are taken by `largebatch.reduce` alone."""
 
 from largebatch.optim.adaptive import Adagrad, Adam, AdamW, RMSProp
 from largebatch.optim.decay import undecayed

@@ -33,10 +33,10 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
 
     state_names: tuple[str, ...] = ("exp_avg_sq",)
     count_names: tuple[str, ...] = ()
-    """Of numbers in a parameter's state that say how far its averages have come: its own, since not every parameter need
-    have a gradient in every update."""
+    """Names of the counts in a parameter's state by which its averages are corrected for bias: each parameter has its own,
+    as it need not have a gradient in every update."""
     moment_source: Callable[[dict[str, Any], list[Tensor]], Moment] | None = None
-    """Says, of a group and its parameters with a gradient, how the second moment is estimated where no shadows do."""
+    """If set, called with a group and its parameters with a gradient; returns the `Moment` used in place of shadows'."""
     squares_all = True
     """Whether the coming update's squares are of all its units, and not of a share of them."""
 

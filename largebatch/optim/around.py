@@ -1,4 +1,4 @@
-"""An optimizer around another, which keeps the groups and the state, and which optimizers may be so used."""
+"""The base class of an optimizer that wraps another one, and which optimizers may be wrapped."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ STATE_DICT_HOOKS = tuple(
 
 
 class Around(torch.optim.Optimizer):
-    """An optimizer that shares the groups, the state and the hooks of the one it is around.
+    """Base class of an optimizer that wraps another one and shares its groups, state and hooks.
 
     Args:
-        base: the optimizer around which it is.
+        base: the wrapped optimizer.
     """
 
     def __init__(self, base: torch.optim.Optimizer) -> None:

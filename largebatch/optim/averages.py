@@ -97,8 +97,8 @@ class Moment:
 
         Below the reference batch size, and where units differ in size, s_ref is a difference, so single estimates may be
         negative and their average may come near zero, by which the update would be divided. Averages of squares obey
-        s >= c * u^2, and with E[s_ref] >= kappa * E[ghat^2] so does this one: it is kept at kappa * c * u^2 or more, and the
-        update at lr / sqrt(kappa * c).
+        s >= c * u^2, and with E[s_ref] >= kappa * E[ghat^2] so does this one: it is kept at
+        min(1, kappa) * c * u^2 or more, and the update at lr / sqrt(min(1, kappa) * c).
 
         Args:
             average: the running average, changed in place.

@@ -1,7 +1,7 @@
 """Averages of gradients that are carried along when the denominator changes, far from the batch that they were tuned at.
 
-Adam divides an average of gradients m by the root of an average of squares s, as both are now. At kappa = B/B_ref times the
-batch an update stands for kappa updates at the reference, in each of which the gradient is divided by the root of its time.
+Adam divides an average of gradients m by the root of an average of squares s. At kappa = B/B_ref times the batch an update
+stands for kappa updates at the reference, in each of which the newest gradient is divided by the denominator of that update.
 With beta2**kappa s forgets in as many samples as it was tuned to; m, whose beta1 is kept, now reaches kappa times as far
 back, beyond what s remembers. An element whose large gradients lie behind it would have a small s and a large m still, and
 run away; one whose gradients are small but for a few would move by the root of the mean square where the reference moves by
@@ -9,9 +9,10 @@ the root of most of its updates. So m is carried along before the new gradient e
 
     m *= 1 + (1 - 1/kappa) * (d_t / d_{t-1} - 1),   d = sqrt(s/c2) + eps
 
-At the reference that is Adam. Far above it m/d is the average of gradients that are each divided by the root of their time,
-as RMSProp's momentum is: no element moves further than lr / sqrt(1 - beta2), whatever s forgets. While s spans 50 updates
-or more (beta2**kappa of 0.98) it remembers what m does, and m is left alone. docs/results.md has what comes of it.
+At the reference that is Adam. Far above it m/d is the average of gradients that are each divided by the denominator of the
+update in which they were computed, as RMSProp's momentum is: no element moves further than lr / sqrt(1 - beta2), whatever s
+forgets. While s spans 50 updates or more (beta2**kappa of 0.98) it remembers what m does, and m is left alone. docs/results.md
+has what comes of it.
 """
 
 from __future__ import annotations

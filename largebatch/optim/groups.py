@@ -22,8 +22,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return the trained parameters in groups: decayed ones, and norms, biases and their like without weight decay.
 
-    Which they are, `undecayed` tells by module and part played; two groups say it in the key ``adapted``, by which LARS and
-    LAMB choose those with a trust ratio. Of a tracked model, each group is preceded by the group of its
+    `undecayed` selects the latter. If there are two groups, the key ``adapted`` is True for the first, whose layers LARS and
+    LAMB scale by a trust ratio. Of a tracked model, each group is preceded by the group of its
     parameters' shadows, in the same order, with ``role: shadow``; the adaptive optimizers of this package read them, SGD and
     LARS pass them over, and no optimizer from elsewhere may be given them. With ``squares=False`` the groups are marked
     ``used: False``: the squares are there to be measured (a noise scale), and the second moments are plain, whatever the

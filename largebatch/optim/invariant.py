@@ -48,11 +48,12 @@ def batch_size_invariant(
 
         kappa = B / B_ref
         lr    = kappa * lr_ref                              momentum and beta1 are kept
-        beta2 = beta2_ref**kappa                            where it is below 0.98, m is carried (`largebatch.optim.carry`)
-        s     = beta2*s + (1-beta2)*s_ref,   s_ref = ghat^2 + (kappa-1)*V
+        beta2 = beta2_ref**kappa                            of Adam and AdamW, and alpha of RMSprop
+        s     = beta2*s + (1-beta2)*s_ref,   s_ref = ghat^2 + (kappa-1)*V;   s = s + kappa*s_ref of Adagrad
 
-    with V the variance of the mean gradient between the micro-batches of the update, so that s_ref estimates without bias the
-    square that the optimizer would have seen at the reference batch size. At B = B_ref it is the optimizer itself.
+    with V the variance of the mean gradient, estimated from the differences between the micro-batches of the update, so that
+    s_ref estimates without bias the square that the optimizer would have seen at the reference batch size. Where beta2 is below
+    0.98, Adam's average of gradients is carried (`largebatch.optim.carry`). At B = B_ref it is the optimizer itself.
 
     Nothing of the model is touched: hooks on the parameters add up squared gradients in the backward pass, and under torch's
     DistributedDataParallel they are summed over the ranks in `step`. The groups keep the values of the reference: schedulers
@@ -181,8 +182,9 @@ class BatchSizeInvariant(Around):
     def critical_batch_size(self) -> Noise:
         """The batch size at which an update makes half of a noiseless one's progress, with its band (`largebatch.noise.Noise`).
 
-        Averaged over the samples of a thousand updates at the reference; unbounded before the first update. Where updates have
-        one backward pass alone, the change of the gradient from one to the next counts as noise, and the value is too large.
+        Averaged over the samples of a thousand updates at the reference, and over 32 measurements at the least; infinite
+        before the first one. Where updates have one backward pass alone, the change of the gradient from one to the next
+        counts as noise, and the value is too large.
         """
         return self._noise.whole
 
@@ -190,8 +192,8 @@ class BatchSizeInvariant(Around):
     def limit(self) -> Limit:
         """How near the updates are to the largest stable ones (`largebatch.optim.Limit`), whole and by parameter.
 
-        Measured in two updates in a row of every 32, at first of every eight, of two backward passes or more each, on at
-        most 4,096 elements of each parameter, and averaged over sixteen times that; for Adam, AdamW, RMSprop and SGD.
+        Measured on two successive updates in every 32, at first in every eight, on at most 4,096 elements of each parameter,
+        and averaged over 16 measurements. It needs two backward passes an update, and Adam, AdamW, RMSprop or SGD.
         """
         return self._watch.meter.limit()
 
@@ -314,8 +316,8 @@ class BatchSizeInvariant(Around):
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state dict; in its first group, under ``batch_size_invariant``, what is needed to go on exactly.
 
-        A group's keys are what torch.distributed.checkpoint keeps of an optimizer besides its state by parameter. Where updates
-        have one backward pass alone, what it reads lacks the last gradient, and the first estimate is coarser.
+        It is in a group because torch.distributed.checkpoint saves groups and the state of parameters alone. A state that went
+        through it lacks the last gradient: where updates have one backward pass alone, the first estimate is less accurate.
         """
         state = self.base.state_dict()
         first, *others = state["param_groups"]

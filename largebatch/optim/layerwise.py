@@ -1,10 +1,9 @@
-"""LARS and LAMB: the length of a layer's step follows the length of its weights.
+"""LARS and LAMB: the norm of a layer's step is proportional to the norm of its weights.
 
-Norms, biases and what else weight decay leaves alone keep a trust ratio of 1, as both papers' experiments had it; the
-groups of `param_groups` say which they are (``adapted``), and in others it is the parameters of at most one dimension. The
-group key ``adapt_norm_and_bias`` takes them in. A layer is one
-parameter tensor, so engines that flatten parameters (DeepSpeed ZeRO) do not fit; sharded DTensors do: their norms are
-those of the whole parameter.
+Norms, biases and what else weight decay leaves alone keep a trust ratio of 1, as both papers' experiments had it; the groups
+of `param_groups` say which they are (``adapted``), and in others it is the parameters of at most one dimension. With the group
+key ``adapt_norm_and_bias`` they have a trust ratio too. A layer is one parameter tensor, so engines that flatten parameters
+(DeepSpeed ZeRO) do not fit; sharded DTensors do: their norms are those of the whole parameter.
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ class LARS(torch.optim.Optimizer):
 class LAMB(AdamW):
     """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2, with phi(z) = z).
 
-        m = beta1*m + (1-beta1)*g
+        m = beta1*m + (1-beta1)*g             far above the reference batch m is carried first (`largebatch.optim.carry`)
         s = beta2*s + (1-beta2)*s_ref         s_ref = g^2 where no squares are tracked
         u = (m/c1) / (sqrt(s/c2) + eps) + wd*p
         p -= lr * |p|/|u| * u                 of each layer

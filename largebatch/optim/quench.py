@@ -80,9 +80,9 @@ class Quench(AdaptiveOptimizer):
         eta    = 0 for t <= K, else min(lambda_eta * B * g^2 / sigma2, lambda_eta * lambda_B)
         p     -= eta * ghat
 
-    t counts samples, as Bstar does: of the updates in which the parameter had a gradient. The slides leave B out of sigma2
-    and eta, which is B = 1; with it Bstar is one number of samples and eta/B one rate per sample whatever the batch size, so
-    no scaling rule applies. `set_batch` is needed in either form. The state is ``exp_avg`` (g) and ``exp_avg_sq`` (sigma2).
+    t counts the samples of those updates in which the parameter had a gradient. The slides assume B = 1; with B in sigma2 and
+    eta, Bstar and eta/B do not depend on the batch size, so no scaling rule applies. `set_batch` is needed in either form. The
+    state is ``exp_avg`` (g) and ``exp_avg_sq`` (sigma2).
 
     No average is shorter than two updates: the variance of one batch mean about itself is 0, so with w = 1 Bstar would be 0
     and w stay 1 for good.
@@ -194,7 +194,7 @@ class Quench(AdaptiveOptimizer):
         torch._foreach_addcmul_(variances, weights, estimates)
 
     def critical_batch_sizes_and_rates(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        """Return {parameter: (Bstar, eta)}, elementwise, as the next update finds them; of those that have had one."""
+        """Return {parameter: (Bstar, eta)}, elementwise, of the parameters that have been updated."""
         found: dict[Tensor, tuple[Tensor, Tensor]] = {}
         for group in self.param_groups:
             for p in () if is_shadow_group(group) else group["params"]:

@@ -35,9 +35,9 @@ def momentum_of(group: dict[str, Any]) -> float:
 
 
 def lookahead_of(group: dict[str, Any]) -> float:
-    """Return how many times nearer than that of plain momentum the limit is, for what a gradient moves at once.
+    """Return the factor by which the largest stable A h is smaller than 2 (1+b), its value for heavy-ball momentum.
 
-    Nesterov's step is stable for lr h < 2 (1+b)/(1+2b), and a gradient moves lr (1+b) at once.
+    A, -dp/dg of one step, is lr (1+b) with Nesterov's momentum, and that step is stable for lr h < 2 (1+b)/(1+2b).
     """
     b = momentum_of(group)
     return (1.0 + 2.0 * b) / (1.0 + b) if group.get("nesterov") else 1.0

@@ -22,8 +22,8 @@ class SampleScheduler(torch.optim.lr_scheduler.LRScheduler):
     Args:
         optimizer: what `batch_size_invariant` returned.
         schedule: of `largebatch.scaling.schedules`, in samples.
-        warmup: of the learning rate, in samples; its ``start`` is a factor of the scaled rate, so B_ref/B begins at the
-            reference's. With ``realize="batch"`` the batch size takes it.
+        warmup: of the learning rate, in samples. Its ``start`` is a factor of the scaled rate: B_ref/B starts from the
+            reference's. With ``realize="batch"`` it is applied to the batch size.
 
     Example:
         >>> import largebatch

@@ -15,7 +15,7 @@ from largebatch.scaling.schedules import Constant, Realization, Schedule, Warmup
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of updates with one batch size and one formula of the learning rate.
+    """Successive updates with one batch size and one formula of the learning rate.
 
     Args:
         first_sample: samples seen before its first update.
@@ -42,7 +42,7 @@ class Plan:
 
     Args:
         reference: the hyper-parameters at the batch size they were tuned at.
-        batch_size_at_start: B of the first update, in samples; where the batch warms up, of the first after the warm-up.
+        batch_size_at_start: B where the factors of schedule and warm-up are 1, in samples.
         total_samples: samples of the whole run.
         samples_per_epoch: N_train.
         schedule: factor of the reference temperature.
@@ -56,7 +56,7 @@ class Plan:
         least_units: micro-batches that an update is cut into at the least, over all ranks, for the squares of their gradients.
 
     Under the rule ``adascale`` the schedule, the warm-up and the end of the run are read on AdaScale's clock, in samples
-    of the reference run (`largebatch.noise.AdaScale`); what the plan then says without that clock holds where noise dominates.
+    of the reference run (`largebatch.noise.AdaScale`); what the plan says without that clock holds if the gain is kappa.
 
     Example:
         >>> plan = Plan(Reference(256, 0.1, momentum=0.9), 8192, total_samples=81920, samples_per_epoch=40960)
@@ -110,8 +110,8 @@ class Plan:
             eta = eta(B) * schedule(s) * warmup(s)
 
         with eta(B) the reference's rule at this update's own batch size: under the linear rule a sample in a smaller last
-        batch moves the weights as much as any other. (What a momentum buffer keeps of it is the optimizer's: SGD's form
-        ``velocity`` keeps that weight, a running average of mean gradients does not.)
+        batch moves the weights as much as any other. A momentum buffer may weigh it otherwise: SGD's form ``velocity`` keeps
+        that weight, a running average of mean gradients does not.
 
         Args:
             samples_seen: samples used by the updates before it.
@@ -219,7 +219,7 @@ class Plan:
         return sizes
 
     def stages(self, which: slice = slice(None)) -> list[Stage]:
-        """Return the run, or those of its stages, as stages of one batch size and one formula each."""
+        """Return the stages of the run, or those selected by ``which``."""
         stages = []
         for first, samples, updates, full, last in self._rows[which]:
             averaging = {k: v for k, v in self.at(last).items() if k in ("momentum", "betas", "alpha")}

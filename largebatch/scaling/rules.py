@@ -163,7 +163,7 @@ def second_moment_coefficient(beta: float, kappa: float, shortest: float = 0.0) 
 
         max(beta**kappa, min(beta, shortest))
 
-    Its half-life in samples is kept.
+    Its half-life in samples is kept, down to the shortest average.
 
     Args:
         beta: coefficient at the reference batch size, in [0, 1): Adam's beta2 or RMSProp's alpha.
@@ -185,7 +185,7 @@ class Reference:
 
         linear   eta = eta_ref * kappa       * (1 - mu) / (1 - mu_ref)      the temperature is kept
         sqrt     eta = eta_ref * sqrt(kappa) * (1 - mu) / (1 - mu_ref)      plain Adam and RMSProp (Malladi et al. 2022)
-        adascale eta = eta_ref * r, the gain r in [1, kappa] measured at each update (`largebatch.noise.AdaScale`)
+        adascale eta = eta_ref * r           * (1 - mu) / (1 - mu_ref)      gain r in [1, kappa] (`noise.AdaScale`)
         none     eta = eta_ref
 
     where mu is the heavy-ball momentum; Adam's beta1 averages and does not enter. Under ``sqrt`` eps becomes

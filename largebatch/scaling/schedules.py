@@ -171,7 +171,7 @@ class Warmup:
     Args:
         name: ``gradual`` rises linearly, update by update, from ``start`` to 1; ``constant`` stays at ``start``; ``none``.
         samples: length in samples.
-        start: factor at the first update; eta_ref / eta begins at the reference learning rate, as Goyal does.
+        start: factor at the first update; with eta_ref / eta a run starts from the reference's learning rate, as Goyal's do.
         realize: ``lr``, or ``batch``: the batch size takes the factor, in doublings, and the learning rate follows the
             batch size by its rule (Merrill et al. 2025, arXiv:2505.23971).
 
@@ -218,15 +218,16 @@ def realized_batch_size(
 ) -> int:
     """Return the batch size that realises a factor of the temperature.
 
-    Where the temperature falls by a, ``lr`` keeps the batch size (and the learning rate falls by a), ``batch`` multiplies
-    it by a, and so does ``batch_then_lr`` up to a maximum. Whatever part of the factor the batch size does not take, the
-    learning rate takes: eta = (1 - mu) * B * eta0 * factor holds for each of the three.
+    Where the temperature falls by a, ``lr`` keeps the batch size (and the learning rate falls by a); ``batch`` and
+    ``batch_then_lr`` multiply it by a, up to ``max_batch_size``, which ``batch_then_lr`` is meant for. Whatever part of the
+    factor the batch size does not take, the learning rate takes: eta = (1 - mu) * B * eta0 * factor holds for each of the
+    three.
 
     Args:
         factor: of the reference temperature, in (0, 1] for the batch to grow.
         realize: which of the three.
         batch_size: B at factor 1, in samples.
-        max_batch_size: the most samples of an update, for ``batch_then_lr``; Smith: about N_train/10.
+        max_batch_size: the most samples of an update; Smith: about N_train/10.
         multiple_of: B is rounded to a multiple of this.
 
     References:
@@ -258,7 +259,7 @@ def batch_size_at(
         samples_seen: by the updates before it.
         batch_size: B after the warm-up, where the schedule is 1.
         schedule: factor of the reference temperature.
-        warmup: which the batch size takes where it is to (``realize="batch"``).
+        warmup: applied to the batch size if its ``realize`` is ``batch``.
         realize: whether the learning rate or the batch size takes the schedule, as in `realized_batch_size`.
         max_batch_size: the most samples of an update.
         multiple_of: B is rounded to a multiple of this.
