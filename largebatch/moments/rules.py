@@ -48,15 +48,15 @@ def rows_of(scope: Scope, tensor: Any, *constants: Any) -> Rows:
 def tap(
     scope: Scope, output: Tensor, rows: Rows, operands: Sequence[Operand], left: Left, saved: Sequence[Tensor]
 ) -> Tensor:
-    """Put a tap on an operation's output.
+    """Put a tap on the output of an operation that ran as it was called.
 
     Args:
         scope: the forward pass.
-        output: of the operation, which ran as it was called.
+        output: of the operation.
         rows: where the output's samples lie.
-        operands: those it used.
+        operands: those the operation used.
         left: takes the gradient of the output and the saved tensors, and returns what each operand is owed.
-        saved: tensors of the chosen samples.
+        saved: what `left` needs.
     """
     if not output.requires_grad:
         return output
@@ -262,16 +262,11 @@ def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
         raise Refusal("its parameter is not broadcast")
     if not is_join and len({t.dtype for t in tensors if t.is_floating_point()}) > 1:
         raise Refusal("its arguments differ in type")
-    if is_join:
-        shape = func(tuple(t.detach().to("meta") for t in given), *args[1:], **kwargs).shape
-    else:
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     marks = marks_in(scope.batch, tensors)
+    shape = marks[0][0].shape if is_join else torch.broadcast_shapes(*(t.shape for t in tensors))
     (rows,) = verdicts(func if is_join else torch.add, args, kwargs, marks, [torch.empty(shape, device="meta")])
     if not isinstance(rows, Rows) or (is_in_place(func) and args[0].shape != shape):
         raise Refusal("its arguments hold their samples differently")
-    if is_join and (args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))) % len(shape) == rows.dim:
-        raise Refusal("it joins along the samples")
     for place, value in enumerate(given):
         if (operand := scope.operand(value)) is not None:
             dim = rows.dim - len(shape) + value.ndim

@@ -122,10 +122,7 @@ def track(
 
 @contextmanager
 def chosen_samples(samples: list[int], weight: float) -> Iterator[None]:
-    """Square these samples of the forward passes within, by their places in the batch, each counted `weight` times.
-
-    For a caller who cuts an update into several passes and knows which of its samples stand for all.
-    """
+    """Square these samples of the forward passes within, by their places in the batch, each counted `weight` times."""
     before, state.choice = state.choice, (samples, weight)
     try:
         yield
@@ -139,20 +136,12 @@ def _hide_shadows(module: nn.Module, state_dict: dict[str, Any], prefix: str, _:
 
 
 def _forget_missing_shadows(module: nn.Module, incompatible_keys: Any) -> None:
-    own = set(notes(module).names.values())
-    missing = incompatible_keys.missing_keys
+    own, missing = set(notes(module).names.values()), incompatible_keys.missing_keys
     missing[:] = [key for key in missing if key.rpartition(".")[2] not in own]
 
 
 def untrack(model: ModelT) -> ModelT:
-    """Undo `track`: no shadows, no interception.
-
-    Args:
-        model: as it was given to `track`; not while DDP or another engine wraps it.
-
-    Returns:
-        `model`.
-    """
+    """Undo `track` on a model as it was given to it, not while DDP or another engine wraps it; return the model."""
     for module in model.modules():
         if not hasattr(module, "_largebatch"):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +22,9 @@ NEGLIGIBLE = 1e-8
 
 
 def verify(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any, batch_dim: int = 0) -> str | None:
-    """Compare the squares of a tracked model with those of one untracked backward pass for each sample.
+    """Compare the squares of a tracked model with those of one untracked backward pass for each sample, in evaluation mode.
 
-    The model is in evaluation mode meanwhile, and is left as it was: modes, gradients, buffers, what its modules keep, and
-    random numbers.
+    The model is left as it was: modes, gradients, buffers, what its modules keep, and random numbers.
 
     Args:
         model: tracked per sample, with whole parameters: before DDP, FSDP2 or DeepSpeed wraps it.
@@ -46,12 +46,9 @@ def verify(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any, batch_di
     if num_samples < 2:
         raise UserError(f"verify: expected a batch of two samples or more, got {num_samples}")
 
-    def part(number: int) -> Any:
-        def pick(leaf: Any) -> Any:
-            holds = isinstance(leaf, Tensor) and leaf.ndim > batch_dim and leaf.shape[batch_dim] == num_samples
-            return leaf.narrow(batch_dim, number, 1) if holds else leaf
-
-        return tree_map(pick, batch)
+    def part(leaf: Any, number: int) -> Any:
+        holds = isinstance(leaf, Tensor) and leaf.ndim > batch_dim and leaf.shape[batch_dim] == num_samples
+        return leaf.narrow(batch_dim, number, 1) if holds else leaf
 
     try:
         with _undisturbed(model):
@@ -59,7 +56,7 @@ def verify(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any, batch_di
         singles = []
         for number in range(num_samples):
             with _undisturbed(model, is_tracked=False):
-                singles.append(_gradients(model, loss, part(number)))
+                singles.append(_gradients(model, loss, tree_map(functools.partial(part, number=number), batch)))
     except UserError:
         raise
     except Exception as error:  # a batch of one that the model does not take, memory: training may well do without
@@ -109,7 +106,6 @@ def _undisturbed(model: nn.Module, is_tracked: bool = True) -> Iterator[None]:
     held = [dict(vars(module)) for module in modules]
     contents = [(v, v.copy()) for values in held for v in values.values() if type(v) in (dict, list, set)]
     grads, values = [tensor.grad for tensor in tensors], [buffer.clone() for buffer in model.buffers()]
-    model.eval()
     for module in modules:
         module.training = isinstance(module, nn.RNNBase)  # cuDNN's have a backward pass in training mode alone
     before, state.is_replaying = state.is_replaying, not is_tracked
