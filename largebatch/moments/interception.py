@@ -50,6 +50,8 @@ class Interception(TorchFunctionMode):
         tensors = tensors_in(args, kwargs)
         if operations.is_unseen(func) or kwargs.get("out") is not None or inside_function_transform():
             self._check_seen(func, kwargs, tensors)
+        if func in operations.LIKE:
+            tensors = tensors[:1]
         operands = [operand for t in tensors if (operand := scope.operand(t)) is not None]
         if not operands or not torch.is_grad_enabled():
             return self._plain(func, args, kwargs, tensors)
@@ -66,24 +68,23 @@ class Interception(TorchFunctionMode):
         is_in_place = operations.is_in_place(func)
         if is_in_place and scope.operand(args[0]) is not None:
             raise Refusal("it changes the parameter, or what was computed from it, in place")
-        is_like = func in operations.LIKE and scope.operand(args[0]) is not None  # of another it takes the shape alone
         marks = marks_in(scope.batch, tensors)
-        if (is_like and len(operands) == 1) or not marks:
+        if not marks:
             return scope.derive(func, args, kwargs, operands)
         for _, found in live_in(marks):
             if isinstance(found, Lost):
                 raise Refusal(why_lost(found))
         if any(operand.dtype.is_complex for operand in operands):
             raise Refusal("it takes the parameter as complex numbers")
-        is_broadcast = func in operations.POINTWISE or func in rules.JOINS
-        rule = rules.RULES.get(func, rules.broadcast if is_broadcast else None)
+        rule = rules.RULES.get(func, again.derivative)
+        if is_in_place and rule is again.derivative:
+            raise Refusal("there is no rule for it")
         try:
-            return (rule or again.derivative)(scope, func, args, kwargs)
+            return rule(scope, func, args, kwargs)
         except Refusal as refusal:
-            if rule is None or is_in_place:
-                raise
-            with suppress(Refusal):
-                return again.derivative(scope, func, args, kwargs)
+            if not is_in_place and rule is not again.derivative:
+                with suppress(Refusal):
+                    return again.derivative(scope, func, args, kwargs)
             raise refusal
 
     def _check_seen(self, func: Any, kwargs: Any, tensors: list[Tensor]) -> None:

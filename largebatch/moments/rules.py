@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.moments.operations import WHOLE, Rows, is_in_place
+from largebatch.moments.operations import POINTWISE, WHOLE, Rows, is_in_place
 from largebatch.moments.private import batch_statistics
 from largebatch.moments.samples import Batch, mark, mark_of, marks_in, verdicts
 from largebatch.moments.scope import Refusal, Scope
@@ -249,6 +249,11 @@ def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     return _layer(scope, func(*args, **kwargs), (x, weight, bias), rows, of)
 
 
+JOINS = {torch.cat, torch.concat, torch.concatenate}
+_NOT_BROADCAST = {torch.prelu, Tensor.prelu, torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_}
+
+
+@rule(*POINTWISE - _NOT_BROADCAST, *JOINS)
 def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     """A function of single elements in which a parameter is broadcast over the batch, or a join with one, as of class tokens.
 
@@ -258,7 +263,7 @@ def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     is_join = func in JOINS
     given = list(args[0] if is_join else args)
     tensors = [t for t in given if isinstance(t, Tensor)]
-    if any(isinstance(value, Tensor) for value in kwargs.values()) or getattr(func, "__name__", "") in _NOT_BROADCAST:
+    if any(isinstance(value, Tensor) for value in kwargs.values()):
         raise Refusal("its parameter is not broadcast")
     if not is_join and len({t.dtype for t in tensors if t.is_floating_point()}) > 1:
         raise Refusal("its arguments differ in type")
@@ -279,10 +284,6 @@ def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     if isinstance(output, Tensor):
         mark(scope.batch, output, rows)
     return output
-
-
-_NOT_BROADCAST = ("prelu", "masked_fill", "masked_fill_")
-JOINS = {torch.cat, torch.concat, torch.concatenate}
 
 
 def _one_row(operand: Operand, tensor: Tensor, dim: int) -> Operand | None:

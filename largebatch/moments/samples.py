@@ -165,8 +165,6 @@ _known: dict[Any, Any] = {}
 
 def verdicts(func: Any, args: Any, kwargs: Any, marks: Marks, pieces: Any) -> list[Rows | Lost]:
     """Return where the samples lie in each result of a function; `marks` are its tensors that have any."""
-    if func in operations.LIKE:
-        marks = [(t, m) for t, m in marks if args and t is args[0]]
     live, name = live_in(marks), getattr(func, "__name__", str(func))
     lost = [m for _, m in live if isinstance(m, Lost)]
     if lost:
