@@ -46,9 +46,7 @@ class Aliased(dict[str, Any]):
         parameter, aliases = self.held[name], state.aliases
         if name not in self.names or parameter is None or not parameter.requires_grad or not torch.is_grad_enabled():
             return parameter
-        if (
-            parameter.grad_fn is not None
-        ):  # computed from aliases and put into its place, as by torch.func.functional_call
+        if parameter.grad_fn is not None:  # computed from aliases and put into its place, as by functional_call
             return parameter
         assert aliases is not None
         if id(parameter) not in aliases:
