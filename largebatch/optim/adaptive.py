@@ -243,8 +243,10 @@ class Adam(AdaptiveOptimizer):
             decayed = _with_decay(grads, params, l2)
             older = roots_before(squares, before, eps) if carries else []
             torch._foreach_mul_(squares, 1.0 - weight2)
-            direction = list(torch._foreach_lerp(means, decayed, weight1)) if part.is_bounded else None
-            part.add_to(squares, grads, decayed, weight2, direction, smallest_ratio(*group["betas"]))
+            direction = bound = None  # of an average that is carried, one of quotients, each is bounded
+            if part.is_bounded and not is_carried(moment.kappa, group["betas"][1]):
+                direction, bound = list(torch._foreach_lerp(means, decayed, weight1)), smallest_ratio(*group["betas"])
+            part.add_to(squares, grads, decayed, weight2, direction, bound)
             newer = roots(squares, divisor2, eps)
             if carries:
                 carry(means, older, newer, math.sqrt(before / divisor2), moment.kappa)
@@ -308,19 +310,13 @@ class RMSProp(AdaptiveOptimizer):
         if bias_correction not in ("none", "running_mean"):
             raise ValueError(f"bias_correction: expected none or running_mean, got {bias_correction!r}")
         self.bias_correction = bias_correction
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "alpha": alpha,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "momentum": momentum,
-                "centered": centered,
-                "exponent": exponent,
-                "reference_batch_size": reference_batch_size,
-            },
-        )
+        own = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        more = {"centered": centered, "exponent": exponent, "reference_batch_size": reference_batch_size}
+        super().__init__(params, own | more)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles keep: what torch.optim does, and the bias correction."""
+        return super().__getstate__() | {"bias_correction": self.bias_correction}
 
     def used_state(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return exp_avg_sq, with exp_avg where centered and momentum_buffer where there is momentum."""
@@ -340,7 +336,7 @@ class RMSProp(AdaptiveOptimizer):
         weight, _ = advance_average(counts, "second_moment_count", group["alpha"], self.bias_correction)
         decayed = _with_decay(grads, params, group["weight_decay"])
         torch._foreach_mul_(state["exp_avg_sq"], 1.0 - weight)
-        moment.add_to(state["exp_avg_sq"], grads, decayed, weight)
+        moment.add_to(state["exp_avg_sq"], grads, decayed, weight, means=state.get("exp_avg"))
         second_moments = state["exp_avg_sq"]
         if group["centered"]:
             mean_weight, _ = advance_average(counts, "first_moment_count", group["alpha"], self.bias_correction)

@@ -93,7 +93,7 @@ def moved_rows(
             count = counts.setdefault(p, Count())
             shift = shift_of(optimizer, group, kappa, bounded=bounded, count=count, shortest=shortest)
             maximize = group.get("maximize", False)
-            averages = state.get("exp_avg"), state.get("max_exp_avg_sq")
+            averages = state.get("exp_avg"), state.get("max_exp_avg_sq"), state.get("grad_avg")
             rows.append(Row(slots[p], state[name], shift, decay, maximize, *averages, eps=group["eps"]))
     return rows
 
@@ -111,10 +111,9 @@ def moment_of(slots: list[Slot], units: Units, spread: float, kappa: float) -> M
     if units.num_units > 1:
         share = (kappa - 1.0) / (units.num_units - 1.0)
         return Moment(regions, share, units.scale, kappa, equal=units.equal)
-    estimates = []
+    variances = []
     for slot, region in zip(slots, regions, strict=True):
         gradient = slot.gradient()
         change = torch.add(gradient, region, alpha=-units.clip) if slot.holds == "previous" else gradient
-        weight = spread if slot.holds == "previous" else 1.0
-        estimates.append(gradient.square().addcmul_(change, change, value=weight))
-    return Moment(estimates, kappa - 1.0, 1.0, kappa)
+        variances.append(change.square().mul_(spread if slot.holds == "previous" else 1.0))
+    return Moment(variances, kappa - 1.0, 1.0, kappa, of_variance=True)

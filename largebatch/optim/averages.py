@@ -49,6 +49,26 @@ def smallest_ratio(beta1: float, beta2: float) -> float:
     return (1.0 - beta2) * max(1.0 - beta1, 1.0 - beta1**2 / beta2 if beta2 else 0.0) / (1.0 - beta1) ** 2
 
 
+def smallest_with_mean(kept: Tensor, mean: Tensor, newest: Tensor, weight: float, share: float) -> Tensor:
+    """Return the smallest s for which a variance s - m^2 is a share of the batch's own, and not below zero by rounding.
+
+    With averages s of squares and m of values, both of weight w, the variance after the newest value is
+
+        (1-w) * (s - m^2)_before + w*(1-w) * (x - m_before)^2
+
+    Args:
+        kept: (1-w) * s before.
+        mean: m before.
+        newest: x.
+        weight: w.
+        share: in (0, 1].
+    """
+    after = torch.lerp(mean, newest, weight)
+    variance = (kept - mean.square() * (1.0 - weight)).clamp_min_(0.0)
+    variance.addcmul_(newest - mean, newest - mean, value=weight * (1.0 - weight)).mul_(share)
+    return variance.addcmul_(after, after, value=1.0 + 16.0 * torch.finfo(after.dtype).eps)
+
+
 @dataclass(frozen=True)
 class Moment:
     """The second moment of one update, as a combination of squares of the mean gradient and of the tracked squares.
@@ -82,7 +102,7 @@ class Moment:
     @property
     def is_bounded(self) -> bool:
         """Whether single estimates may be negative, so that the average is kept above a bound."""
-        return self.squares is not None and (self.share < 0.0 or (self.share > 1.0 and not self.equal))
+        return self.squares is not None and (self.share < 0.0 or (self.share > 0.0 and not self.equal))
 
     def add_to(
         self,
@@ -92,6 +112,7 @@ class Moment:
         weight: float,
         direction: list[Tensor] | None = None,
         bound: float | None = None,
+        means: list[Tensor] | None = None,
     ) -> None:
         """Add weight * s_ref to a running average.
 
@@ -107,7 +128,13 @@ class Moment:
             weight: of the newest value.
             direction: u, what the root of the average divides; None: ``decayed``.
             bound: c, such that an average of squares with these weights is at least c * u^2; None: ``weight``.
+            means: running averages of gradients before this update, whose squares are subtracted from the average; then it is
+                kept at what leaves `smallest_with_mean`.
         """
+        with_means = []
+        if means is not None and self.is_bounded:
+            rows, share = zip(average, means, decayed, strict=True), min(1.0, self.kappa)
+            with_means = [smallest_with_mean(kept, mean, x, weight, share) for kept, mean, x in rows]
         added = self.squares is not None and self.share != 0.0
         subtracted = self.share if added and not self.of_variance else 0.0
         if decayed is grads:
@@ -123,8 +150,12 @@ class Moment:
             # q >= ghat^2 but where a unit's square is too small for its type, and their sum's is not.
             torch._foreach_clamp_min_(average, 0.0)
         if self.is_bounded:
-            direction, bound = direction or decayed, weight if bound is None else bound
-            lowest = torch._foreach_mul(direction, direction)
-            torch._foreach_mul_(lowest, bound * min(1.0, self.kappa))
-            for value, least in zip(average, lowest, strict=True):  # DTensors have no foreach maximum before torch 2.13
-                value.copy_(torch.maximum(value, least))
+            lowest = with_means
+            if means is None:
+                direction, bound = direction or decayed, weight if bound is None else bound
+                lowest = list(torch._foreach_mul(direction, direction))
+                torch._foreach_mul_(lowest, bound * min(1.0, self.kappa))
+            for value, bottom in zip(
+                average, lowest, strict=True
+            ):  # DTensors have no foreach maximum before torch 2.13
+                value.copy_(torch.maximum(value, bottom))

@@ -57,13 +57,15 @@ def carry(averages: list[Tensor], before: list[Tensor], after: list[Tensor], fac
     Args:
         averages: m of each parameter, without the newest gradient.
         before: of the update before, from `roots_before`.
-        after: of this update, from `roots`.
+        after: of this update, from `roots`; one that is infinite becomes finite.
         factor: sqrt of the divisor before / the divisor after, by which after / before is to be multiplied.
         kappa: B / B_ref, above 1.
     """
-    carried = torch._foreach_mul(averages, after)
+    # m/d is of moderate size whatever the gradients' is; of a second moment that has overflowed it is 0.
+    carried = torch._foreach_div(averages, before)
     torch._foreach_mul_(averages, 1.0 / kappa)
-    torch._foreach_addcdiv_(averages, carried, before, value=(1.0 - 1.0 / kappa) * factor)
+    torch._foreach_clamp_max_(after, torch.finfo(after[0].dtype).max / 64)
+    torch._foreach_addcmul_(averages, carried, after, value=(1.0 - 1.0 / kappa) * factor)
 
 
 def pieces(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:

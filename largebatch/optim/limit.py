@@ -271,7 +271,7 @@ class LimitWatch:
                 damped = slot.sample(damped_by[p]) if p in damped_by else 1.0
                 effective.append(response * self._clip * damped)
                 steps.append(before.mul_(1.0 - decay).sub_(slot.sample(p.detach())))
-            weights = [slot.parameter.numel() / slot.num_sampled for slot in part.slots]
+            weights = [slot.parameter.numel() / max(1, slot.num_sampled) for slot in part.slots]
             self.meter.begin(
                 part.columns, steps, part.grads, part.variances, effective, weights, part.group, self._batch_size
             )

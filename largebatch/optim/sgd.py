@@ -62,6 +62,10 @@ class SGD(torch.optim.SGD):
         self.form = form
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles keep: what torch.optim does, and the form."""
+        return super().__getstate__() | {"form": self.form}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch.optim; one of shadows has to say so."""
         super().add_param_group(param_group)

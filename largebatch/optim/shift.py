@@ -21,7 +21,7 @@ from torch import Tensor
 from largebatch.moments.micro_batches import Units
 from largebatch.moments.projection import Slot
 from largebatch.noise.estimator import power_sums
-from largebatch.optim.averages import smallest_ratio
+from largebatch.optim.averages import smallest_ratio, smallest_with_mean
 from largebatch.optim.carry import carry, is_carried, pieces, roots, roots_before
 from largebatch.scaling.rules import second_moment_coefficient
 
@@ -36,6 +36,8 @@ class Shift:
     """How a second moment s is moved before the optimizer makes s = beta*s + weight*x^2 of it.
 
         s = keep*s + of_square * x^2 + of_variance * V,  and at the least such that beta*s + weight*x^2 >= least * u^2
+
+    or, where the root of a variance beta*s + weight*x^2 - m^2 is taken, such that it is ``least`` times the batch's own.
 
     Args:
         keep: factor of what has been averaged so far.
@@ -132,17 +134,20 @@ def shift_of(
     beta = coefficient_at(group, kappa, shortest)
     weight = 1.0 - beta
     if isinstance(optimizer, torch.optim.RMSprop):
-        return Shift(of_variance=weight / beta * (kappa - 1.0), beta=beta, weight=weight, least=weight * at_most)
-    older = count.divisor if is_carried(kappa, beta) else 0.0
+        least = at_most if group["centered"] else weight * at_most
+        return Shift(of_variance=weight / beta * (kappa - 1.0), beta=beta, weight=weight, least=least)
+    carries = is_carried(kappa, beta)
+    older = count.divisor if carries else 0.0
     keep = count.advance(beta)
-    beta1 = float(group["betas"][0])
+    # An average that is carried is one of quotients: each is to be bounded.
+    beta1 = 0.0 if carries else float(group["betas"][0])
     return Shift(
         keep=keep,
         of_square=weight / beta * (count.stretch - 1.0),
         of_variance=weight / beta * count.stretch * (kappa - 1.0),
         beta=beta,
         weight=weight,
-        least=smallest_ratio(beta1, beta) * at_most,
+        least=smallest_ratio(beta1, beta) * at_most * count.stretch,
         beta1=beta1,
         older=older,
         newer=count.divisor,
@@ -161,6 +166,7 @@ class Row:
         maximize: whether the optimizer takes the negative gradient.
         average: the running average of gradients, where there is one.
         largest: the largest second moment so far, of AMSGrad.
+        mean: the running average of gradients whose square is subtracted from s, where the optimizer is centered.
         eps: what the optimizer adds to the root.
     """
 
@@ -171,12 +177,13 @@ class Row:
     maximize: bool = False
     average: Tensor | None = None
     largest: Tensor | None = None
+    mean: Tensor | None = None
     eps: float = 0.0
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What is equal for parameters that are moved together."""
-        optional = self.average is None, self.largest is None
+        optional = self.average is None, self.largest is None, self.mean is None
         numbers = self.shift, self.weight_decay, self.maximize, self.eps
         return *numbers, *optional, self.slot.holds, self.moment.dtype
 
@@ -203,6 +210,7 @@ def move_second_moments(rows: Iterable[Row], units: Units, spread: float, kappa:
             [row.slot.parameter.detach() for row in together],
             [row.average for row in together if row.average is not None],
             [row.largest for row in together if row.largest is not None],
+            [row.mean for row in together if row.mean is not None],
         ]
         given = [column for column in columns if column]
         for piece in pieces(*given):
@@ -220,6 +228,7 @@ class _Piece:
     parameters: list[Tensor]
     averages: list[Tensor]
     largest: list[Tensor]
+    means: list[Tensor]
 
     def taken(self, row: Row) -> list[Tensor]:
         """Return x, the gradients as the optimizer takes them."""
@@ -230,13 +239,14 @@ class _Piece:
 def _move(piece: _Piece, row: Row, units: Units, spread: float, kappa: float) -> None:
     shift, moments, taken = row.shift, piece.moments, piece.taken(row)
     older = roots_before(piece.largest or moments, shift.older, row.eps) if shift.older else []
+    lowest = _lowest_variances(piece, taken, shift) if piece.means and shift.least else []
     if shift.keep != 1.0:
         torch._foreach_mul_([*moments, *piece.largest], shift.keep)
     if shift.of_square:
         torch._foreach_addcmul_(moments, taken, taken, value=shift.of_square)
     _add_variances(piece, row.slot.holds == "previous", units, spread, shift)
     if shift.least:
-        _bound(piece, taken, shift)
+        _bound(piece, taken, lowest, shift)
     _drop_rounding(moments, shift)
     if older:
         # sqrt(beta*s + weight*x^2) is sqrt(beta) times the root of this.
@@ -328,7 +338,13 @@ def noise_sums(slots: list[Slot], units: Units, spread: float) -> tuple[float, f
     return signal_sum, variance_sum
 
 
-def _bound(piece: _Piece, taken: list[Tensor], shift: Shift) -> None:
+def _lowest_variances(piece: _Piece, taken: list[Tensor], shift: Shift) -> list[Tensor]:
+    """Return the least that beta*s + weight*x^2 may come to where the square of a mean is subtracted from it."""
+    rows = zip(piece.moments, piece.means, taken, strict=True)
+    return [smallest_with_mean(shift.beta * s.to(x), m.to(x), x, shift.weight, shift.least) for s, m, x in rows]
+
+
+def _bound(piece: _Piece, taken: list[Tensor], lowest_variances: list[Tensor], shift: Shift) -> None:
     """Keep second moments above what an average of squares cannot fall below.
 
     Below the reference batch s_ref is a difference, and so it is where units differ in size: single estimates may be
@@ -338,6 +354,6 @@ def _bound(piece: _Piece, taken: list[Tensor], shift: Shift) -> None:
         direction = newest
         if piece.averages:
             direction = torch.lerp(piece.averages[index].to(newest.dtype), newest, 1.0 - shift.beta1)
-        lowest = direction.square().mul_(shift.least)
+        lowest = lowest_variances[index] if lowest_variances else direction.square().mul_(shift.least)
         lowest.addcmul_(newest, newest, value=-shift.weight).div_(shift.beta)
         torch.maximum(moment, lowest.to(moment.dtype), out=moment)
