@@ -192,6 +192,8 @@ class Quench(AdaptiveOptimizer):
         torch._foreach_mul_(estimates, group["batch_size"] / (group["num_units"] - 1.0))
         torch._foreach_sub_(estimates, variances)
         torch._foreach_addcmul_(variances, weights, estimates)
+        # Squares of a share of the samples may be smaller than ghat^2.
+        torch._foreach_clamp_min_(variances, 0.0)
 
     def critical_batch_sizes_and_rates(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """Return {parameter: (Bstar, eta)}, elementwise, of the parameters that have been updated."""
