@@ -278,7 +278,10 @@ def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
             row = operand if dim < 0 or value.shape[dim] == 1 else _one_row(operand, value, dim)
             if row is None:
                 raise scope.refuse(func, [operand], "the parameter has a row of its own for each sample")
-            left = functools.partial(_broadcast_back, scope.batch, row, rows)
+            # Under ZeRO-3 the shape of a parameter that another module owns is not known before it is read.
+            left = functools.partial(
+                _broadcast_back, scope.batch, row, rows, value.shape if row is operand else row.shape
+            )
             given[place] = tap(scope, value if is_join else value.expand(shape), rows, [row], left, [])
     output = func(given, *args[1:], **kwargs) if is_join else func(*given, **kwargs)
     if isinstance(output, Tensor):
@@ -309,10 +312,10 @@ def _one_row(operand: Operand, tensor: Tensor, dim: int) -> Operand | None:
 
 
 def _broadcast_back(
-    batch: Batch, operand: Operand, rows: Rows, grad: Tensor, _: tuple[Tensor, ...]
+    batch: Batch, operand: Operand, rows: Rows, own: torch.Size, grad: Tensor, _: tuple[Tensor, ...]
 ) -> list[tuple[Operand, Use]]:
     """Sum the gradient of an expanded operand to its own shape, for each sample."""
-    shape = (1,) * (grad.ndim - len(operand.shape)) + tuple(operand.shape)
+    shape = (1,) * (grad.ndim - len(own)) + tuple(own)
     g = batch.gradients(grad, rows)
     g = g if rows.dim == WHOLE else g.movedim(1, rows.dim + 1)
-    return [(operand, given(g.sum_to_size(len(g), *shape).reshape(len(g), *operand.shape)))]
+    return [(operand, given(g.sum_to_size(len(g), *shape).reshape(len(g), *own)))]
