@@ -693,3 +693,19 @@ class TestOtherLibraries:
 
 def test_vit_parameters_without_a_module():
     assert {"token", "positions", "scale"} <= set(shadows(track(ViT())))
+
+
+def test_a_checkpointed_function_of_several_operations_is_refused():
+    """What stands between its modules is not seen when it runs again; a module that is checkpointed is followed."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.proj = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return checkpoint(lambda z: self.proj(self.fc(z).tanh()), x, use_reentrant=False)
+
+    model = track(Block())
+    with pytest.raises(UserError, match=r"'proj' runs again in activation checkpointing, on other tensors than before"):
+        model(torch.randn(5, 3, requires_grad=True)).sum().backward()
