@@ -141,6 +141,11 @@ class LimitMeter:
             self.count = min(self.count + 1, AVERAGED)
             self.means += (sums - self.means) / self.count
 
+    @property
+    def share(self) -> float:
+        """The share of the whole, without those of its parts."""
+        return self._share(self.means.sum(1)) if self.count else math.nan
+
     def limit(self, layer_of: Callable[[str], str] = str) -> Limit:
         """Return what was measured.
 
@@ -152,7 +157,7 @@ class LimitMeter:
         layers: dict[str, Tensor] = {}
         for name, column in zip(self.names, self.means.unbind(1), strict=True):
             layers[layer_of(name)] = layers.get(layer_of(name), 0.0) + column
-        share = self._share(self.means.sum(1))
+        share = self.share
         size = self.batch_size / share if share > 0 else math.inf
         return Limit(share, size, {name: self._share(sums) for name, sums in layers.items()})
 

@@ -122,9 +122,8 @@ class NoiseMeter:
             )
         if self.limit is None or self.warned_of_limit or self.limit.count < LEAST_MEASUREMENTS:
             return
-        found = self.limit.limit()
-        if found.share > LARGE_SHARE:
-            self.warned_of_limit = True
+        if self.limit.share > LARGE_SHARE:  # asked at every update
+            self.warned_of_limit, found = True, self.limit.limit()
             yield (
                 f"a step of batch size {batch_size:,} takes {found.share:.2f} of the largest stable one, of batch size "
                 f"{found.batch_size:,.0f}, as a mean over directions: the steepest may be past their limit, from where on the "
