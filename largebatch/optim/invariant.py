@@ -214,9 +214,9 @@ class BatchSizeInvariant(Around):
         units = self._squares.collect()
         progress = self._progress
         if units is None:  # nothing but momentum and weight decay
+            progress.advance(self.base, self._moment_name, self._shortest)
             with values_at(self.base, progress.kappa, progress.batch_size, 1.0, self._shortest):
                 self.base.step()
-            progress.follow(counts_of(self.base, self._moment_name))
             return loss
         if progress.announced is None:
             warn_of_short_batches()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from largebatch.optim.shift import Count
+from largebatch.optim.shift import Count, coefficient_at
 
 
 @dataclass
@@ -52,17 +52,24 @@ class Progress:
             clip = factor * self.loss_scale
         return clip
 
-    def follow(self, counts: dict[Tensor, Count]) -> None:
-        """Count updates that the optimizer itself has counted, without a gradient.
+    def advance(self, optimizer: torch.optim.Optimizer, moment_name: str | None, shortest: float) -> None:
+        """Count a coming update whose gradients are all zero, at the batch size of the last one.
 
         Args:
-            counts: as `counts_of` returns them.
+            optimizer: of torch, or of this package, with the values of the reference.
+            moment_name: as in `counts_of`.
+            shortest: as `largebatch.scaling.second_moment_coefficient`.
         """
-        for p, found in counts.items():
-            count = self.counts.setdefault(p, Count())
-            if found.updates > count.updates:
-                count.log_decay += found.log_decay * (1.0 - count.updates / found.updates)
-                count.updates = found.updates
+        if moment_name != "exp_avg_sq":
+            return
+        for group in optimizer.param_groups:
+            beta = coefficient_at(group, self.kappa, shortest)
+            for p in group["params"]:
+                if p.grad is not None:
+                    ratio = self.counts.setdefault(p, Count()).advance(beta)
+                    for name in ("exp_avg_sq", "max_exp_avg_sq"):
+                        if ratio != 1.0 and name in optimizer.state[p]:
+                            optimizer.state[p][name].mul_(ratio)
 
 
 def counts_of(optimizer: torch.optim.Optimizer, moment_name: str | None) -> dict[Tensor, Count]:

@@ -123,3 +123,28 @@ def step(model, optimizer):
         model(inputs).square().mean().div(2).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_updates_whose_gradients_are_zero_are_counted_at_their_batch_size(amsgrad):
+    beta1, beta2, kappa, lr, eps = 0.9, 0.999, 4.0, 0.01, 1e-8
+    parameter = nn.Parameter(torch.ones(5, dtype=torch.float64))
+    adam = torch.optim.Adam([parameter], lr, (beta1, beta2), eps, amsgrad=amsgrad)
+    optimizer = batch_size_invariant(adam, reference_batch_size=2, micro_batch_size=4)
+    generator = torch.Generator().manual_seed(0)
+    place, m, s, largest = (torch.full((5,), value, dtype=torch.float64) for value in (1.0, 0.0, 0.0, 0.0))
+    for update in range(1, 9):
+        units = torch.randn(2, 5, generator=generator, dtype=torch.float64) * (update not in (3, 4, 7))
+        if units.any():
+            for unit in units:
+                ((parameter * unit).sum() / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+        m = beta1 * m + (1 - beta1) * units.mean(0)
+        s_ref = units.mean(0) ** 2 + (kappa - 1) * units.var(0) / 2
+        s = beta2**kappa * s + (1 - beta2**kappa) * s_ref
+        largest = torch.maximum(largest, s)
+        corrected = (largest if amsgrad else s) / (1 - beta2 ** (kappa * update))
+        place -= kappa * lr * m / (1 - beta1**update) / (corrected.sqrt() + eps)
+        torch.testing.assert_close(parameter.detach(), place, rtol=1e-12, atol=1e-12)
