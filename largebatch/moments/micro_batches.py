@@ -92,6 +92,7 @@ class MicroBatchSquares:
         self._project = Projector()
         self._update, self._over, self._checked = 0, True, False
         self._task, self._sizes, self._nested = -1, list[float](), False
+        self._is_closed = False
         self._joint: set[Slot] | None = None
         self._joint_size, self._joint_begun = 1.0, False
         self._world_size = 1
@@ -121,15 +122,30 @@ class MicroBatchSquares:
                 parameter.requires_grad_(False)
 
     def keep(self, parameters: Container[Tensor]) -> None:
-        """Let go of the parameters that are not among these."""
-        for parameter in [p for p in self.slots if p not in parameters]:
+        """Let go of the parameters that are not among these, and of the buffers of which none is left."""
+        gone = [p for p in self.slots if p not in parameters]
+        for parameter in gone:
             self._handles.pop(parameter).remove()
-            del self.slots[parameter]
+            self.slots.pop(parameter).parameter = torch.empty(0)  # its place in a buffer may stay
+        if gone:
             self._checked = False
+            left = set(self.slots.values())
+            self._buffers = [buffer for buffer in self._buffers if not left.isdisjoint(buffer[2])]
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether there was a backward pass since the last update."""
+        return not self._over
 
     def close(self) -> None:
         """Remove the hooks."""
         _remove(self._handles)
+        self._is_closed = True
+
+    def require_open(self) -> None:
+        """Raise if it was closed."""
+        if self._is_closed:
+            raise UserError("to_torch: this optimizer has ended; go on with the one that to_torch() returned")
 
     def restart(self) -> None:
         """Forget the passes since the last update: their gradients were cleared, or used."""
@@ -290,6 +306,9 @@ class MicroBatchSquares:
         Raises:
             UserError: if a gradient is not what the backward passes left, times one factor for all.
         """
+        self.require_open()
+        if self._joint is not None:
+            raise UserError("step: within a micro-batch; leave `with optimizer.micro_batch(size):` before the update")
         self._world_size = num_ranks(self.process_group)
         live = [slot for slot in self.slots.values() if slot.parameter.grad is not None]
         fired = [slot for slot in live if slot.update == self._update and not self._over and slot.count]

@@ -85,12 +85,12 @@ class Slot:
         self.holds = "previous"
 
     def sample(self, gradient: Tensor) -> Tensor:
-        """Return at most `PROJECTED` elements of a gradient, always the same ones."""
+        """Return at most `PROJECTED` elements of a gradient, always the same ones, in the type of the region."""
         if self.is_dense and gradient.stride() == self.strides:
             values = gradient.as_strided((self.num_sampled,), (self.stride,))
         else:
             values = gradient.permute(self.order).reshape(-1)[:: self.stride]
-        return values if values.dtype in (torch.float32, torch.float64) else values.float()
+        return values.to(self.region.dtype)
 
 
 class Projector:

@@ -14,6 +14,7 @@ from largebatch.moments.projection import Slot
 from largebatch.optim.around import is_decoupled
 from largebatch.optim.averages import Moment
 from largebatch.optim.fused import may_fuse
+from largebatch.optim.progress import follow_state
 from largebatch.optim.quench import Quench
 from largebatch.optim.shift import Count, Row, coefficient_at, shift_of
 
@@ -84,9 +85,11 @@ def moved_rows(
     rows: list[Row] = []
     bounded = kappa < 1.0 or not units.equal
     for group in optimizer.param_groups:
-        present = [p for p in group["params"] if p in slots]
-        if any(not optimizer.state[p] for p in present):
+        if any(not optimizer.state[p] for p in group["params"] if p in slots):
             optimizer._init_group(group, [], [], [], [], [], [])  # type: ignore[attr-defined]
+    follow_state(optimizer, name, counts)
+    for group in optimizer.param_groups:
+        present = [p for p in group["params"] if p in slots]
         decay = 0.0 if is_decoupled(optimizer, group) else group["weight_decay"]
         for p in present:
             state = optimizer.state[p]

@@ -172,7 +172,27 @@ class Damping:
     def __init__(self, optimizer: torch.optim.Optimizer, of_reference: bool = True) -> None:
         require_response(optimizer)
         self.optimizer, self.of_reference = optimizer, of_reference
+        self._templates: set[Tensor] = set()
         self._damped: list[tuple[dict[str, Any], Damped]] = []
+
+    def make_templates(self) -> None:
+        """Give each parameter with a state all tensors of it, zeros until it is damped, so that checkpoints are alike."""
+        for p, state in self.optimizer.state.items():
+            if PREVIOUS not in state:
+                state.update({name: torch.zeros_like(p) for name in STATE})
+                self._templates.add(p)
+
+    def drop_templates(self) -> None:
+        """Let go of what is in the state of parameters that were not damped."""
+        state = self.optimizer.state
+        forget_damping([state[p] for p in self._templates if p in state])
+        self._templates = set()
+
+    def loaded(self) -> None:
+        """Tell which of the tensors that were loaded are of parameters that were not damped."""
+        states = self.optimizer.state.items()
+        self._templates = {p for p, state in states if AVERAGES[1] in state and not bool(state[AVERAGES[1]].any())}
+        self.drop_templates()
 
     def begin(self, units: Units, spread: float, kappa: float) -> None:
         """Measure how the gradients have changed, before the step; of one unit alone that cannot be told from noise.
@@ -184,6 +204,7 @@ class Damping:
         """
         state, slots = self.optimizer.state, {slot.parameter: slot for slot in units.slots}
         self._damped = []
+        self.drop_templates()
         if kappa <= 1.0 or units.num_units <= 1:
             forget_damping([state[p] for p in slots if p in state])
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,18 +16,16 @@ from largebatch.errors import UserError
 from largebatch.moments.micro_batches import MicroBatchSquares, Units
 from largebatch.noise.estimator import Noise, NoiseScale
 from largebatch.optim.adaptive import AdaptiveOptimizer
-from largebatch.optim.around import Around, second_moment_name
+from largebatch.optim.around import second_moment_name
 from largebatch.optim.at_batch import moment_of, moved_rows, values_at
-from largebatch.optim.damping import SHORTEST, Damping, forget_damping
+from largebatch.optim.damping import PREVIOUS, SHORTEST, Damping, forget_damping
 from largebatch.optim.groups import check_groups, described
 from largebatch.optim.host import loader_size, samples, warn_of_short_batches
-from largebatch.optim.limit import Limit, LimitWatch
+from largebatch.optim.limit import Limit, LimitMeter, LimitWatch
 from largebatch.optim.progress import Progress, counts_of
 from largebatch.optim.quench import Quench
+from largebatch.optim.resumable import KEY, Resumable
 from largebatch.optim.shift import Count, move_second_moments, noise_sums
-
-KEY = "batch_size_invariant"  # in the first group of a state dict
-SAVED = ("batch_size", "kappa", "samples_seen", "updates", "previous_batch_size", "loss_scale")
 
 # Updates at the reference that the averages of the noise scale span. It is measured at each of the first updates, then now and
 # then: what hundreds of updates say is said by every eighth of them.
@@ -102,7 +99,7 @@ def batch_size_invariant(
     )
 
 
-class BatchSizeInvariant(Around):
+class BatchSizeInvariant(Resumable):
     """What `batch_size_invariant` returns.
 
     Attributes:
@@ -128,21 +125,35 @@ class BatchSizeInvariant(Around):
             raise UserError(f"loss: expected 'mean' or 'sum', got {loss!r}")
         self.reference_batch_size, self.micro_batch_size, self.loss = reference, micro, loss
         self._progress = Progress(reference)
-        self._noise = NoiseScale(["all"], NOISE_UPDATES * reference / NOISE_EVERY, least_updates=NOISE_FIRST)
+        self._noise = self._new_noise()
         self._squares = MicroBatchSquares([], process_group)
         self._squares.settings = {"reference_batch_size": reference, "micro_batch_size": micro}
         super().__init__(optimizer)
         self._hook_parameters()
         self._progress.counts = counts_of(self.base, self._moment_name)
+        own = self.param_groups[0].get(KEY)  # of a state dict of this class that the plain optimizer has loaded
+        self.param_groups[0][KEY] = {}  # torch.distributed.checkpoint reads the keys that are there
+        if own:
+            self._require_reference(own)
+            self._load_own_state(own)
+
+    def _new_noise(self) -> NoiseScale:
+        length = NOISE_UPDATES * self.reference_batch_size / NOISE_EVERY
+        return NoiseScale(["all"], length, least_updates=NOISE_FIRST)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch.optim."""
         self.base.add_param_group(param_group)
-        self._hook_parameters()
+        try:
+            self._hook_parameters()
+        except UserError:
+            self.param_groups.pop()
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the squares with them."""
         self.base.zero_grad(set_to_none)
+        self._progress.restart(self._squares.is_pending)
         self._squares.restart()
         self._hook_parameters()
 
@@ -176,7 +187,7 @@ class BatchSizeInvariant(Around):
 
     def set_batch(self, batch_size: int) -> None:
         """Announce B of the coming update, in samples over all ranks, in place of what is counted."""
-        self._progress.announced = samples("set_batch", batch_size)
+        self._progress.announce(samples("set_batch", batch_size), self._squares.is_pending)
 
     @property
     def critical_batch_size(self) -> Noise:
@@ -204,7 +215,7 @@ class BatchSizeInvariant(Around):
         """Do one update; ``closure`` as in torch.optim.
 
         Raises:
-            UserError: if a gradient is not what the backward passes left, times one factor for all.
+            UserError: if a gradient is not what the backward passes left, times one factor for all; within `micro_batch`.
         """
         loss = None
         if closure is not None:
@@ -217,19 +228,38 @@ class BatchSizeInvariant(Around):
             progress.advance(self.base, self._moment_name, self._shortest)
             with values_at(self.base, progress.kappa, progress.batch_size, 1.0, self._shortest):
                 self.base.step()
+            if self._damping is not None:
+                self._damping.make_templates()
             return loss
         if progress.announced is None:
             warn_of_short_batches()
         size = self.micro_batch_size * units.size if progress.announced is None else progress.announced
         progress.batch_size, progress.announced = round(size), None
         progress.kappa = size / self.reference_batch_size
-        units.clip = progress.clip_of(units.factor)
+        units.clip, kept = progress.clip_of(units.factor)
+        if kept != 1.0:
+            self._correct_kept(kept)
+        progress.knows_scale = progress.knows_scale or progress.is_told
         if self.loss == "sum":
             self._to_reference_sum(units, units.world_size / progress.kappa)
         self._update(units, size, progress.kappa)
         progress.samples_seen += progress.batch_size
         progress.previous_batch_size = size
         return loss
+
+    def _correct_kept(self, factor: float) -> None:
+        """Multiply what is kept of gradients whose loss scale was not what it was taken for."""
+        for slot in self._squares.slots.values():
+            if slot.holds == "previous":
+                slot.region.mul_(factor)
+        self._watch.meter.drop()
+        for state in self.state.values():
+            if PREVIOUS in state:
+                state[PREVIOUS].mul_(factor)
+        if not self._progress.knows_scale:  # averages since the first update
+            self._noise.load_state_dict(self._new_noise().state_dict())
+            forget_damping(list(self.state.values()))
+            self._watch.meter = LimitMeter(self._watch.meter.names)
 
     def _to_reference_sum(self, units: Units, factor: float) -> None:
         """Scale gradients, which the ranks' mean of sums is, to the sum over a reference batch."""
@@ -259,6 +289,8 @@ class BatchSizeInvariant(Around):
             factors = {} if self._damping is None else self._damping.end(self._updates_of)
             self._watch.after(self._updates_of, factors)
         progress.updates += 1
+        if len(progress.counts) > len(self._squares.slots):  # parameters went
+            progress.counts = {p: count for p, count in progress.counts.items() if p in self._squares.slots}
         if units.num_units <= 1:
             for slot in units.slots:
                 if kappa != 1.0 or self._measures(progress.updates):
@@ -288,111 +320,18 @@ class BatchSizeInvariant(Around):
                 stacklevel=6,
             )
 
-    # Hooks, copies and checkpoints
+    # Hooks
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return described(self.param_groups)
+        named = described(self.param_groups)
+        # Others never have a gradient: frozen weights that are integers, or made in inference mode.
+        return ((name, p) for name, p in named if (p.is_floating_point() or p.is_complex()) and not p.is_inference())
 
     def _hook_parameters(self) -> None:
         named = list(self._parameters())
         check_groups(self.param_groups, has_moment=self._moment_name is not None)
         self._squares.add(named)
         self._squares.keep({parameter for _, parameter in named})
-
-    def to_torch(self) -> torch.optim.Optimizer:
-        """Return the plain optimizer with its groups and state, for training at the reference batch size; this one ends."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                count = self._progress.counts.get(p)
-                if count is not None and count.updates:
-                    ratio = count.at(float(group["betas"][1])) / count.stretch
-                    for name in ("exp_avg_sq", "max_exp_avg_sq"):
-                        if ratio != 1.0 and name in self.state[p]:
-                            self.state[p][name].mul_(ratio)
-        forget_damping(list(self.state.values()))
-        self._squares.close()
-        return self.base
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the base's state dict; in its first group, under ``batch_size_invariant``, what is needed to go on exactly.
-
-        It is in a group because torch.distributed.checkpoint saves groups and the state of parameters alone. A state that went
-        through it lacks the last gradient: where updates have one backward pass alone, the first estimate is less accurate.
-        """
-        state = self.base.state_dict()
-        first, *others = state["param_groups"]
-        return {**state, "param_groups": [{**first, KEY: self._own_state()}, *others]}
-
-    def _own_state(self) -> dict[str, Any]:
-        parameters = [p for _, p in self._parameters()]
-        slots = [self._squares.slots[p] for p in parameters]
-        progress = self._progress
-        counts = [progress.counts.get(p, Count()) for p in parameters]
-        return {
-            "reference_batch_size": self.reference_batch_size,
-            **{name: getattr(progress, name) for name in SAVED},
-            "counts": [[count.updates, count.log_decay, count.stretch] for count in counts],
-            "noise": self._noise.state_dict(),
-            "limit": self._watch.meter.state_dict(),
-            # Where updates have one backward pass: the gradient before, half of the next estimate.
-            "previous": {index: slot.region for index, slot in enumerate(slots) if slot.holds == "previous"},
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned, or the state of the plain optimizer, trained at the reference.
-
-        Raises:
-            UserError: if it was saved with another reference batch size.
-        """
-        first, *others = state_dict["param_groups"]
-        own = first.get(KEY)
-        if own is not None and own["reference_batch_size"] != self.reference_batch_size:
-            raise UserError(
-                f"reference_batch_size: the state was saved with {own['reference_batch_size']}, this optimizer has "
-                f"{self.reference_batch_size}; expected the same"
-            )
-        plain = {name: value for name, value in first.items() if name != KEY}
-        self.base.load_state_dict({**state_dict, "param_groups": [plain, *others]})
-        if own is None:
-            own = BatchSizeInvariant(
-                self.base, reference_batch_size=self.reference_batch_size, micro_batch_size=self.micro_batch_size
-            )._own_state()
-        self._load_own_state(own)
-
-    def _load_own_state(self, own: dict[str, Any]) -> None:
-        parameters = [p for _, p in self._parameters()]
-        for name in SAVED:
-            setattr(self._progress, name, own[name])
-        self._noise.load_state_dict(own["noise"])
-        if "limit" in own:  # not before this was measured
-            self._watch.meter.load_state_dict(own["limit"])
-        if self._moment_name == "exp_avg_sq":
-            self._progress.counts = {p: Count(*count) for p, count in zip(parameters, own["counts"], strict=True)}
-        self._squares.take_previous({parameters[index]: tensor for index, tensor in own["previous"].items()})
-
-    def __getstate__(self) -> dict[str, Any]:
-        arguments = {
-            "reference_batch_size": self.reference_batch_size,
-            "micro_batch_size": self.micro_batch_size,
-            "loss": self.loss,
-            "process_group": self._squares.process_group,
-            "damping": self._damping is not None,
-        }
-        own = self._own_state() | {"announced": self._progress.announced}
-        return {"base": self.base, "arguments": arguments, "own": own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["base"], **state["arguments"])  # type: ignore[misc]
-        self._load_own_state(state["own"])
-        self._progress.announced = state["own"]["announced"]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BatchSizeInvariant:
-        state = self.__getstate__()
-        copied = BatchSizeInvariant.__new__(BatchSizeInvariant)
-        memo[id(self)] = copied
-        base, own = copy.deepcopy((state["base"], state["own"]), memo)
-        copied.__setstate__({"base": base, "arguments": state["arguments"], "own": own})
-        return copied
 
     def __repr__(self) -> str:
         return f"BatchSizeInvariant(reference_batch_size={self.reference_batch_size}, {self.base!r})"

@@ -125,8 +125,8 @@ class LimitMeter:
         assert self._sums is not None
         of_noise = 0.5 * (1.0 + batch_size / self.batch_size)  # V of both updates, over twice that of this one
         for column, gradient, variance in zip(columns, grads, variances, strict=True):
-            if column not in self._kept:
-                continue
+            if column not in self._kept or self._kept[column][0].shape != gradient.shape:
+                continue  # it had no gradient, or is another parameter
             before, response, weight = self._kept[column]
             change = (gradient - before).square_().mul_(0.5).sub_(variance, alpha=of_noise)
             self._sums[0, column] = weight * change.mul_(response).sum()
@@ -236,6 +236,8 @@ class LimitWatch:
         names, parameters = zip(*named(), strict=True)
         if self.meter.names != list(names):  # or parameters came and went
             self.meter = LimitMeter(names)
+            if not is_first:
+                return
         if units.num_units <= 1 or not units.clip:
             self.meter.drop()
             return

@@ -11,6 +11,7 @@ which is ghat^2 at B = B_ref: there nothing is moved, and at a larger B the move
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -76,11 +77,13 @@ class Count:
         log_decay: log of the product of the coefficients used, whose 1 - exp() is what the average is to be divided by.
         stretch: (1 - beta^k) / (1 - exp(log_decay)): by what torch, which divides by 1 - beta^k with the last beta, finds the
             average multiplied. 1 while the batch size is constant.
+        moment: the second moment; None where it has not been looked at.
     """
 
     updates: float = 0.0
     log_decay: float = 0.0
     stretch: float = 1.0
+    moment: weakref.ref[Tensor] | None = None
 
     def advance(self, beta: float) -> float:
         """Count an update; return the ratio of the new stretch to the one before."""
