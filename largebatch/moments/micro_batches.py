@@ -142,10 +142,12 @@ class MicroBatchSquares:
         _remove(self._handles)
         self._is_closed = True
 
-    def require_open(self) -> None:
-        """Raise if it was closed."""
+    def require_idle(self) -> None:
+        """Raise if it was closed, or within a micro-batch."""
         if self._is_closed:
             raise UserError("to_torch: this optimizer has ended; go on with the one that to_torch() returned")
+        if self._joint is not None:
+            raise UserError("step: within a micro-batch; leave `with optimizer.micro_batch(size):` before the update")
 
     def restart(self) -> None:
         """Forget the passes since the last update: their gradients were cleared, or used."""
@@ -306,9 +308,7 @@ class MicroBatchSquares:
         Raises:
             UserError: if a gradient is not what the backward passes left, times one factor for all.
         """
-        self.require_open()
-        if self._joint is not None:
-            raise UserError("step: within a micro-batch; leave `with optimizer.micro_batch(size):` before the update")
+        self.require_idle()
         self._world_size = num_ranks(self.process_group)
         live = [slot for slot in self.slots.values() if slot.parameter.grad is not None]
         fired = [slot for slot in live if slot.update == self._update and not self._over and slot.count]

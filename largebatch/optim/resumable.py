@@ -39,7 +39,7 @@ class Resumable(Around):
 
     def to_torch(self) -> torch.optim.Optimizer:
         """Return the plain optimizer with its groups and state, for training at the reference batch size; this one ends."""
-        self._squares.require_open()
+        self._squares.require_idle()
         for group in self.param_groups:
             for p in group["params"]:
                 count = self._progress.counts.get(p)
