@@ -9,7 +9,7 @@ A batch that reaches past the end of an epoch carries on in the next one, so eve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -177,7 +177,7 @@ class PlanSampler:
         micro_batch_size: most samples of one forward pass on one rank; None for the rank's whole share.
         group_size: samples that must stay on one rank and in one micro-batch.
         samples_seen: where to begin.
-        least_units: micro-batches wanted of an update, over all ranks.
+        units: from an update's batch size to the micro-batches wanted of it, over all ranks; None for no wish.
     """
 
     plan: BatchSizes
@@ -188,20 +188,21 @@ class PlanSampler:
     micro_batch_size: int | None = None
     group_size: int = 1
     samples_seen: int = 0
-    least_units: int = 1
+    units: Callable[[int], int] | None = None
+
+    def _options(self, batch_size: int) -> tuple[int | None, int, int]:
+        return self.micro_batch_size, self.group_size, 1 if self.units is None else self.units(batch_size)
 
     def num_units(self, batch_size: int) -> float:
         """Return the micro-batches of an update over all ranks, as `effective_micro_batches` counts them."""
-        options = self.micro_batch_size, self.group_size, self.least_units
-        return effective_micro_batches(batch_size, self.world_size, *options)
+        return effective_micro_batches(batch_size, self.world_size, *self._options(batch_size))
 
     def pieces(self, batch_size: int) -> Sequence[slice]:
         """Return this rank's micro-batches of an update, as slices of the global batch; equally many on every rank.
 
         A sharded model's forward and backward passes are collectives, so a rank whose share needs fewer ends with empty ones.
         """
-        options = self.micro_batch_size, self.group_size, self.least_units
-        size = largest_micro_batch(batch_size, self.world_size, *options)
+        size = largest_micro_batch(batch_size, self.world_size, *self._options(batch_size))
 
         def of(rank: int) -> list[slice]:
             share = rank_share(batch_size, rank, self.world_size, self.group_size)

@@ -25,7 +25,8 @@ from largebatch.optim.limit import Limit, LimitMeter, LimitWatch
 from largebatch.optim.progress import Progress, counts_of
 from largebatch.optim.quench import Quench
 from largebatch.optim.resumable import KEY, Resumable
-from largebatch.optim.shift import Count, move_second_moments, noise_sums
+from largebatch.optim.shift import Count, coefficient_at, move_second_moments, noise_sums
+from largebatch.scaling.rules import enough_units
 
 # Updates at the reference that the averages of the noise scale span. It is measured at each of the first updates, then now and
 # then: what hundreds of updates say is said by every eighth of them.
@@ -242,10 +243,26 @@ class BatchSizeInvariant(Resumable):
         progress.knows_scale = progress.knows_scale or progress.is_told
         if self.loss == "sum":
             self._to_reference_sum(units, units.world_size / progress.kappa)
+        self._warn_of_few_units(units.num_units, progress.kappa)
         self._update(units, size, progress.kappa)
         progress.samples_seen += progress.batch_size
         progress.previous_batch_size = size
         return loss
+
+    def _warn_of_few_units(self, num_units: float, kappa: float) -> None:
+        """Warn once where an average of squares is so short that it rests on the few micro-batches of one update."""
+        groups = [group for group in self.param_groups if "betas" in group or "alpha" in group]
+        if kappa <= 1.0 or self._progress.warned_of_units or not groups:
+            return
+        beta2 = min(coefficient_at(group, kappa, self._shortest) for group in groups)
+        enough = enough_units(beta2, kappa)
+        if num_units < enough / 2:
+            self._progress.warned_of_units = True
+            warnings.warn(
+                f"an update of {self.batch_size:,} samples has {num_units:.3g} backward passes over all ranks; its second "
+                f"moment keeps {beta2:.3g} of the one before, and so short an average needs {enough} of them or more",
+                stacklevel=4,
+            )
 
     def _correct_kept(self, factor: float) -> None:
         """Multiply what is kept of gradients whose loss scale was not what it was taken for."""

@@ -35,6 +35,7 @@ class Progress:
         announced: B of the coming update, where it was announced.
         renewed: whether it was announced again since the last backward pass.
         warned: whether the batch size was found above the critical one.
+        warned_of_units: whether the backward passes of an update were found too few.
         counts: of second moments whose bias is corrected.
     """
 
@@ -49,6 +50,7 @@ class Progress:
     announced: int | None = None
     renewed: bool = False
     warned: bool = False
+    warned_of_units: bool = False
     counts: dict[Tensor, Count] = field(default_factory=dict)
 
     def clip_of(self, factor: float) -> tuple[float, float]:

@@ -160,8 +160,9 @@ def check_single_samples(run: Run, task: Task) -> None:
     model, plan, world_size = run.config.model, run.plan, run.world_size
     if not isinstance(model, FactoryModel) or model.norm_group_size is not None:
         return
-    options = world_size, run.config.batch.micro_size, run.group_size, plan.least_units
-    size = next((size for size in plan.batch_sizes() if smallest_micro_batch(size, *options) == 1), None)
+    options = world_size, run.config.batch.micro_size, run.group_size
+    sizes = (size for size in plan.batch_sizes() if smallest_micro_batch(size, *options, plan.units(size)) == 1)
+    size = next(sizes, None)
     if size is None:
         return
     dtype = torch.int64 if task.kind == "language_modeling" else None

@@ -45,7 +45,7 @@ def resolve(config: Config, num_train: int, world_size: int = 1, group_size: int
     largest = largest_batch(config, plan)
     run = Run(
         config=config,
-        plan=replace(plan, least_units=_least_units(config, plan)),
+        plan=replace(plan, least_units=_least_units(config, plan), wants_units=_wants_units(config)),
         world_size=world_size,
         group_size=group_size,
         largest_batch=largest,
@@ -87,9 +87,13 @@ def _warmup(config: Config, num_train: int) -> Warmup:
     return Warmup(warmup.name, round(warmup.epochs * num_train), start, "batch" if warmup.grows_batch() else "lr")
 
 
+def _wants_units(config: Config) -> bool:
+    return tracked(config) == "micro_batch" and second_moment(config) is not None
+
+
 def _least_units(config: Config, plan: Plan) -> int:
     """Return the micro-batches that an update is to have at the least."""
     if tracked(config) != "micro_batch":
         return 1
     begins_at = plan.full_batch_size(0) / config.batch.reference_size
-    return EARLY_UNITS if second_moment(config) is not None and begins_at > TWO_SUFFICE else 2
+    return EARLY_UNITS if _wants_units(config) and begins_at > TWO_SUFFICE else 2

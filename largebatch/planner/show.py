@@ -108,15 +108,14 @@ def _say_units(run: Run) -> str:
     """Return a line that says what the squares of an update are of."""
     plan, world_size, group_size = run.plan, run.world_size, run.group_size
     size, micro_size = plan.full_batch_size(0), run.config.batch.micro_size
-    units = effective_micro_batches(size, world_size, micro_size, group_size, plan.least_units)
+    wanted = plan.units(size)
+    units = effective_micro_batches(size, world_size, micro_size, group_size, wanted)
     line = f"{_squared_for(run)}: from the squared gradients of {units:.3g} micro-batches an update"
     whole = largest_micro_batch(size, world_size, micro_size, group_size)
-    cut = largest_micro_batch(size, world_size, micro_size, group_size, plan.least_units)
+    cut = largest_micro_batch(size, world_size, micro_size, group_size, wanted)
     if cut < whole:
         passes = -(-whole // cut)
-        line += (
-            f"; a rank's {whole:,} samples are cut into {passes} passes of {cut:,}, as {plan.least_units} are needed"
-        )
+        line += f"; a rank's {whole:,} samples are cut into {passes} passes of {cut:,}, as {wanted} are needed"
     return line
 
 

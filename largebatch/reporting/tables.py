@@ -111,7 +111,10 @@ def stage_table(plan: Plan, world_size: int, micro_size: int | None, group_size:
             table.add_row(*["..."] * 7)
         first, last = (s / plan.samples_per_epoch for s in (stage.first_sample, stage.first_sample + stage.samples))
         share = min(stage.batch_size, largest_micro_batch(stage.batch_size, world_size, None, group_size))
-        micro = min(share, largest_micro_batch(stage.batch_size, world_size, micro_size, group_size, plan.least_units))
+        micro = min(
+            share,
+            largest_micro_batch(stage.batch_size, world_size, micro_size, group_size, plan.units(stage.batch_size)),
+        )
         accumulation = -(-share // micro)
         rates = number(stage.lr_first)
         if abs(stage.lr_last - stage.lr_first) > 1e-9 * stage.lr_first:

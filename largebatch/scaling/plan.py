@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from largebatch.scaling.rules import Reference, temperature
+from largebatch.scaling.rules import Reference, enough_units, temperature
 from largebatch.scaling.schedules import Constant, Realization, Schedule, Warmup, batch_size_at
 
 
@@ -54,6 +54,7 @@ class Plan:
             learning rate is the rule's at its own size.
         growth: (samples seen, batch size) of each change that was decided during the run, in order.
         least_units: micro-batches that an update is cut into at the least, over all ranks, for the squares of their gradients.
+        wants_units: whether the second moment comes from them, so that a short average of it needs more (`rules.enough_units`).
 
     Under the rule ``adascale`` the schedule, the warm-up and the end of the run are read on AdaScale's clock, in samples
     of the reference run (`largebatch.noise.AdaScale`); what the plan says without that clock holds if the gain is kappa.
@@ -76,6 +77,7 @@ class Plan:
     at_epoch_end: Literal["carry", "cut"] = "carry"
     growth: tuple[tuple[int, int], ...] = ()
     least_units: int = 1
+    wants_units: bool = False
 
     @property
     def most_samples(self) -> float:
@@ -96,6 +98,14 @@ class Plan:
             self.max_batch_size,
             self.multiple_of,
         )
+
+    def units(self, batch_size: int) -> int:
+        """Return the micro-batches that an update of a batch size is cut into at the least, over all ranks."""
+        if not self.wants_units:
+            return self.least_units
+        values = self.reference.at(batch_size)
+        beta2 = float(values["betas"][1] if "betas" in values else values.get("alpha", 1.0))
+        return max(self.least_units, enough_units(beta2, batch_size / self.reference.batch_size))
 
     def batch_size(self, samples_seen: int) -> int:
         """Return the samples of the update that starts after ``samples_seen`` samples."""

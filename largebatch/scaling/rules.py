@@ -158,6 +158,28 @@ def scaled_coefficient(beta: float, kappa: float, rule: AveragingRule | float) -
     raise ValueError(f"averaging rule: expected one of {get_args(AveragingRule)} or a number in [0, 1), got {rule!r}")
 
 
+# Micro-batches that the average of a second moment is to span.
+SPANNED_UNITS = 16.0
+
+
+def enough_units(beta2: float, kappa: float) -> int:
+    """Return how many micro-batches of an update are enough for a second moment from their squares.
+
+    The average spans 1 / (1 - beta2) updates. Where that is few, as 0.95 at 64 times the batch keeps next to nothing of the
+    update before, it rests on the micro-batches of one update, and the variance between two of them alone is next to zero for
+    some elements, which then take too large a step (docs/results.md). One for each reference batch is always enough.
+
+    Args:
+        beta2: coefficient of the average in use, in [0, 1].
+        kappa: B / B_ref, > 0.
+
+    Example:
+        >>> [enough_units(0.999**kappa, kappa) for kappa in (4, 64)], [enough_units(0.95**kappa, kappa) for kappa in (4, 64)]
+        ([1, 1], [3, 16])
+    """
+    return max(1, min(math.ceil(SPANNED_UNITS * (1.0 - beta2)), math.ceil(kappa)))
+
+
 def second_moment_coefficient(beta: float, kappa: float, shortest: float = 0.0) -> float:
     """Return the coefficient of a second moment's average after the batch has grown by kappa.
 

@@ -117,7 +117,7 @@ class TrainStep:
             micro_size,
             norm_group_size(self.bare_model),
             progress.samples_seen,
-            plan.least_units,
+            plan.units,
         )
         self.loader.begin(self.sampler)
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -239,3 +240,15 @@ def test_a_model_may_change_its_type_where_torch_takes_it():
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.samples_seen == 24
+
+
+def test_too_few_passes_for_a_short_average_are_told_once():
+    """With beta2 = 0.95 at 64 times the batch, two gradients an update are next to all that the second moment is of."""
+    for passes, beta2, expected in ((2, 0.95, 1), (8, 0.95, 0), (2, 0.999, 0)):
+        p = parameter()
+        adam = torch.optim.Adam([p], 1e-3, betas=(0.9, beta2))
+        optimizer = batch_size_invariant(adam, reference_batch_size=1, micro_batch_size=64 // passes)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train(optimizer, [p], range(3), passes)
+        assert sum("so short an average needs 16" in str(warning.message) for warning in told) == expected

@@ -56,7 +56,9 @@ def test_all_ranks_have_as_many_micro_batches_and_each_sample_is_in_one():
 
     for world_size in (1, 2, 3, 5):
         for least in (1, 2, 3, 6):
-            samplers = [PlanSampler(Plan(), 1000, 0, rank, world_size, least_units=least) for rank in range(world_size)]
+            samplers = [
+                PlanSampler(Plan(), 1000, 0, rank, world_size, units=lambda _, n=least: n) for rank in range(world_size)
+            ]
             pieces = [[p for p in s.pieces(96) if p.stop > p.start] for s in samplers]
             assert len({len(s.pieces(96)) for s in samplers}) == 1
             assert sorted(i for of_rank in pieces for p in of_rank for i in range(p.start, p.stop)) == list(range(96))
@@ -77,6 +79,10 @@ def test_the_plan_says_how_passes_are_cut(capsys):
     far = {"batch.reference_size": 8}  # 25 times the reference: from the first update, or after a warm-up from 8
     assert resolve(digits(**ADAMW, **far), 1438).plan.least_units == 4
     assert resolve(digits(**ADAMW, **far, **{"warmup.realize": "batch"}), 1438).plan.least_units == 2
+    short = resolve(digits(**ADAMW, **far, **{"optimizer.betas": (0.9, 0.95), "warmup.realize": "batch"}), 1438).plan
+    reference = short.reference.batch_size
+    assert [short.units(kappa * reference) for kappa in (1, 2, 4, 16, 64)] == [2, 2, 3, 9, 16]
+    assert resolve(digits(**ADAMW, **far), 1438).plan.units(64 * reference) == 4
     assert resolve(digits(), 1438).plan.least_units == 1
     assert resolve(digits(**{"noise.measure": True}), 1438).plan.least_units == 2
 
