@@ -114,10 +114,20 @@ class Progress:
             beta = coefficient_at(group, self.kappa, shortest)
             for p in group["params"]:
                 if p.grad is not None:
-                    ratio = self.counts.setdefault(p, Count()).advance(beta)
-                    for name in ("exp_avg_sq", "max_exp_avg_sq"):
-                        if ratio != 1.0 and name in optimizer.state[p]:
-                            optimizer.state[p][name].mul_(ratio)
+                    stretch(optimizer.state[p], self.counts.setdefault(p, Count()).advance(beta))
+
+
+def stretch(state: dict[str, Any], ratio: float) -> None:
+    """Multiply the second moments in the state of one parameter of Adam or AdamW."""
+    for name in ("exp_avg_sq", "max_exp_avg_sq"):
+        if ratio != 1.0 and name in state:
+            state[name].mul_(ratio)
+
+
+def _plain_count(state: dict[str, Any], group: dict[str, Any]) -> Count:
+    """Return the count of a parameter that was trained at the reference."""
+    updates = float(state["step"]) if "step" in state else 0.0
+    return Count(updates, updates * math.log(float(group["betas"][1])))
 
 
 def follow_state(optimizer: torch.optim.Optimizer, moment_name: str, counts: dict[Tensor, Count]) -> None:
@@ -137,16 +147,17 @@ def follow_state(optimizer: torch.optim.Optimizer, moment_name: str, counts: dic
             if moment is None:
                 continue
             count = counts.get(p)
-            if count is not None and (count.moment is None or count.moment() is moment):
-                count.moment = weakref.ref(moment)
-                continue
-            updates = float(optimizer.state[p]["step"])
+            if count is not None:
+                count.moment = count.moment or weakref.ref(moment)
+                if count.moment() is moment:
+                    continue
+            plain = _plain_count(optimizer.state[p], group)
             if not replaced:
                 by_moment = {id(count.moment()): count for count in counts.values() if count.moment is not None}
                 by_updates = {count.updates: count for count in counts.values()}
-            alike = by_moment.get(id(moment), by_updates.get(updates))
-            if alike is None or alike.updates != updates:
-                alike = Count(updates, updates * math.log(float(group["betas"][1])))
+            alike = by_moment.get(id(moment), by_updates.get(plain.updates))
+            if alike is None or alike.updates != plain.updates:
+                alike = plain
             replaced[p] = replace(alike, moment=weakref.ref(moment))
     counts.update(replaced)
 
@@ -162,7 +173,5 @@ def counts_of(optimizer: torch.optim.Optimizer, moment_name: str | None) -> dict
     if moment_name == "exp_avg_sq":
         for group in optimizer.param_groups:
             for p in group["params"]:
-                state = optimizer.state.get(p, {})
-                updates = float(state["step"]) if "step" in state else 0.0
-                counts[p] = Count(updates, updates * math.log(float(group["betas"][1])))
+                counts[p] = _plain_count(optimizer.state.get(p, {}), group)
     return counts

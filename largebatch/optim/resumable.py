@@ -16,7 +16,7 @@ from largebatch.noise.estimator import NoiseScale
 from largebatch.optim.around import Around
 from largebatch.optim.damping import Damping, forget_damping
 from largebatch.optim.limit import LimitWatch
-from largebatch.optim.progress import Progress
+from largebatch.optim.progress import Progress, stretch
 
 KEY = "batch_size_invariant"  # in the first group of a state dict
 
@@ -44,10 +44,7 @@ class Resumable(Around):
             for p in group["params"]:
                 count = self._progress.counts.get(p)
                 if count is not None and count.updates:
-                    ratio = count.at(float(group["betas"][1])) / count.stretch
-                    for name in ("exp_avg_sq", "max_exp_avg_sq"):
-                        if ratio != 1.0 and name in self.state[p]:
-                            self.state[p][name].mul_(ratio)
+                    stretch(self.state[p], count.at(float(group["betas"][1])) / count.stretch)
         forget_damping(list(self.state.values()))
         self.param_groups[0].pop(KEY, None)
         self._squares.close()
