@@ -16,7 +16,7 @@ from largebatch.distributed.backend import Precision, Ranks
 from largebatch.distributed.engine import Engine
 from largebatch.distributed.squares import VARIANCE, HookedSquares
 from largebatch.distributed.state import read_tensors, tensor_metadata
-from largebatch.distributed.usage import Usage
+from largebatch.distributed.usage import Usage, Used
 from largebatch.errors import UserError
 from largebatch.moments import is_shadow, shadows
 from largebatch.optim.adaptive import AdaptiveOptimizer
@@ -63,6 +63,7 @@ class DataParallel(Engine):
         self.squares_every, self.channels_last = squares_every, channels_last
         self.hooked: HookedSquares | None = None
         self._hooks = False
+        self._norms: Tensor | None = None  # of this update's reduced gradients, as the backward passes left them
 
     def track(self, model: nn.Module, per: Literal["sample", "micro_batch"], fallback: Iterable[str] = ()) -> None:
         """Let backward passes collect squared gradients: of micro-batches by hooks on the parameters."""
@@ -151,6 +152,26 @@ class DataParallel(Engine):
         if missing:
             with nullcontext() if self.hooked is None else self.hooked.paused():
                 torch.autograd.backward(missing, [torch.zeros_like(p) for p in missing])
+
+    def collect_use(self, usage: Usage) -> Used:
+        """Return what the passes of the update have used on any rank.
+
+        Some rank used a parameter whose reduced gradient is not zero. Every rank holds the same gradients, so where none is
+        zero all of them know, and nothing has to be sent.
+        """
+        grads = [parameters[0].grad for parameters in self.named_gradients.values()]
+        self._norms = torch.stack(torch._foreach_norm([grad for grad in grads if grad is not None]))
+        if len(self._norms) < len(grads) or not self._norms.all():
+            return super().collect_use(usage)
+        usage.forget()
+        return Used(unused=[], parted=[], early=[])
+
+    def gradient_norm(self, grads: list[Tensor]) -> Tensor:
+        """Return the Euclidean norm over all gradients of the model; of several ranks from the norms of `collect_use`."""
+        norms, self._norms = self._norms, None
+        if norms is None or not grads:
+            return super().gradient_norm(grads)
+        return torch.linalg.vector_norm(norms) * self.factor
 
     def _reduce_shadows(self) -> None:
         """Average the squares of samples over the ranks, as DDP does the gradients."""

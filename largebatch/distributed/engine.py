@@ -37,9 +37,8 @@ SCALER = "engine.scaler."  # what fp16's loss scaling has come to, in a checkpoi
 class Engine(ABC):
     """The part of a `Backend` that does not depend on how the model is wrapped.
 
-    An engine gives `prepare` and `accumulate`; one that averages gradients over ranks by itself, with every rank holding
-    all of them, needs no more. One that shards gradients gives `local` and `gradient_norm` too, one that updates by itself
-    `update`. `step` is written once, in terms of these.
+    An engine gives `prepare` and `accumulate`, and needs no more where every rank comes to hold all averaged gradients. One
+    that shards them gives `local` and `gradient_norm` too, one that updates by itself `update`.
 
     Args:
         ranks: this process among all.
@@ -56,8 +55,7 @@ class Engine(ABC):
         losses_finite: bool, whether this rank's losses since the last update were finite.
         named_gradients: the trained parameters by name, each with its shadow where it has one.
         route: compares which modules the ranks run; None where they may run any.
-        usage: tells which parameters took part in an update; None on one process without an engine's own reduction, where torch
-            leaves the others without a gradient.
+        usage: tells which parameters took part in an update; None where torch itself leaves the others without a gradient.
     """
 
     name = "engine"
@@ -162,7 +160,7 @@ class Engine(ABC):
         if sync and self.usage is not None:
             self.usage.counts = False
             self.fill_up(self.usage)
-            self.leave_alone(self.usage.collect(self.sum, self.device))
+            self.leave_alone(self.collect_use(self.usage))
 
     def compare_routes(self, named: Iterable[tuple[str, nn.Module]], advice: str = ADVICE) -> None:
         """Hold the modules that the ranks run against each other, pass by pass."""
@@ -176,6 +174,10 @@ class Engine(ABC):
 
     def fill_up(self, usage: Usage) -> None:  # noqa: B027  optional for an engine
         """Give zeros to the parameters that the pass did not reach, where the reduction waits for them."""
+
+    def collect_use(self, usage: Usage) -> Used:
+        """Return what the passes of the update have used on any rank; every rank takes part."""
+        return usage.collect(self.sum, self.device)
 
     def leave_alone(self, found: Used) -> None:
         """Take their gradients, and their shadows', from parameters that no pass of the update used."""
@@ -303,9 +305,7 @@ class Engine(ABC):
             return
         optimizer.zero_grad()
         self.losses_finite.fill_(True)
-        if (
-            self.scaler.is_enabled()
-        ):  # it has unscaled gradients that are gone; a loss that is not finite is no overflow
+        if self.scaler.is_enabled():  # it has unscaled what is gone; a loss that is not finite is no overflow
             self.scaler.update(self.scaler.get_scale())
         raise NonFiniteError([rank for rank, is_finite in enumerate(good) if not is_finite])
 

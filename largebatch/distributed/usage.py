@@ -89,14 +89,18 @@ class Usage:
         rows = [[number in found for number in range(len(self.numbers))] for found in sets]
         ranks = torch.ones(1, len(self.numbers), device=device)
         totals = over_ranks(torch.cat([torch.tensor(rows, device=device).float(), ranks])).tolist()
-        self._used.clear()
-        self._touched.clear()
+        self.forget()
         places = list(zip(self.numbers, *totals, strict=True))
         return Used(
             unused=[name for name, used, _, _, _ in places if used == 0],
             parted=[name for name, _, touched, _, of in places if 0 < touched < of],
             early=[name for name, _, _, early, _ in places if early > 0],
         )
+
+    def forget(self) -> None:
+        """Begin the notes of the next update, without a word to other ranks."""
+        self._used.clear()
+        self._touched.clear()
 
     def close(self) -> None:
         """Let go of the parameters."""
