@@ -16,7 +16,7 @@ from torch import Tensor
 
 from largebatch.errors import UserError
 from largebatch.optim.averages import Moment, advance_average, divisor_of, smallest_ratio
-from largebatch.optim.carry import carry, is_carried, pieces, roots, roots_before
+from largebatch.optim.carry import carry, is_carried, pieces, roots, roots_before, uncarried_share
 from largebatch.optim.groups import is_shadow_group, refuse_stray_shadows
 from largebatch.reduce import num_ranks
 
@@ -249,7 +249,8 @@ class Adam(AdaptiveOptimizer):
             part.add_to(squares, grads, decayed, weight2, direction, bound)
             newer = roots(squares, divisor2, eps)
             if carries:
-                carry(means, older, newer, math.sqrt(before / divisor2), moment.kappa)
+                share = uncarried_share(moment.kappa, group["betas"][1])
+                carry(means, older, newer, math.sqrt(before / divisor2), share)
             torch._foreach_lerp_(means, decayed, weight1)
             torch._foreach_addcdiv_(params, means, newer, value=step)
 

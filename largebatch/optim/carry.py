@@ -7,12 +7,14 @@ back, beyond what s remembers. An element whose large gradients lie behind it wo
 run away; one whose gradients are small but for a few would move by the root of the mean square where the reference moves by
 the root of most of its updates. So m is carried along before the new gradient enters it:
 
-    m *= 1 + (1 - 1/kappa) * (d_t / d_{t-1} - 1),   d = sqrt(s/c2) + eps
+    m *= w + (1 - w) * d_t / d_{t-1},   d = sqrt(s/c2) + eps,   w = (r**(1 - 1/kappa) - r) / (1 - r),   r = beta2**(kappa/2)
 
-At the reference that is Adam. Far above it m/d is the average of gradients that are each divided by the denominator of the
-update in which they were computed, as RMSProp's momentum is: no element moves further than lr / sqrt(1 - beta2), whatever s
-forgets. While s spans 50 updates or more (beta2**kappa of 0.98) it remembers what m does, and m is left alone. docs/results.md
-has what comes of it.
+r is the ratio of the denominators where the gradients are zero: there m/d grows by beta2**-0.5 before beta1 takes its part,
+as it does in an update at the reference, whatever s forgets. w is 1 at the reference, where that is Adam, and about 1/kappa
+while kappa (1 - beta2) is small. Far above it m/d is the average of gradients that are each divided by the denominator of the
+update in which they were computed, as RMSProp's momentum is, none of which is more than 1 / sqrt(1 - beta2**kappa). While s
+spans 50 updates or more (beta2**kappa of 0.98) it remembers what m does, and m is left alone. docs/results.md has what comes
+of it.
 """
 
 from __future__ import annotations
@@ -51,7 +53,18 @@ def roots_before(second_moments: list[Tensor], divisor: float, eps: float) -> li
     return found
 
 
-def carry(averages: list[Tensor], before: list[Tensor], after: list[Tensor], factor: float, kappa: float) -> None:
+def uncarried_share(kappa: float, beta2: float) -> float:
+    """Return w, the share of an average of gradients that stays as it is, in [0, 1/kappa].
+
+    Args:
+        kappa: B / B_ref, above 1.
+        beta2: coefficient of the average of squares in this update, in [0, 1): the reference's, to the power of kappa.
+    """
+    root = math.sqrt(beta2)
+    return (root ** (1.0 - 1.0 / kappa) - root) / (1.0 - root)
+
+
+def carry(averages: list[Tensor], before: list[Tensor], after: list[Tensor], factor: float, share: float) -> None:
     """Carry averages of gradients from one update's denominators to the next one's, in place.
 
     Args:
@@ -59,13 +72,13 @@ def carry(averages: list[Tensor], before: list[Tensor], after: list[Tensor], fac
         before: of the update before, from `roots_before`.
         after: of this update, from `roots`; one that is infinite becomes finite.
         factor: sqrt of the divisor before / the divisor after, by which after / before is to be multiplied.
-        kappa: B / B_ref, above 1.
+        share: `uncarried_share` of the update.
     """
     # m/d is of moderate size whatever the gradients' is; of a second moment that has overflowed it is 0.
     carried = torch._foreach_div(averages, before)
-    torch._foreach_mul_(averages, 1.0 / kappa)
+    torch._foreach_mul_(averages, share)
     torch._foreach_clamp_max_(after, torch.finfo(after[0].dtype).max / 64)
-    torch._foreach_addcmul_(averages, carried, after, value=(1.0 - 1.0 / kappa) * factor)
+    torch._foreach_addcmul_(averages, carried, after, value=(1.0 - share) * factor)
 
 
 def pieces(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:

@@ -23,7 +23,7 @@ from largebatch.moments.micro_batches import Units
 from largebatch.moments.projection import Slot
 from largebatch.noise.estimator import power_sums
 from largebatch.optim.averages import smallest_ratio, smallest_with_mean
-from largebatch.optim.carry import carry, is_carried, pieces, roots, roots_before
+from largebatch.optim.carry import carry, is_carried, pieces, roots, roots_before, uncarried_share
 from largebatch.scaling.rules import second_moment_coefficient
 
 # A coefficient by which an average keeps nothing of what was before.
@@ -257,7 +257,8 @@ def _move(piece: _Piece, row: Row, units: Units, spread: float, kappa: float) ->
         newer, ratio = shift.newer / shift.beta, shift.older / shift.newer * shift.beta
         if piece.largest:
             torch._foreach_maximum_(coming, torch._foreach_div(piece.largest, shift.beta))
-        carry(piece.averages, older, roots(list(coming), newer, row.eps), math.sqrt(ratio), kappa)
+        share = uncarried_share(kappa, shift.beta)
+        carry(piece.averages, older, roots(list(coming), newer, row.eps), math.sqrt(ratio), share)
 
 
 def _add_variances(piece: _Piece, is_change: bool, units: Units, spread: float, shift: Shift) -> None:

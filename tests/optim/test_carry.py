@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from largebatch import batch_size_invariant, optim
-from largebatch.optim.carry import carry, roots_before
+from largebatch.optim.carry import carry, roots_before, uncarried_share
 
 LINE = {"ours": optim.AdamW, "torch's": torch.optim.AdamW}
 
@@ -71,6 +71,26 @@ def test_an_element_that_does_not_come_back_comes_to_rest(make):
 
 
 @pytest.mark.parametrize("make", LINE.values(), ids=LINE)
+@pytest.mark.parametrize(("kappa", "beta2"), [(16, 0.95), (64, 0.95), (128, 0.95), (16, 0.9), (64, 0.9), (256, 0.99)])
+def test_without_gradients_steps_shrink_as_between_two_updates_of_the_reference(kappa, beta2, make):
+    """By beta1 / sqrt(beta2), Adam's own ratio; with a share of 1/kappa they grow, from kappa 128 on without bound."""
+    gradients = torch.ones(60, 1, dtype=torch.float64)
+    gradients[50:] = 0.0
+    steps = trained(make, gradients, kappa, betas=(0.9, beta2), eps=1e-60).diff(dim=0).abs().flatten()
+    expected = torch.full((10,), 0.9 / math.sqrt(beta2), dtype=torch.float64)
+    torch.testing.assert_close(
+        steps[50:] / steps[49:-1], expected, rtol=0.006, atol=0
+    )  # bias correction is 0.9**50 off
+
+
+def test_the_share_that_is_not_carried():
+    """All of it at the reference, 1/kappa where the average of squares is long, nothing where it is of one update alone."""
+    assert uncarried_share(1.0, 0.95) == pytest.approx(1.0)
+    assert uncarried_share(16.0, (1 - 1e-9) ** 16) == pytest.approx(1 / 16, rel=1e-6)
+    assert uncarried_share(512.0, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("make", LINE.values(), ids=LINE)
 def test_an_eps_of_zero_leaves_no_nan(make):
     gradients = torch.tensor([[1.0], [0.0], [0.0], [2.0]], dtype=torch.float64)
     assert trained(make, gradients, 8, eps=0.0).isfinite().all()
@@ -80,7 +100,7 @@ def test_what_float16_rounds_to_zero_is_not_divided_by():
     lost = torch.zeros(2, dtype=torch.float16)
     before = roots_before([lost], 0.003, 1e-4)
     averages = [torch.full((2,), 1e-3, dtype=torch.float16)]
-    carry(averages, before, [torch.full((2,), 1.1e-4, dtype=torch.float16)], 1.0, 4.0)
+    carry(averages, before, [torch.full((2,), 1.1e-4, dtype=torch.float16)], 1.0, 0.25)
     assert float(averages[0].max()) < 1e-3  # the root before may have been 2.4e-4
 
 
