@@ -93,32 +93,52 @@ def micro_batches(share: slice, micro_batch_size: int) -> list[slice]:
     return [slice(start, min(start + micro_batch_size, share.stop)) for start in starts] or [slice(0, 0)]
 
 
-def largest_micro_batch(
-    batch_size: int, world_size: int, micro_batch_size: int | None = None, group_size: int = 1, least_units: int = 1
-) -> int:
-    """Return the most samples of one forward pass: a rank's share of the batch, cut so that there are enough micro-batches.
+def pieces_of_rank(
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int | None = None,
+    group_size: int = 1,
+    least_units: int = 1,
+) -> list[slice]:
+    """Cut a rank's share of a batch into its micro-batches, which are empty only where the share is.
+
+    There are as many as are wanted, as even as whole groups allow; more where such pieces would be too large for one pass.
 
     Args:
         batch_size: B, samples of the update over all ranks.
+        rank: this rank, in [0, world_size).
         world_size: number of ranks.
         micro_batch_size: most samples of one forward pass on one rank; None for no bound.
         group_size: samples that must stay together.
         least_units: micro-batches wanted of the update over all ranks, where it has so many groups.
     """
-    share = rank_share(batch_size, 0, world_size, group_size)  # no rank has a larger one
-    num_groups = math.ceil((share.stop - share.start) / group_size)
-    size = math.ceil(num_groups / math.ceil(least_units / world_size)) * group_size
-    return min(size, micro_batch_size or size)
+    share = rank_share(batch_size, rank, world_size, group_size)
+    length, wanted = share.stop - share.start, math.ceil(least_units / world_size)
+    even = math.ceil(math.ceil(length / group_size) / wanted) * group_size
+    if micro_batch_size is not None and micro_batch_size < even:
+        return micro_batches(share, micro_batch_size)
+    parts = (rank_share(length, number, wanted, group_size) for number in range(wanted))
+    pieces = [slice(share.start + part.start, share.start + part.stop) for part in parts if part.stop > part.start]
+    return pieces or [slice(0, 0)]
+
+
+def largest_micro_batch(
+    batch_size: int, world_size: int, micro_batch_size: int | None = None, group_size: int = 1, least_units: int = 1
+) -> int:
+    """Return the most samples of one forward pass; see `pieces_of_rank`."""
+    # No rank has a larger share than the first, whose first piece is its largest.
+    piece = pieces_of_rank(batch_size, 0, world_size, micro_batch_size, group_size, least_units)[0]
+    return piece.stop - piece.start
 
 
 def smallest_micro_batch(
     batch_size: int, world_size: int, micro_batch_size: int | None = None, group_size: int = 1, least_units: int = 1
 ) -> int:
-    """Return the fewest samples, but none, of one forward pass; see `largest_micro_batch`."""
-    size = largest_micro_batch(batch_size, world_size, micro_batch_size, group_size, least_units)
-    shares = (rank_share(batch_size, rank, world_size, group_size) for rank in range(world_size))
-    lengths = {share.stop - share.start for share in shares} - {0}
-    return min(length % size or size for length in lengths)
+    """Return the fewest samples, but none, of one forward pass; see `pieces_of_rank`."""
+    cut = (micro_batch_size, group_size, least_units)
+    pieces = (piece for rank in range(world_size) for piece in pieces_of_rank(batch_size, rank, world_size, *cut))
+    return min(piece.stop - piece.start for piece in pieces if piece.stop > piece.start)
 
 
 def evenly_spaced(batch_size: int, count: int, piece: slice) -> list[int]:
@@ -143,9 +163,8 @@ def effective_micro_batches(
 
     It is their number where all are of one size, and what takes its place in the estimate of a variance where not.
     """
-    shares = (rank_share(batch_size, rank, world_size, group_size) for rank in range(world_size))
-    size = largest_micro_batch(batch_size, world_size, micro_batch_size, group_size, least_units)
-    pieces = (piece for share in shares for piece in micro_batches(share, size))
+    cut = (micro_batch_size, group_size, least_units)
+    pieces = (piece for rank in range(world_size) for piece in pieces_of_rank(batch_size, rank, world_size, *cut))
     return batch_size**2 / sum((piece.stop - piece.start) ** 2 for piece in pieces)
 
 
@@ -202,13 +221,9 @@ class PlanSampler:
 
         A sharded model's forward and backward passes are collectives, so a rank whose share needs fewer ends with empty ones.
         """
-        size = largest_micro_batch(batch_size, self.world_size, *self._options(batch_size))
-
-        def of(rank: int) -> list[slice]:
-            share = rank_share(batch_size, rank, self.world_size, self.group_size)
-            return micro_batches(share, size)
-
-        mine, most = of(self.rank), len(of(0))  # no rank has a larger share than the first
+        cut = self._options(batch_size)
+        mine = pieces_of_rank(batch_size, self.rank, self.world_size, *cut)
+        most = len(pieces_of_rank(batch_size, 0, self.world_size, *cut))  # no rank has a larger share than the first
         return mine + [slice(0, 0)] * (most - len(mine))
 
     def __iter__(self) -> Iterator[SampleKeys]:

@@ -61,7 +61,7 @@ def uncarried_share(kappa: float, beta2: float) -> float:
         beta2: coefficient of the average of squares in this update, in [0, 1): the reference's, to the power of kappa.
     """
     root = math.sqrt(beta2)
-    return (root ** (1.0 - 1.0 / kappa) - root) / (1.0 - root)
+    return (math.pow(root, 1.0 - 1.0 / kappa) - root) / (1.0 - root)
 
 
 def carry(averages: list[Tensor], before: list[Tensor], after: list[Tensor], factor: float, share: float) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 from torch import nn
 
 from largebatch.config.schema import Config
-from largebatch.data.sampler import effective_micro_batches, largest_micro_batch
+from largebatch.data.sampler import effective_micro_batches, pieces_of_rank
 from largebatch.distributed import resolve as resolve_backend
 from largebatch.errors import UserError
 from largebatch.models import norm_group_size
@@ -105,17 +105,21 @@ def _counted(parameters: list[nn.Parameter], role: str = "") -> str:
 
 
 def _say_units(run: Run) -> str:
-    """Return a line that says what the squares of an update are of."""
-    plan, world_size, group_size = run.plan, run.world_size, run.group_size
-    size, micro_size = plan.full_batch_size(0), run.config.batch.micro_size
-    wanted = plan.units(size)
-    units = effective_micro_batches(size, world_size, micro_size, group_size, wanted)
-    line = f"{_squared_for(run)}: from the squared gradients of {units:.3g} micro-batches an update"
-    whole = largest_micro_batch(size, world_size, micro_size, group_size)
-    cut = largest_micro_batch(size, world_size, micro_size, group_size, wanted)
-    if cut < whole:
-        passes = -(-whole // cut)
-        line += f"; a rank's {whole:,} samples are cut into {passes} passes of {cut:,}, as {wanted} are needed"
+    """Return a line that says what the squares of an update are of, at the first batch size and at the largest."""
+    plan, micro_size, largest = run.plan, run.config.batch.micro_size, run.largest_batch
+    first, last = (
+        f"{effective_micro_batches(size, run.world_size, micro_size, run.group_size, plan.units(size)):.3g}"
+        for size in (plan.full_batch_size(0), largest)
+    )
+    line = f"{_squared_for(run)}: from the squared gradients of {first} micro-batch{'' if first == '1' else 'es'} an update"
+    if last != first:
+        line += f", {last} at a batch of {largest:,}"
+    wanted = plan.units(largest)
+    uncut = pieces_of_rank(largest, 0, run.world_size, micro_size, run.group_size)
+    pieces = pieces_of_rank(largest, 0, run.world_size, micro_size, run.group_size, wanted)
+    if len(pieces) > len(uncut):
+        share, most = pieces[-1].stop, pieces[0].stop
+        line += f"; a rank's {share:,} samples are cut into {len(pieces)} passes of {most:,}, as {wanted} are needed"
     return line
 
 

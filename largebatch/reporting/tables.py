@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from largebatch.data.sampler import largest_micro_batch
+from largebatch.data.sampler import pieces_of_rank
 from largebatch.noise.estimator import efficiency, progress
 from largebatch.reporting.loggers import Row, read_metrics
 from largebatch.scaling.plan import Plan
@@ -110,12 +110,9 @@ def stage_table(plan: Plan, world_size: int, micro_size: int | None, group_size:
         if count > most and index == most // 2:
             table.add_row(*["..."] * 7)
         first, last = (s / plan.samples_per_epoch for s in (stage.first_sample, stage.first_sample + stage.samples))
-        share = min(stage.batch_size, largest_micro_batch(stage.batch_size, world_size, None, group_size))
-        micro = min(
-            share,
-            largest_micro_batch(stage.batch_size, world_size, micro_size, group_size, plan.units(stage.batch_size)),
-        )
-        accumulation = -(-share // micro)
+        units = plan.units(stage.batch_size)
+        pieces = pieces_of_rank(stage.batch_size, 0, world_size, micro_size, group_size, units)
+        micro, accumulation = pieces[0].stop, len(pieces)
         rates = number(stage.lr_first)
         if abs(stage.lr_last - stage.lr_first) > 1e-9 * stage.lr_first:
             rates += f" → {number(stage.lr_last)}"

@@ -55,7 +55,7 @@ def test_all_ranks_have_as_many_micro_batches_and_each_sample_is_in_one():
             return 96
 
     for world_size in (1, 2, 3, 5):
-        for least in (1, 2, 3, 6):
+        for least in (1, 2, 3, 6, 9, 15, 50):
             samplers = [
                 PlanSampler(Plan(), 1000, 0, rank, world_size, units=lambda _, n=least: n) for rank in range(world_size)
             ]
@@ -79,10 +79,21 @@ def test_the_plan_says_how_passes_are_cut(capsys):
     far = {"batch.reference_size": 8}  # 25 times the reference: from the first update, or after a warm-up from 8
     assert resolve(digits(**ADAMW, **far), 1438).plan.least_units == 4
     assert resolve(digits(**ADAMW, **far, **{"warmup.realize": "batch"}), 1438).plan.least_units == 2
-    short = resolve(digits(**ADAMW, **far, **{"optimizer.betas": (0.9, 0.95), "warmup.realize": "batch"}), 1438).plan
+    rise = {"optimizer.betas": (0.9, 0.95), "warmup.realize": "batch"}
+    short = resolve(digits(**ADAMW, **far, **rise), 1438).plan
     reference = short.reference.batch_size
     assert [short.units(kappa * reference) for kappa in (1, 2, 4, 16, 64)] == [2, 2, 3, 9, 16]
     assert resolve(digits(**ADAMW, **far), 1438).plan.units(64 * reference) == 4
+    print_plan(
+        Console(width=300),
+        resolve(digits(**ADAMW, **far, **rise), 1438),
+        build_model(config, config.data.load(0).task),
+        "data",
+    )
+    assert (
+        "of 2 micro-batches an update, 12 at a batch of 200; a rank's 200 samples are cut into 12 passes"
+        in capsys.readouterr().out
+    )
     assert resolve(digits(), 1438).plan.least_units == 1
     assert resolve(digits(**{"noise.measure": True}), 1438).plan.least_units == 2
 
