@@ -125,9 +125,13 @@ def write_config(folder: Path, **sections) -> Path:
 
 
 def small_gpt(folder: Path) -> list[str]:
-    """Return flags that make configs/gpt_text.yaml small, on the repository's own documents."""
+    """Return flags that make configs/gpt_text.yaml small, on the beginning of the repository's own documents.
+
+    After some forty updates differences of rounding grow tenfold in every few.
+    """
     text = folder / "input.txt"
-    text.write_text("".join(path.read_text() for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])))
+    documents = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    text.write_text("".join(path.read_text() for path in documents)[:100_000])
     small = ["--data.path", str(text), "--model.n_layer", "2", "--model.d_model", "32", "--schedule.epochs", "4"]
     return [*small, "--optimizer.lr", "3e-4"]  # at which rounding does not grow, as it does on the edge of stability
 

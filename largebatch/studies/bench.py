@@ -16,7 +16,7 @@ from largebatch.config.optimizers import AdaptiveBase, QuenchConfig
 from largebatch.config.schedules import ConstantConfig, WarmupConfig
 from largebatch.config.schema import Config
 from largebatch.data import Source
-from largebatch.data.sampler import rank_share
+from largebatch.data.sampler import largest_micro_batch, rank_share
 from largebatch.distributed import Backend, Ranks, create_backend, launched_ranks
 from largebatch.errors import UserError
 from largebatch.models import norm_group_size
@@ -70,6 +70,13 @@ def micro_sizes(share: int, group_size: int) -> list[int]:
     return sizes or [max(share, 1)]
 
 
+def _is_cut(config: Config, num_train: int, world_size: int, group_size: int) -> bool:
+    """Return whether an update needs more micro-batches than passes of the config's size."""
+    size, micro_size = config.batch.size, config.batch.micro_size
+    units = resolve(config, num_train, world_size, group_size).plan.units(size)
+    return largest_micro_batch(size, world_size, micro_size, group_size, units) < (micro_size or size)
+
+
 def time_updates(config: Config, source: Source, backend: Backend, updates: int) -> list[float]:
     """Return the seconds of each of some updates of a fresh run, after a few that are not counted."""
     model = build_model(config, source.task)
@@ -85,9 +92,7 @@ def time_updates(config: Config, source: Source, backend: Backend, updates: int)
     for _ in range(WARMUP_UPDATES + updates):
         backend.barrier()
         started = time.perf_counter()
-        trainer.step(
-            size, plan.at(0), trainer.progress
-        )  # its last act is to read the gradient's norm, so the device is done
+        trainer.step(size, plan.at(0), trainer.progress)  # at its end it reads the gradient's norm: the device is done
         seconds.append(time.perf_counter() - started)
         trainer.progress.step += 1
     return seconds[WARMUP_UPDATES:]
@@ -124,10 +129,10 @@ def bench(config: Config, updates: int, console: Console, ranks: Ranks | None = 
                 name: variant.model_copy(update={"batch": variant.batch.model_copy(update={"micro_size": size})})
                 for name, variant in variants(config).items()
             }
-            if -(-config.batch.size // size) < 2:
-                del configs["micro-batches"]  # one alone has no spread
             if config.batch.size < 2:
                 del configs["samples"]
+            if config.batch.size < 2 or _is_cut(configs["micro-batches"], len(source.train), ranks.world_size, group):
+                del configs["micro-batches"]  # one alone has no spread; a pass would be smaller than this row says
             seconds: dict[str, list[float]] = {name: [] for name in configs}
             peaks = dict.fromkeys(configs, 0)
             for _ in range(BLOCKS):
