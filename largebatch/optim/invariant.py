@@ -258,10 +258,10 @@ class BatchSizeInvariant(Resumable):
         enough = enough_units(beta2, kappa)
         if num_units < enough / 2:
             self._progress.warned_of_units = True
+            passes = "pass" if num_units == 1 else "passes"
             warnings.warn(
-                f"an update of {self.batch_size:,} samples has {num_units:.3g} backward pass{'' if num_units == 1 else 'es'} over "
-                f"all ranks; its second moment keeps {beta2:.3g} of the one before, and so short an average needs {enough} "
-                "of them or more",
+                f"an update of {self.batch_size:,} samples has {num_units:.3g} backward {passes} over all ranks; its second "
+                f"moment keeps {beta2:.3g} of the one before, and so short an average needs {enough} of them or more",
                 stacklevel=5,  # of whoever calls step(), which torch wraps
             )
 
