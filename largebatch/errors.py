@@ -1,4 +1,4 @@
-"""The errors that a user meets as one line, and how lists and near misses are worded in them."""
+"""The errors that a user sees as one line, and helpers that word lists and near misses in them."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: shown as one line, without a traceback, with exit code 2.
+    """A mistake that the user can correct: shown as one line, without a traceback, with exit code 2.
 
-    The message says where, what was expected, what came, and what to do.
+    The message says where the mistake is, what was expected, what was given, and what to do.
 
     Attributes:
-        everywhere: every rank meets the same mistake (a config, say), so one of them says it for all.
+        everywhere: whether every rank has the same mistake (in a config, for example), so that one rank reports it for all.
     """
 
     everywhere = True
 
 
 class SharedError(UserError):
-    """A mistake of a rank, or of them all, that every rank was told of: one line a node says it."""
+    """A mistake of one rank or of all ranks that every rank was told of, so that it is reported in one line per node."""
 
 
 class UnreadableError(SharedError):
-    """Samples cannot be read, and the run cannot or shall not go on without them."""
+    """Samples cannot be read, and the run cannot continue without them, or was told not to."""
 
 
 class LostRankError(RuntimeError):
     """The ranks can no longer reach each other; the message names those that are missing or failed first.
 
     Attributes:
-        is_mistake: what ended the other rank is the user's to mend, and another start would meet it again.
+        is_mistake: whether the other rank ended by a mistake that the user has to correct before another start.
     """
 
     is_mistake = False
@@ -41,7 +41,7 @@ class LostWorkerError(RuntimeError):
 
 
 def first_few(items: Sequence[str], separator: str = "; ", most: int = 5) -> str:
-    """Return the first few of several in one line, with the number of the others."""
+    """Return the first ``most`` items in one line, followed by the number of the others."""
     more = f" and {len(items) - most:,} more" if len(items) > most else ""
     return separator.join(items[:most]) + more
 

@@ -1,4 +1,4 @@
-"""Sums over the data-parallel ranks of a loop of one's own: all collective communication of the library."""
+"""Sums over the data-parallel ranks of a user's own training loop: all collective communication of the library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def num_ranks(group: dist.ProcessGroup | None = None) -> int:
     """Return the number of data-parallel ranks: 1 where no process group was initialized.
 
     Args:
-        group: the data-parallel ranks; None for all of them.
+        group: process group of the data-parallel ranks; None for all ranks.
 
     Raises:
         UserError: if this process is no member of the group.
@@ -33,12 +33,12 @@ def num_ranks(group: dist.ProcessGroup | None = None) -> int:
 def sum_over_ranks(
     tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, travels_in: torch.dtype | None = None
 ) -> None:
-    """Add tensors up over the ranks, in place; every rank gets the same bits.
+    """Sum tensors over the ranks in place; every rank gets the same bits.
 
     Args:
-        tensors: the same shapes on every rank.
-        group: the data-parallel ranks.
-        travels_in: type in which they are sent and added; None for their own.
+        tensors: tensors of the same shapes on every rank.
+        group: process group of the data-parallel ranks; None for all ranks.
+        travels_in: data type in which the tensors are sent and added; None for their own.
     """
     sent = [tensor.to(travels_in or tensor.dtype) for tensor in tensors]
     works = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in sent]
@@ -52,12 +52,12 @@ def require_equal(values: dict[str, int], device: torch.device, group: dist.Proc
     """Raise on every rank if one of the values differs between ranks.
 
     Args:
-        values: what is compared, by name.
-        device: where the process group's tensors live.
-        group: the data-parallel ranks.
+        values: integers to compare, by name.
+        device: device of the tensors that the process group communicates.
+        group: process group of the data-parallel ranks; None for all ranks.
 
     Raises:
-        UserError: naming the value and what each rank has.
+        UserError: if a value differs; the message names it and lists the value of each rank.
     """
     mine = torch.tensor(list(values.values()), dtype=torch.int64, device=device)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

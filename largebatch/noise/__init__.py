@@ -1,4 +1,4 @@
-"""The gradient noise scale, AdaScale, and the limit of the step, from squares of gradients."""
+"""The gradient noise scale, AdaScale, and the stability limit of the step, from squared gradients."""
 
 from largebatch.noise.adascale import AVERAGING_UPDATES, AdaScale, adascale_gain
 from largebatch.noise.estimator import (

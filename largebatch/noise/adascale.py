@@ -1,4 +1,4 @@
-"""AdaScale: the learning rate of a larger batch, as far as the noise allows (Johnson et al. 2020, arXiv:2007.05105)."""
+"""AdaScale: the learning rate of a larger batch from the measured gradient noise (Johnson et al. 2020, arXiv:2007.05105)."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 from largebatch.errors import UserError
 from largebatch.scaling.rules import averaging_updates
 
-# The paper averages with theta = max(1 - kappa/1000, 0), which is this length at every kappa.
+# The paper averages with coefficient theta = max(1 - kappa/1000, 0): this many updates at the reference for kappa <= 1000.
 AVERAGING_UPDATES = 1000
 
 
 def adascale_gain(trace: float, signal: float, reference_batch_size: int, batch_size: int) -> float:
-    """Return how many updates at B_ref one update at B is worth, and how much larger its learning rate may be.
+    """Return the gain r: the number of updates at B_ref that one update at B replaces, and the factor on its learning rate.
 
         r = (sigma2 + |G|^2) / (sigma2/kappa + |G|^2),   sigma2 = tr(Sigma)/B_ref,   kappa = B/B_ref
 
-    kappa where noise dominates, the linear rule; 1 where it does not matter. On an isotropic quadratic an update of r
-    times the learning rate makes exactly r times the expected progress.
+    The gain is kappa where noise dominates, as in the linear rule, and 1 where noise is negligible. On an isotropic quadratic
+    an update with r times the learning rate makes exactly r times the expected progress.
 
     Args:
         trace: tr(Sigma) of one sample's gradient; estimates below 0 count as 0.
         signal: |G|^2; estimates below 0 count as 0.
-        reference_batch_size: B_ref, which the learning rate was tuned at, >= 1.
+        reference_batch_size: B_ref, the batch size at which the learning rate was tuned, >= 1.
         batch_size: B, >= 1.
 
     Returns:
-        r, between 1 and kappa; 1 where both are zero.
+        r, between 1 and kappa; 1 where both estimates are zero.
 
     Example:
         >>> adascale_gain(trace=3.0, signal=1.0, reference_batch_size=1, batch_size=3)
@@ -46,12 +46,12 @@ class AdaScale:
 
     An update at B with the learning rate r * lr(tau) stands for r updates at B_ref. The schedule is read at tau, and the
     run ends when tau reaches the number of updates that it would have had at B_ref. tr(Sigma) and |G|^2 are averaged
-    over the paper's 1000 * B_ref samples, with weights 1/min(t, N) from the start; the paper estimates them from the
-    gradients of kappa ranks, we from the tracked squares, also where kappa is no whole number.
+    over the paper's 1000 * B_ref samples, with weights 1/min(t, N) from the start. The paper estimates both from the
+    gradients of kappa ranks; here they come from tracked squares, so that kappa need not be an integer.
 
     Args:
         reference_batch_size: B_ref, >= 1.
-        length_samples: samples that the averages span; 1000 * B_ref by default.
+        length_samples: number of samples that the averages span; 1000 * B_ref by default.
 
     Example:
         >>> clock = AdaScale(reference_batch_size=32)
@@ -74,18 +74,18 @@ class AdaScale:
 
     @property
     def samples(self) -> float:
-        """The clock in samples, tau * B_ref: what the run would have seen at the reference, where a schedule is read."""
+        """The clock in samples, tau * B_ref, at which schedules are evaluated: the samples seen by a run at the reference."""
         return self.updates * self.reference_batch_size
 
     def update(self, trace: float, signal: float, batch_size: int) -> float:
-        """Take in one update's estimates, advance the clock, and return the gain to multiply this update's rate by.
+        """Average one update's estimates, advance the clock, and return the gain, the factor on this update's learning rate.
+
+        Estimates that are not finite (an overflow, for which the step is skipped) change neither the averages nor the clock.
 
         Args:
-            trace: this update's tr(Sigma), of all parameters (`largebatch.noise.estimator.noise_estimates`).
+            trace: this update's tr(Sigma), summed over all parameters (`largebatch.noise.estimator.noise_estimates`).
             signal: this update's |G|^2.
             batch_size: B.
-
-        Estimates that are not finite (an overflow that skips the update) move neither averages nor clock.
         """
         if not math.isfinite(trace + signal):
             return self.gain
@@ -95,17 +95,17 @@ class AdaScale:
         return self.advance(batch_size)
 
     def advance(self, batch_size: int) -> float:
-        """Advance the clock by an update that says nothing of the noise (of one unit), and return its gain.
+        """Advance the clock by an update without noise estimates (one that has a single unit), and return its gain.
 
         Args:
-            batch_size: B, which the averages so far are applied to.
+            batch_size: B, for which the gain is computed from the averages so far.
         """
         self.gain = adascale_gain(self._trace, self._signal, self.reference_batch_size, batch_size)
         self.updates += self.gain
         return self.gain
 
     def state_dict(self) -> dict[str, Any]:
-        """Return clock and averages, for a checkpoint."""
+        """Return the clock and the averages, for a checkpoint."""
         return {
             "updates": self.updates,
             "gain": self.gain,
@@ -115,6 +115,6 @@ class AdaScale:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.updates, self.gain = state["updates"], state["gain"]
         self._count, self._trace, self._signal = state["count"], state["trace"], state["signal"]

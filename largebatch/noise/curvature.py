@@ -1,8 +1,8 @@
-"""The largest curvature of a loss: an eigenvalue of its Hessian, by products with vectors and Lanczos.
+"""The largest curvature of a loss: the largest eigenvalue of its Hessian, by Hessian-vector products and Lanczos.
 
-A product H v costs about two gradients, and the Hessian itself is never there. Lanczos builds an orthonormal basis of what
-repeated products of a random vector span, in which H is small. The largest eigenvalue is that of largest algebraic value: power
-iteration finds the one of largest magnitude, which early in training may be negative.
+A product H v costs about two gradients, and the Hessian itself is never formed. Lanczos builds an orthonormal basis of the
+Krylov space of a random vector, on which H becomes a small matrix. The largest eigenvalue is the algebraically largest: power
+iteration would find the one of largest magnitude, which may be negative early in training.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def hessian_product(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Te
     """Return H v of a loss with respect to some parameters, by differentiating its gradient (Pearlmutter 1994).
 
     Args:
-        loss: a scalar, with its graph, which is used up.
-        params: leaves, which have no gradient afterwards; one that the loss does not depend on has a product of zero.
-        vectors: v, in the parameters' shapes.
+        loss: a scalar with its graph, which is freed.
+        params: leaf tensors, whose ``.grad`` is None afterwards; the product is zero where the loss does not depend on one.
+        vectors: v, one tensor of each parameter's shape.
 
     Raises:
         UserError: if an operation has no second derivative.
@@ -37,7 +37,7 @@ def hessian_product(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Te
         if not pairs:
             return [torch.zeros_like(p) for p in params]
         found, along = zip(*pairs, strict=True)
-        # Not `grad`, which passes over what does not lead to the parameters: operations that cannot be differentiated twice.
+        # `grad` would skip branches that do not lead to the parameters, and so miss operations without a second derivative.
         torch.autograd.backward(found, along)
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     except RuntimeError as error:
@@ -54,13 +54,13 @@ def hessian_product(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Te
 
 @dataclass(frozen=True)
 class Eigenpair:
-    """An eigenvalue and its vector.
+    """An approximate eigenvalue and its eigenvector.
 
     Args:
         value: theta.
         vector: x, (P,), of length 1.
-        residual: |H x - theta x|: an eigenvalue is no farther than this from theta.
-        products: with how many vectors the matrix was multiplied.
+        residual: |H x - theta x|; some eigenvalue is within this distance of theta.
+        products: number of matrix-vector products.
     """
 
     value: float
@@ -80,15 +80,15 @@ def largest_eigenvalue(
 ) -> Eigenpair:
     """Return the algebraically largest eigenvalue of a symmetric matrix, by Lanczos with thick restarts.
 
-    The basis is orthogonalised against all of itself, twice, so that float32 does. Where it is full it restarts from the
-    best third of what it has found (Wu and Simon 2000).
+    Each new vector is orthogonalised twice against the whole basis, so that float32 is precise enough. When the basis is full,
+    the iteration restarts from the third of the Ritz vectors with the largest values (Wu and Simon 2000).
 
     Args:
         product: returns H v for v (P,).
         start: a random vector, (P,), not zero.
-        tolerance: it ends where the residual is no more than this part of the eigenvalue.
-        most_products: or after so many products.
-        most_vectors: kept at a time, >= 4; the memory it takes.
+        tolerance: the iteration ends when the residual is at most this fraction of the eigenvalue's magnitude.
+        most_products: largest number of matrix-vector products.
+        most_vectors: largest number of basis vectors held in memory, >= 4.
 
     Example:
         >>> diagonal = torch.tensor([-9.0, 1.0, 4.0], dtype=torch.float64)
@@ -127,19 +127,19 @@ def largest_eigenvalue(
 
 
 def noise_of_units(squares: Tensor, products: Tensor, unit_size: float, level: float = 0.99) -> Noise:
-    """Return the noise scale at one place in training, from gradients of independent units of samples; with its band.
+    """Return the noise scale and its band at one point of training, from the gradients of independent units of samples.
 
         |G|^2     = (|S|^2 - sum_u |g_u|^2) / (n (n-1))      S = sum_u g_u
         tr(Sigma) = m (mean_u |g_u|^2 - |G|^2)
 
-    both without bias, from all pairs of units. The variances of the two are those of the jackknife: of the estimates without
-    one unit each (Efron and Stein 1981).
+    Both estimates are unbiased and use all pairs of units. Their variances are the jackknife's, from the estimates that leave
+    out one unit each (Efron and Stein 1981).
 
     Args:
         squares: |g_u|^2 of each unit's mean gradient, (n,), n >= 8.
         products: <g_u, S>, (n,).
-        unit_size: m, samples of a unit.
-        level: of the confidence band, in (0, 1).
+        unit_size: m, number of samples in a unit.
+        level: confidence level of the band, in (0, 1).
     """
     squares, products = squares.double().cpu(), products.double().cpu()
     n, square, total = len(squares), squares.sum(), products.sum()

@@ -1,16 +1,16 @@
-"""Gradient noise: which batch size a problem can use, from the squares that training tracks anyway.
+"""Gradient noise: the batch size that a problem can use, from the squared gradients that training tracks anyway.
 
 Notation: B is the global batch size in samples, ghat the mean gradient of one update, G the gradient over all data, Sigma
 the covariance of one sample's gradient, n the independent units whose squares were tracked (samples, or micro-batches),
 W the ranks over which gradients were averaged.
 
-    tr(Sigma) = B/(n-1) * (q - |ghat|^2)        q = scale * sum of the shadow's gradient, scale = n/W
-    |G|^2     = |ghat|^2 - tr(Sigma)/B          both without bias
-    B_simple  = tr(Sigma) / |G|^2               each averaged over time before dividing
+    tr(Sigma) = B/(n-1) * (q - |ghat|^2)        q = scale * (the shadow's gradient summed over elements), scale = n/W
+    |G|^2     = |ghat|^2 - tr(Sigma)/B          both estimates are unbiased
+    B_simple  = tr(Sigma) / |G|^2               both are averaged over time before dividing
 
 An update with B_simple samples makes half the progress of an update without noise, and each of its samples contributes half of
 what it would in a small batch. A larger batch brings little more: it is the critical batch size (McCandlish et al. 2018,
-arXiv:1812.06162, section 2 and appendix A). They need gradients at two batch sizes; the tracked squares need one.
+arXiv:1812.06162, section 2 and appendix A). Their estimator needs gradients at two batch sizes; tracked squares need only one.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from torch import Tensor
 from largebatch.errors import UserError
 from largebatch.scaling.rules import averaging_updates
 
-# Fewer updates than this say nothing of their own spread, and Student's quantile below is good to 0.2 % from here on.
+# With fewer updates their spread cannot be estimated; from this number on, `student_quantile` is accurate to 0.2 %.
 FEWEST_UPDATES = 8
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor's part on this rank, and any other tensor itself."""
+    """Return this rank's part of a sharded tensor, and any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @torch.no_grad()
 def partial_sums(params: Iterable[Tensor], shadows: Iterable[Tensor]) -> Tensor:
-    """Return this rank's part of each parameter's |ghat|^2 and sum of tracked squares, in one pass over them.
+    """Return this rank's part of |ghat|^2 and of the sum of tracked squares of each parameter, in one pass over the tensors.
 
-    Where every rank holds whole gradients (one device, DDP) this is the sum itself; where they are sharded, add the
-    results over the ranks that hold the shards. Read before gradients are clipped, and with any loss scale divided out.
+    Where every rank holds whole gradients (one device, DDP), the part is the whole sum; where gradients are sharded, add the
+    results over the ranks that hold the shards. Call it before gradients are clipped and after any loss scale is divided out.
 
     Args:
-        params: P parameters, after the update's last backward pass and its reduction.
-        shadows: their shadows, in the same order.
+        params: P parameters, after the update's last backward pass and the reduction of gradients.
+        shadows: the parameters' shadows, in the same order.
 
     Returns:
         (2, P), float64: |ghat|^2 in the first row, the sum of shadow.grad in the second; zero where there is no gradient.
@@ -65,7 +65,7 @@ def partial_sums(params: Iterable[Tensor], shadows: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def sums_with(squares: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """Return what `partial_sums` does of parameters and the sums of their squared gradients."""
+    """Return the sums of `partial_sums`, given pairs of a parameter and the sum of its squared gradients."""
     pairs = list(squares)
     indices, grads, found = [], [], []
     for index, (p, square) in enumerate(pairs):
@@ -84,35 +84,37 @@ def sums_with(squares: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
 
 
 def power_sums(tensors: list[Tensor], power: int) -> Tensor:
-    """Return sum |x|^power of each tensor, power 1 (of tensors that are not negative) or 2: (len(tensors),), float64."""
+    """Return sum |x|^power of each tensor, (len(tensors),), float64; power is 1 (for nonnegative tensors only) or 2."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     if tensors[0].device.type == "cpu":
-        # The CPU's norms add up one element after the other, 1e-4 off in float32 for a million of them; sum() does not.
+        # Norms on the CPU add one element after the other, with an error of 1e-4 in float32 for a million; sum() does not.
         widened = [t.to(dtype) for t in tensors]
         return torch.stack([(t if power == 1 else t * t).sum() for t in widened]).double()
-    # One kernel for all of them, which sums block by block.
+    # One kernel for all tensors, which sums block by block.
     return torch.stack(torch._foreach_norm(tensors, power, dtype=dtype)).double() ** power
 
 
 def noise_estimates(
     sums: Tensor, batch_size: int, num_units: float | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return one update's unbiased estimates of tr(Sigma) and |G|^2, of each parameter.
+    """Return one update's unbiased estimates of tr(Sigma) and |G|^2 for each parameter.
 
-    Parameters add up: the sum over a layer's parameters, or over all, is the estimate of the layer or the whole.
+    The estimates are additive: their sum over a layer's parameters, or over all parameters, is the estimate for the layer or
+    for the model.
 
     Args:
         sums: (2, P), `partial_sums` over all shards.
-        batch_size: B, samples in the update's mean, >= 1.
-        num_units: n >= 2: B for squares per sample (the default); for micro-batches their number, or 1/sum(w^2) where
-            their weights w in the mean differ.
-        scale: from the shadow's gradient to a mean of squares, n/W (`largebatch.moments.statistic_scale`); n by default.
+        batch_size: B, number of samples in the update's mean, >= 1.
+        num_units: n > 1: for squares of samples B (the default); for squares of micro-batches their number, or 1/sum(w^2)
+            where their weights w in the mean differ.
+        scale: factor from the shadow's gradient to a mean of squares, n/W (`largebatch.moments.statistic_scale`); default n.
 
     Returns:
-        tr(Sigma) of one sample, and |G|^2, (P,) each. |G|^2 may be negative, and tr(Sigma) where the weights differ.
+        tr(Sigma) of one sample, and |G|^2, (P,) each. The estimate of |G|^2 may be negative, and so may that of tr(Sigma) where
+        the weights differ.
 
     Raises:
-        UserError: if there are fewer than two units: one alone does not vary.
+        UserError: if num_units is not above 1: a single unit has no variance.
     """
     units = float(batch_size if num_units is None else num_units)
     if not units > 1:
@@ -150,8 +152,8 @@ class Noise:
     """The noise of a model or of one parameter, averaged over the last updates.
 
     Args:
-        trace: tr(Sigma), of one sample's gradient; few estimates from unequal micro-batches may average below zero.
-        signal: |G|^2; its estimate may be negative where noise drowns it.
+        trace: tr(Sigma) of one sample's gradient; the average of few estimates from unequal micro-batches may be negative.
+        signal: |G|^2; the estimate may be negative where noise dominates.
         noise_scale: B_simple in samples, >= 0; infinite where |G|^2 is not above zero.
         low: lower end of the confidence band of B_simple, >= 0.
         high: upper end; infinite where |G|^2 = 0 cannot be excluded.
@@ -165,16 +167,16 @@ class Noise:
 
 
 def reference_norm_ratio(sums: Tensor, num_units: float, scale: float, kappa: float) -> float:
-    """Return the norm of a mean gradient over that of a gradient of the reference batch, from one update's sums.
+    """Return the ratio of a mean gradient's norm to that of a gradient of the reference batch, from one update's sums.
 
         |ghat|^2 / E|g_ref|^2,   E|g_ref|^2 = |ghat|^2 + (kappa - 1) * sum(V),   V = (q - ghat^2) / (n - 1)
 
-    is the square of it. Where a clipping threshold tuned at the reference is multiplied by this ratio, the mean gradient is
-    scaled by the factor by which a gradient of the reference batch would have been.
+    is the square of the ratio. With a clipping threshold tuned at the reference and multiplied by the ratio, clipping scales
+    the mean gradient by the same factor by which it would have scaled a gradient of the reference batch.
 
     Args:
         sums: as in `noise_estimates`.
-        num_units: n; of one alone the answer is 1.
+        num_units: n; for a single unit the ratio is 1.
         scale: n/W.
         kappa: B / B_ref.
 
@@ -190,7 +192,7 @@ def reference_norm_ratio(sums: Tensor, num_units: float, scale: float, kappa: fl
 
 
 def student_quantile(probability: float, degrees: float) -> float:
-    """Return Student's t quantile for real degrees of freedom >= 7, by its expansion about the normal one.
+    """Return Student's t quantile for real degrees of freedom >= 7, by its expansion about the normal quantile.
 
     References:
         Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
@@ -211,18 +213,18 @@ def ratio_band(
 ) -> tuple[float, float]:
     """Return Fieller's confidence band of a ratio X/Y of two means, known to lie in [0, inf].
 
-    The band holds every rho for which X - rho*Y, whose mean is 0 at the true ratio, lies within `quantile` of its own
-    standard deviations of 0:
+    The band contains every rho for which X - rho*Y, whose mean is 0 at the true ratio, is within t of its own standard
+    deviations of 0:
 
         (X - rho*Y)^2 <= t^2 * (v_X - 2*rho*v_XY + rho^2*v_YY)
 
-    a quadratic in rho. It is bounded above only where Y differs from 0 by more than t deviations; the delta method, a
-    symmetric band about X/Y, fails exactly there. A negative X or Y counts as 0, the least that either can be.
+    This is a quadratic in rho. The band is bounded above only where Y differs from 0 by more than t standard deviations; where
+    it does not, the delta method, with its symmetric band about X/Y, fails. A negative X or Y counts as 0.
 
     Args:
         numerator: X.
         denominator: Y.
-        variances: of X, of Y, and the covariance of the two.
+        variances: variance of X, variance of Y, and their covariance.
         quantile: t.
 
     References:
@@ -231,7 +233,7 @@ def ratio_band(
     of_numerator, of_denominator, joint = variances
     x, y = max(numerator, 0.0), max(denominator, 0.0)
     # a*rho^2 - 2*b*rho + c <= 0
-    # Products and not powers, which are an error where they overflow: in a run that has diverged.
+    # Products, because Python's powers raise an error where they overflow, as in a run that has diverged.
     a = y * y - quantile**2 * of_denominator
     b = x * y - quantile**2 * joint
     c = x * x - quantile**2 * of_numerator
@@ -245,19 +247,19 @@ def ratio_band(
 
 
 class NoiseScale:
-    """Running averages of tr(Sigma) and |G|^2, whole and of each parameter, and the noise scale with its band.
+    """Running averages of tr(Sigma) and |G|^2, for the model and for each parameter, and the noise scale with its band.
 
-    Averages span a length in samples, max(1, N0/B) updates, with weights 1/min(t, N): exactly the mean while the run is
-    shorter than the length. Both are averaged before dividing. The spread of the single estimates gives the covariance
-    of the two averages, and Fieller's interval the band: updates are taken to vary independently, which fresh samples
-    do; a drift of tr(Sigma) and |G|^2 within the length counts as spread and widens the band.
+    The averages span a fixed number of samples, that is N = max(1, N0/B) updates, with weights 1/min(t, N): for the first N
+    updates they are plain means. Both are averaged before dividing. The spread of single estimates gives the covariance of the
+    two averages, and Fieller's interval gives the band. Updates are assumed to vary independently, as they do with fresh
+    samples; a drift of tr(Sigma) and |G|^2 within the length counts as spread and widens the band.
 
     Args:
-        names: of the columns of the sums: parameters, in the order of `partial_sums`, or layers they were added up for.
-        length_samples: N0, samples that the averages span, >= 1.
-        level: of the confidence band, in (0, 1).
-        least_updates: updates that the averages span at the least, however large a batch is, >= 1; there is a band from
-            `FEWEST_UPDATES` on.
+        names: names of the sums' columns: the parameters, in the order of `partial_sums`, or the layers they were summed over.
+        length_samples: N0, number of samples that the averages span, >= 1.
+        level: confidence level of the band, in (0, 1).
+        least_updates: smallest number of updates that the averages span, however large the batch, >= 1; with fewer than
+            `FEWEST_UPDATES` the band is [0, inf].
 
     Example:
         >>> noise = NoiseScale(["weight"], length_samples=10_000)
@@ -276,14 +278,14 @@ class NoiseScale:
         self.names, self.length_samples, self.level = list(names), length_samples, level
         self.least_updates = least_updates
         self.count = 0.0
-        # The sum of the squared weights: 1 over the number of equally weighted updates of the same variance.
+        # The sum of the squared weights: 1 / (the number of equally weighted updates whose mean has the same variance).
         self.weights_sq = 1.0
-        # Columns: the parameters, then the whole, whose spread is not the sum of theirs.
+        # One column for each parameter, then one for the model, whose spread is not the sum of the parameters'.
         self.means = torch.zeros(2, len(self.names) + 1, dtype=torch.float64)
         self.covariances = torch.zeros(3, len(self.names) + 1, dtype=torch.float64)
 
     def update(self, sums: Tensor, batch_size: int, num_units: float | None = None, scale: float | None = None) -> None:
-        """Take in one update; one whose sums are not finite (an overflow that skips the update) is left out.
+        """Add one update to the averages, unless its sums are not finite (an overflow, for which the step is skipped).
 
         Args:
             sums: (2, P) over all shards; the other arguments as in `noise_estimates`.
@@ -305,7 +307,7 @@ class NoiseScale:
 
     @property
     def whole(self) -> Noise:
-        """The noise of all parameters together."""
+        """The noise of the model, over all parameters."""
         return self._noise(len(self.names))
 
     @property
@@ -326,7 +328,7 @@ class NoiseScale:
         return Noise(trace, signal, scale, *ratio_band(trace, signal, (of_trace, of_signal, joint), quantile))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages, for a checkpoint: numbers, names and lists of them."""
+        """Return the averages, for a checkpoint, as numbers, strings and lists of these."""
         return {
             "names": list(self.names),
             "count": self.count,
@@ -336,10 +338,10 @@ class NoiseScale:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            UserError: if it is of other parameters.
+            UserError: if the state is of other parameters.
         """
         if list(state["names"]) != self.names:
             raise UserError(

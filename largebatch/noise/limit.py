@@ -1,14 +1,14 @@
-"""How far an update is from the largest stable step, from two gradients in a row.
+"""How far an update is from the largest stable step, from the gradients of two successive updates.
 
 Notation: a is the learning rate of one update in the form of a running average (p -= a*m, m = b*m + (1-b)*g; for SGD with
 momentum mu in torch's form a = lr/(1-mu) and b = mu; for Adam a is divided by the denominator D, element by element), h the
 curvature of the loss, V the variance of an update's mean gradient, d = (g_t - g_{t-1})^2 / 2. On a quadratic
 
     r = a h (1-b) / (2 (1+b))                   share of the largest stable step that is in use
-    E[w^2] = a V / (2 h) / (1-r)                the temperature, which the linear rule keeps but for 1/(1-r)
+    E[w^2] = a V / (2 h) / (1-r)                stationary variance, which the linear rule keeps but for 1/(1-r)
     extra = E[d] - V = h^2 E[dw^2]/2 + h a (1-b) V
 
-docs/limit.md derives them. Everything here takes numbers, or tensors element by element.
+docs/limit.md derives these equations. A ``Value`` is a number, or a tensor that is computed with elementwise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def stability_share(rate: Value, curvature: Value, beta: float) -> Value:
     """Return r = a h (1-b) / (2 (1+b)): 1 where the update begins to diverge.
 
     Args:
-        rate: a, over the preconditioner where there is one; for torch's SGD lr/(1-mu).
+        rate: a, divided by the preconditioner where there is one; lr/(1-mu) for torch's SGD.
         curvature: h.
         beta: b in [0, 1).
 
@@ -50,17 +50,17 @@ def stability_share(rate: Value, curvature: Value, beta: float) -> Value:
 
 
 def largest_kappa(lr: float, curvature: float, beta: float) -> float:
-    """Return how many times the reference batch the linear rule bears before the update diverges.
+    """Return the largest multiple of the reference batch at which an update of the linear rule is stable.
 
         kappa_max = 2 (1+b) / ((1-b) lr lambda)
 
     Args:
-        lr: rate at the reference in the form of a running average; for torch's SGD lr/(1-mu).
+        lr: learning rate at the reference in the form of a running average; lr/(1-mu) for torch's SGD.
         curvature: lambda, the largest eigenvalue of the Hessian, or of D^-1/2 H D^-1/2 for a preconditioner D.
         beta: b in [0, 1).
 
     Returns:
-        kappa_max; infinite where no direction is curved upwards.
+        kappa_max; infinite where lambda is not positive.
 
     Example:
         >>> round(largest_kappa(1e-3, 2000.0, 0.9), 6)
@@ -71,7 +71,7 @@ def largest_kappa(lr: float, curvature: float, beta: float) -> float:
 
 
 def temperature_excess(share: float) -> float:
-    """Return 1/(1-r), by which the stationary variance exceeds that of small steps; infinite from the limit on.
+    """Return 1/(1-r), the ratio of the stationary variance to that of small steps; infinite for r >= 1.
 
     Example:
         >>> temperature_excess(0.5)
@@ -114,15 +114,17 @@ def share_of_change(ratio: Value, beta: float) -> Value:
 
 
 def curvature_of_steps(extra: Value, step_sq: Value, step_noise: Value) -> Value:
-    """Return h of extra = h^2 E[dw^2]/2 + h E[step_noise]: a secant with its noise taken out; no stationary state is needed.
+    """Return the root h of extra = h^2 E[dw^2]/2 + h E[step_noise]: a secant corrected for noise.
+
+    The state need not be stationary.
 
     Args:
-        extra: mean of d - V; below 0 it counts as 0.
+        extra: mean of d - V; a negative value counts as 0.
         step_sq: mean of dw^2, the squared step between the two gradients.
-        step_noise: mean of a (1-b) V at the earlier of the two: a gradient's noise times the step that it causes.
+        step_noise: mean of a (1-b) V at the earlier gradient: minus the covariance of its noise with the step that follows.
 
     Returns:
-        h >= 0; 0 where there is no step and no noise.
+        h >= 0; 0 where both the step and the noise are zero.
 
     Example:
         >>> curvature_of_steps(extra=10.0, step_sq=4.0, step_noise=1.0)
@@ -131,7 +133,7 @@ def curvature_of_steps(extra: Value, step_sq: Value, step_noise: Value) -> Value
     if isinstance(extra, Tensor):
         least = torch.finfo(extra.dtype).tiny
         extra = extra.clamp_min(0.0)
-        # In place: of many elements, fresh memory costs more than arithmetic.
+        # In place: for many elements new memory costs more than the arithmetic.
         root = (step_sq * extra).mul_(2.0).addcmul_(step_noise, step_noise).sqrt_()
         return extra.mul_(2.0).div_(root.add_(step_noise).clamp_min_(least))
     extra = max(extra, 0.0)

@@ -1,4 +1,4 @@
-"""How hyper-parameters follow the batch size: rules, schedules and plans, arithmetic without torch."""
+"""How hyper-parameters follow the batch size: scaling rules, schedules and plans, in plain arithmetic without torch."""
 
 from largebatch.scaling.rules import (
     AveragingRule,

@@ -1,4 +1,4 @@
-"""The plan of a whole run, known before training: which batch size and which hyper-parameters at which sample."""
+"""The plan of a whole run, known before training: batch size and hyper-parameters at every number of samples seen."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from largebatch.scaling.schedules import Constant, Realization, Schedule, Warmup
 
 @dataclass(frozen=True)
 class Stage:
-    """Successive updates with one batch size and one formula of the learning rate.
+    """Successive updates with one batch size and one formula for the learning rate.
 
     Args:
-        first_sample: samples seen before its first update.
-        samples: samples it uses.
-        updates: its optimizer steps.
-        batch_size: B of its full updates.
-        lr_first: learning rate of its first full update.
-        lr_last: learning rate of its last full update.
-        averaging: momentum, or betas, or alpha, by the optimizer's name for it.
+        first_sample: samples seen before the stage's first update.
+        samples: number of samples in the stage.
+        updates: number of optimizer steps in the stage.
+        batch_size: B of the stage's full updates.
+        lr_first: learning rate of the stage's first update.
+        lr_last: learning rate of the stage's last full update.
+        averaging: momentum, betas or alpha, under the name of the optimizer's argument.
     """
 
     first_sample: int
@@ -42,22 +42,23 @@ class Plan:
 
     Args:
         reference: the hyper-parameters at the batch size they were tuned at.
-        batch_size_at_start: B where the factors of schedule and warm-up are 1, in samples.
-        total_samples: samples of the whole run.
-        samples_per_epoch: N_train.
+        batch_size_at_start: B in samples where the factors of the schedule and of the warm-up are 1.
+        total_samples: number of samples in the whole run.
+        samples_per_epoch: N_train, the number of training samples.
         schedule: factor of the reference temperature.
         warmup: factor of the learning rate at the start.
-        realize: whether the schedule moves the learning rate or the batch size.
-        max_batch_size: where the batch size stops growing.
+        realize: whether the schedule changes the learning rate, the batch size, or first the batch size and then the rate.
+        max_batch_size: the batch size at which growth stops.
         multiple_of: grown batch sizes are multiples of this.
         at_epoch_end: ``carry`` lets a batch reach into the next epoch; ``cut`` ends each epoch with a smaller batch, whose
-            learning rate is the rule's at its own size.
-        growth: (samples seen, batch size) of each change that was decided during the run, in order.
-        least_units: micro-batches that an update is cut into at the least, over all ranks, for the squares of their gradients.
-        wants_units: whether the second moment comes from them, so that a short average of it needs more (`rules.enough_units`).
+            learning rate follows from the scaling rule at that smaller size.
+        growth: (samples seen, new batch size) of each change of the batch size that was decided during the run, in order.
+        least_units: smallest number of micro-batches, over all ranks, that an update is split into to square gradients.
+        wants_units: whether the second moment comes from these squares, so that a short average needs more micro-batches
+            (`rules.enough_units`).
 
-    Under the rule ``adascale`` the schedule, the warm-up and the end of the run are read on AdaScale's clock, in samples
-    of the reference run (`largebatch.noise.AdaScale`); what the plan says without that clock holds if the gain is kappa.
+    Under the rule ``adascale`` the schedule, the warm-up and the end of the run are evaluated on AdaScale's clock, in samples
+    of the reference run (`largebatch.noise.AdaScale`). Without that clock the plan assumes a gain of kappa.
 
     Example:
         >>> plan = Plan(Reference(256, 0.1, momentum=0.9), 8192, total_samples=81920, samples_per_epoch=40960)
@@ -81,11 +82,11 @@ class Plan:
 
     @property
     def most_samples(self) -> float:
-        """Samples that the run uses at most; infinite where AdaScale's clock ends it."""
+        """The largest number of samples that the run may use; infinite where AdaScale's clock ends the run."""
         return math.inf if self.reference.rule == "adascale" else self.total_samples
 
     def full_batch_size(self, samples_seen: int) -> int:
-        """Return B before any cut at the end of an epoch or of the run."""
+        """Return B without the reduction of the last batch of an epoch or of the run."""
         decided = bisect_right(self.growth, samples_seen, key=lambda change: change[0])
         if decided:
             return self.growth[decided - 1][1]
@@ -100,7 +101,7 @@ class Plan:
         )
 
     def units(self, batch_size: int) -> int:
-        """Return the micro-batches that an update of a batch size is cut into at the least, over all ranks."""
+        """Return the smallest number of micro-batches, over all ranks, that an update of ``batch_size`` is split into."""
         if not self.wants_units:
             return self.least_units
         values = self.reference.at(batch_size)
@@ -108,7 +109,7 @@ class Plan:
         return max(self.least_units, enough_units(beta2, batch_size / self.reference.batch_size))
 
     def batch_size(self, samples_seen: int) -> int:
-        """Return the samples of the update that starts after ``samples_seen`` samples."""
+        """Return the batch size of the update that starts after ``samples_seen`` samples."""
         size = int(min(self.full_batch_size(samples_seen), self.most_samples - samples_seen))
         if self.at_epoch_end == "cut":
             size = min(size, self.samples_per_epoch - samples_seen % self.samples_per_epoch)
@@ -119,13 +120,13 @@ class Plan:
 
             eta = eta(B) * schedule(s) * warmup(s)
 
-        with eta(B) the reference's rule at this update's own batch size: under the linear rule a sample in a smaller last
-        batch moves the weights as much as any other. A momentum buffer may weigh it otherwise: SGD's form ``velocity`` keeps
-        that weight, a running average of mean gradients does not.
+        where eta(B) is the scaling rule's learning rate at this update's own batch size, so that under the linear rule a sample
+        in a smaller last batch moves the weights as much as any other sample. With momentum this holds for SGD's form
+        ``velocity``, but not where the buffer is a running average of mean gradients.
 
         Args:
             samples_seen: samples used by the updates before it.
-            clock: where the schedule and the warm-up are read, if elsewhere: AdaScale's clock.
+            clock: AdaScale's clock in samples, at which the schedule and the warm-up are evaluated; ``samples_seen`` if None.
         """
         values = self.reference.at(self.batch_size(samples_seen))
         at = samples_seen if clock is None else clock
@@ -138,7 +139,7 @@ class Plan:
         return temperature(values["lr"], self.batch_size(samples_seen), values.get("momentum", 0.0))
 
     def updates(self) -> Iterator[tuple[int, int]]:
-        """Yield (samples seen before it, batch size) of every update of the run."""
+        """Yield (samples seen before the update, batch size) for every update of the run."""
         samples_seen = 0
         while samples_seen < self.total_samples:
             size = min(self.batch_size(samples_seen), self.total_samples - samples_seen)
@@ -146,15 +147,15 @@ class Plan:
             samples_seen += size
 
     def num_updates(self) -> int:
-        """Return the optimizer steps of the whole run."""
+        """Return the number of optimizer steps in the whole run."""
         return sum(updates for _, _, updates, *_ in self._rows)
 
     def largest_batch(self) -> int:
-        """Return the most samples of an update."""
+        """Return the largest batch size of the run."""
         return max(full for *_, full, _ in self._rows)
 
     def num_stages(self) -> int:
-        """Return how many stages there are."""
+        """Return the number of stages."""
         return len(self._rows)
 
     @cached_property
@@ -164,14 +165,14 @@ class Plan:
     def _walk(self) -> Iterator[tuple[int, int, int, int, int]]:
         """Yield (first sample, samples, updates, batch size, start of the last full update) of each stage.
 
-        Between two breakpoints a batch size only grows or only falls, so that the end of each is found by bisection: the
-        time goes with the stages, not with the updates.
+        Between two breakpoints the batch size is monotonic, so the end of each stage is found by bisection, and the running
+        time depends on the number of stages, not of updates.
         """
         breaks = sorted({math.ceil(at) for at in (*self.schedule.breakpoints(), *self.warmup.breakpoints())})
         changes = sorted({*breaks, *(at for at, _ in self.growth), self.total_samples})
         row: tuple[int, int, int, int, int] | None = None
         samples_seen = segment = 0
-        step = 1  # updates (samples, where an epoch's end cuts them) that the batch size stayed what it was
+        step = 1  # first stride of the search for a change, in updates (in samples, where epoch ends cut batches)
         while samples_seen < self.total_samples:
             full = self.full_batch_size(samples_seen)
             limit = min(changes[bisect_right(changes, samples_seen)], self.total_samples)
@@ -198,13 +199,13 @@ class Plan:
             yield row
 
     def _run(self, start: int, limit: int, size: int) -> tuple[int, int, int | None]:
-        """Return where the updates of one batch size end that start before a limit, how many, and the last full one's start."""
+        """For updates of ``size`` that start before ``limit``, return their end, their number and the last full one's start."""
         epoch = self.samples_per_epoch if self.at_epoch_end == "cut" else self.total_samples
         updates, last = 0, None
         while start < limit:
-            stop = min((start // epoch + 1) * epoch, self.total_samples)  # no update goes past it
+            stop = min((start // epoch + 1) * epoch, self.total_samples)  # no update crosses it
             whole = 1
-            if start % epoch == 0 and limit > start + 2 * epoch:  # epochs that are all alike
+            if start % epoch == 0 and limit > start + 2 * epoch:  # whole epochs, all split alike
                 whole = (limit - start) // epoch - 1
                 stop = start + epoch
             count = -(-(min(stop, limit) - start) // size)
@@ -216,7 +217,7 @@ class Plan:
         return start, updates, last
 
     def batch_sizes(self) -> set[int]:
-        """Return the samples that an update may have, a smaller last one of an epoch or of the run among them."""
+        """Return the batch sizes of all updates, including smaller last batches of an epoch or of the run."""
         sizes = set()
         for first, samples, updates, full, _ in self._rows:
             epoch = self.samples_per_epoch if self.at_epoch_end == "cut" else self.total_samples

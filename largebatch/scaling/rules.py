@@ -1,4 +1,4 @@
-"""Rules that carry hyper-parameters tuned at one batch size to another. Arithmetic only.
+"""Scaling rules, which convert hyper-parameters tuned at one batch size to another, in plain arithmetic.
 
 Notation: B is the global batch size in samples (all ranks, all accumulation steps), kappa = B / B_ref, mu the momentum,
 N = 1 / (1 - mu) the length of a running average in updates, eta the learning rate, eta0 the learning rate per sample.
@@ -121,7 +121,7 @@ def averaging_coefficient(length: float) -> float:
 
 
 def averaging_updates(length_samples: float, batch_size: int) -> float:
-    """Return N = max(1, N0 / B): the updates that an average over N0 samples spans; none is shorter than one update.
+    """Return N = max(1, N0 / B), the number of updates that a running average over N0 samples spans.
 
     References:
         McAllester, TTIC 31230, "SGD: decoupling hyper-parameters" (the text prints min for max).
@@ -137,9 +137,9 @@ def scaled_coefficient(beta: float, kappa: float, rule: AveragingRule | float) -
     Args:
         beta: coefficient at the reference batch size, in [0, 1).
         kappa: B / B_ref, > 0.
-        rule: ``keep`` the same number of updates; ``half_life`` fixed in samples, beta**kappa (Marek et al. 2025,
-            arXiv:2507.07101); ``length`` fixed in samples, 1 - 1/max(1, N/kappa), which is 1 - kappa*(1 - beta) (Malladi
-            et al. 2022) as long as that is positive; or a number, the coefficient itself.
+        rule: ``keep`` keeps the length in updates; ``half_life`` keeps the half-life in samples, beta**kappa (Marek et al.
+            2025, arXiv:2507.07101); ``length`` keeps the length in samples, 1 - 1/max(1, N/kappa), which is
+            1 - kappa*(1 - beta) (Malladi et al. 2022) as long as that is positive; a number is the new coefficient itself.
 
     Raises:
         ValueError: if an argument lies outside its range.
@@ -158,16 +158,16 @@ def scaled_coefficient(beta: float, kappa: float, rule: AveragingRule | float) -
     raise ValueError(f"averaging rule: expected one of {get_args(AveragingRule)} or a number in [0, 1), got {rule!r}")
 
 
-# Micro-batches that the average of a second moment is to span.
+# Number of micro-batches that the running average of a second moment should span.
 SPANNED_UNITS = 16.0
 
 
 def enough_units(beta2: float, kappa: float) -> int:
-    """Return how many micro-batches of an update are enough for a second moment from their squares.
+    """Return the number of micro-batches per update that is enough to estimate a second moment from their squares.
 
-    The average spans 1 / (1 - beta2) updates. Where that is few, as 0.95 at 64 times the batch keeps next to nothing of the
-    update before, it rests on the micro-batches of one update, and the variance between two of them alone is next to zero for
-    some elements, which then take too large a step (docs/results.md). One for each reference batch is always enough.
+    The average spans 1 / (1 - beta2) updates. A short one, such as that of 0.95**64, rests on the micro-batches of a single
+    update. With only two of them, their variance is almost zero for some elements, which then take too large a step
+    (docs/results.md). One micro-batch for each reference batch in the update is always enough.
 
     Args:
         beta2: coefficient of the average in use, in [0, 1].
@@ -185,12 +185,12 @@ def second_moment_coefficient(beta: float, kappa: float, shortest: float = 0.0) 
 
         max(beta**kappa, min(beta, shortest))
 
-    Its half-life in samples is kept, down to the shortest average.
+    The half-life in samples is kept, unless the average would become shorter than that of ``shortest``.
 
     Args:
         beta: coefficient at the reference batch size, in [0, 1): Adam's beta2 or RMSProp's alpha.
         kappa: B / B_ref, > 0.
-        shortest: coefficient of the shortest average, unless it was tuned shorter, in [0, 1).
+        shortest: coefficient of the shortest average, in [0, 1); an average that was tuned shorter keeps its own.
 
     Example:
         >>> round(second_moment_coefficient(0.999, 16), 6), second_moment_coefficient(0.95, 16, shortest=0.9)
@@ -201,7 +201,7 @@ def second_moment_coefficient(beta: float, kappa: float, shortest: float = 0.0) 
 
 @dataclass(frozen=True)
 class Reference:
-    """Hyper-parameters and the batch size they were tuned at; `at` carries them to another batch size.
+    """Hyper-parameters and the batch size they were tuned at; `at` converts them to another batch size.
 
     Learning rates:
 
@@ -210,8 +210,8 @@ class Reference:
         adascale eta = eta_ref * r           * (1 - mu) / (1 - mu_ref)      gain r in [1, kappa] (`noise.AdaScale`)
         none     eta = eta_ref
 
-    where mu is the heavy-ball momentum; Adam's beta1 averages and does not enter. Under ``sqrt`` eps becomes
-    eps / sqrt(kappa), as the second moment of a batch's mean gradient shrinks by kappa where noise dominates.
+    where mu is heavy-ball momentum; Adam's beta1 is the coefficient of an average and does not enter. Under ``sqrt`` eps
+    becomes eps / sqrt(kappa), because the second moment of a batch's mean gradient shrinks by kappa where noise dominates.
 
     Args:
         batch_size: B_ref, the global batch size the values were tuned at, in samples.
@@ -222,11 +222,10 @@ class Reference:
         eps: added to the root of the second moment.
         rule: ``linear``, ``sqrt``, ``adascale`` (`at` gives the learning rate before the gain) or ``none``.
         momentum_rule: how mu follows the batch size (see `scaled_coefficient`); kept by default.
-        beta1_rule: the same for Adam's beta1; kept by default, but of fixed ``length`` in samples under ``sqrt``.
-        beta2_rule: the same for Adam's beta2 and RMSProp's alpha; by default of fixed ``half_life`` in samples under
-            ``linear`` (`second_moment_coefficient`), and of fixed ``length`` under ``sqrt``. Under ``adascale`` and ``none``
-            everything is kept.
-        shortest: coefficient of the shortest average of a second moment by that default.
+        beta1_rule: the same for Adam's beta1; by default ``length`` under ``sqrt``, and ``keep`` under the other rules.
+        beta2_rule: the same for Adam's beta2 and RMSProp's alpha; by default ``half_life`` under ``linear``
+            (`second_moment_coefficient`), ``length`` under ``sqrt``, and ``keep`` under ``adascale`` and ``none``.
+        shortest: coefficient of the shortest average of a second moment under the default of ``linear``.
 
     Raises:
         ValueError: if a value lies outside its range.
@@ -258,7 +257,7 @@ class Reference:
         self.at(self.batch_size)
 
     def at(self, batch_size: int) -> dict[str, Any]:
-        """Return the keyword arguments for an optimizer at this global batch size: lr and whichever else was given."""
+        """Return the optimizer's keyword arguments at this global batch size: lr, and the other values that were given."""
         _require_batch_size(batch_size)
         kappa = batch_size / self.batch_size
         default: AveragingRule = "length" if self.rule == "sqrt" else "keep"
@@ -294,7 +293,7 @@ class Reference:
 def adam_per_sample(
     lr0: float, batch_size: int, first_moment_samples: float, second_moment_samples: float, eps: float
 ) -> dict[str, Any]:
-    """Return Adam's arguments from quantities per sample (the lecture's reparameterisation).
+    """Return Adam's arguments from hyper-parameters stated per sample (the lecture's reparameterisation).
 
         N_g = max(1, N0_g / B),  N_s = max(1, N0_s / B),  eta = eps * B * eta0
 

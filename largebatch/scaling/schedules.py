@@ -1,6 +1,7 @@
 """Schedules: factors of the reference temperature as functions of samples seen, and how a temperature is realised.
 
-A schedule maps samples seen (int) to a factor of eta0, never steps: a step means something else once the batch grows.
+A schedule maps the number of samples seen to a factor of eta0. It is not a function of steps, because the number of samples in
+a step changes as the batch grows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Schedule(Protocol):
         ...
 
     def breakpoints(self) -> tuple[int, ...]:
-        """Return the samples at which the formula changes, for the table of stages."""
+        """Return the numbers of samples at which the formula changes, for the table of stages."""
         ...
 
 
@@ -44,7 +45,7 @@ class Constant:
         return 1.0
 
     def breakpoints(self) -> tuple[int, ...]:
-        """Return nothing: the formula never changes."""
+        """Return the empty tuple: the formula never changes."""
         return ()
 
 
@@ -82,7 +83,7 @@ class Polynomial:
         return self.final + (1.0 - self.final) * float(left**self.power)
 
     def breakpoints(self) -> tuple[int, ...]:
-        """Return nothing: one formula."""
+        """Return the empty tuple: the formula never changes."""
         return ()
 
 
@@ -101,7 +102,7 @@ class Cosine:
         return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     def breakpoints(self) -> tuple[int, ...]:
-        """Return nothing: one formula."""
+        """Return the empty tuple: the formula never changes."""
         return ()
 
 
@@ -140,13 +141,13 @@ class RobbinsMonro:
         return float((1.0 + samples_seen / self.timescale_samples) ** -self.power)
 
     def breakpoints(self) -> tuple[int, ...]:
-        """Return nothing: one formula."""
+        """Return the empty tuple: the formula never changes."""
         return ()
 
 
 @dataclass(frozen=True)
 class Trapezoid:
-    """1, then a linear fall to ``final`` over the last ``decay_samples``; with a warm-up before it, the trapezoid."""
+    """1, then a linear fall to ``final`` over the last ``decay_samples``; with a warm-up, its graph is a trapezoid."""
 
     total_samples: int
     decay_samples: int
@@ -169,11 +170,11 @@ class Warmup:
     """A factor of the learning rate at the start of a run (Goyal et al. 2017, section 2.2).
 
     Args:
-        name: ``gradual`` rises linearly, update by update, from ``start`` to 1; ``constant`` stays at ``start``; ``none``.
+        name: ``gradual`` rises linearly, update by update, from ``start`` to 1; ``constant`` stays at ``start``; ``none`` is 1.
         samples: length in samples.
-        start: factor at the first update; with eta_ref / eta a run starts from the reference's learning rate, as Goyal's do.
-        realize: ``lr``, or ``batch``: the batch size takes the factor, in doublings, and the learning rate follows the
-            batch size by its rule (Merrill et al. 2025, arXiv:2505.23971).
+        start: factor at the first update; at eta_ref / eta the run starts from the reference's rate, as in Goyal et al.
+        realize: ``lr`` applies the factor to the learning rate; ``batch`` applies it to the batch size, in doublings, and the
+            learning rate follows the batch size by the scaling rule (Merrill et al. 2025, arXiv:2505.23971).
 
     Example:
         >>> warmup = Warmup("gradual", samples=1000, start=0.25, realize="batch")
@@ -201,7 +202,7 @@ class Warmup:
         return 0.5 ** max(0, math.ceil(-math.log2(factor) - 1e-9))
 
     def __call__(self, samples_seen: float) -> float:
-        """Return the factor, whatever realises it, for the update that starts after ``samples_seen`` samples."""
+        """Return the factor, of the rate or of the batch size, for the update that starts after ``samples_seen`` samples."""
         if self.name == "none" or samples_seen >= self.samples:
             return 1.0
         if self.name == "constant":
@@ -218,16 +219,16 @@ def realized_batch_size(
 ) -> int:
     """Return the batch size that realises a factor of the temperature.
 
-    Where the temperature falls by a, ``lr`` keeps the batch size (and the learning rate falls by a); ``batch`` and
-    ``batch_then_lr`` multiply it by a, up to ``max_batch_size``, which ``batch_then_lr`` is meant for. Whatever part of the
-    factor the batch size does not take, the learning rate takes: eta = (1 - mu) * B * eta0 * factor holds for each of the
-    three.
+    Where the temperature falls by a factor a, ``lr`` keeps the batch size, and the learning rate falls by a; ``batch`` and
+    ``batch_then_lr`` multiply the batch size by a, up to ``max_batch_size``, which ``batch_then_lr`` is meant for. The learning
+    rate takes the part of the factor that the batch size does not: under the linear rule
+    eta = (1 - mu) * B * eta0 * factor holds for all three.
 
     Args:
-        factor: of the reference temperature, in (0, 1] for the batch to grow.
-        realize: which of the three.
+        factor: factor of the reference temperature; the batch grows where it is below 1.
+        realize: ``lr``, ``batch`` or ``batch_then_lr``.
         batch_size: B at factor 1, in samples.
-        max_batch_size: the most samples of an update; Smith: about N_train/10.
+        max_batch_size: the largest batch size, in samples; about N_train/10 in Smith et al.
         multiple_of: B is rounded to a multiple of this.
 
     References:
@@ -256,12 +257,12 @@ def batch_size_at(
     """Return the batch size of the update that starts after ``samples_seen`` samples.
 
     Args:
-        samples_seen: by the updates before it.
+        samples_seen: samples used by the updates before it.
         batch_size: B after the warm-up, where the schedule is 1.
         schedule: factor of the reference temperature.
-        warmup: applied to the batch size if its ``realize`` is ``batch``.
-        realize: whether the learning rate or the batch size takes the schedule, as in `realized_batch_size`.
-        max_batch_size: the most samples of an update.
+        warmup: warm-up, applied to the batch size if its ``realize`` is ``batch``.
+        realize: whether the schedule changes the learning rate or the batch size, as in `realized_batch_size`.
+        max_batch_size: the largest batch size, in samples.
         multiple_of: B is rounded to a multiple of this.
 
     Example:
