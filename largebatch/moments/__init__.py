@@ -1,14 +1,15 @@
-"""Squares of gradients, of micro-batches and of single samples: the statistic behind batch-invariant second moments.
+"""Squared gradients of micro-batches and of single samples: the statistic behind batch-invariant second moments.
 
-One linear layer, y = F.linear(x, w) with x [n, i], w [o, i] and y [n, o], from the call to its squares:
+The steps for one linear layer, y = F.linear(x, w) with x [n, i], w [o, i] and y [n, o], from the call to its squares:
 
-1. `track` puts a shadow of w's shape, `weight_grad_sq`, beside w, and sees every operation of the forward pass (`tracking`,
-   `interception`). The model's argument x is marked: sample s is row s of dimension 0 (`samples`).
-2. F.linear runs as it was called, w attached. Its rule (`rules.linear`) puts a *tap* on y, an identity.
-3. In the backward pass the tap sees d = dL/dy [n, o], hands it on, and leaves (d, x) with w: sample s owes d_s^T x_s (`uses`).
-4. After all taps of w its *collector* squares: sum_s (d_s^T x_s)^2 = (d^2)^T (x^2) [o, i], the gradient of the shadow.
-5. F.linear marks y, sample s in row s (`operations`). If x had been sorted along its rows, the samples of the rows would not be
-   known, and step 2 would be an error that names the parameter.
+1. `track` registers a shadow parameter `weight_grad_sq` of w's shape beside w (`tracking`). A forward pass intercepts every
+   operation (`interception`), and marks the model's argument x: sample s is row s of dimension 0 (`samples`).
+2. F.linear runs as it was called. Its rule (`rules.linear`) puts a *tap*, an identity function, on y.
+3. In the backward pass the tap receives d = dL/dy [n, o], returns it unchanged, and stores (d, x) for w: the gradient of
+   sample s is d_s^T x_s (`uses`).
+4. After all taps of w its *collector* computes sum_s (d_s^T x_s)^2 = (d^2)^T (x^2) [o, i], the gradient of the shadow.
+5. The rule also marks y: sample s is row s. If x had been sorted along its rows, the sample of each row would not be known
+   (`operations`), and step 2 would raise an error that names the parameter.
 
     >>> import torch
     >>> model = track(torch.nn.Linear(2, 1, bias=False))

@@ -1,7 +1,8 @@
-"""What has no rule of its own, run again in the backward pass for the chosen samples.
+"""Operations and modules without a rule of their own, which run again in the backward pass for the chosen samples.
 
-An operation that is followed is differentiated for all of them at once, by torch.vmap. A module that the user has named is
-run one sample at a time, exact where samples do not interact and nothing is drawn at random: its outputs are compared.
+An operation through which samples are followed is differentiated for several samples at once by torch.vmap. A module that the
+user named in ``fallback`` runs one sample at a time. This is exact if samples do not interact and no random numbers are drawn;
+to check it, each sample's output is compared with its rows in the output of the batch.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ class Again:
 
     Args:
         scope: the forward pass.
-        name: of what is called, for messages.
+        name: name of the operation or module, for messages.
         call: takes the values of the operands and the arguments' leaves, and returns the leaves of the output.
-        operands: the parameters that it uses, and what was computed from them.
-        leaves: its arguments, flattened; None in the place of operands.
-        is_module: whether it is run for one sample at a time, and its output held against that among the others.
+        operands: the parameters that the call uses, and tensors computed from parameters.
+        leaves: the flattened arguments, with None in place of operands.
+        is_module: whether to run the call for one sample at a time, and to compare its output with that for the batch.
 
     Raises:
-        Refusal: if its arguments do not hold the same samples.
+        Refusal: if the arguments do not hold the same samples.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Again:
             self.tensors[i] = scope.batch.take(self.tensors[i], rows)
 
     def outputs(self, values: Values, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Any]:
-        """Return the leaves of the output for one sample's part of each argument that holds samples."""
+        """Return the leaves of the output, given one sample's part of each argument that holds samples."""
         leaves = list(self.leaves)
         for i, tensor in zip(self.tensors, tensors, strict=True):
             leaves[i] = tensor
@@ -72,7 +73,7 @@ class Again:
 
     def tapped(self, output: Tensor, rows: Rows, number: int = 0) -> Tensor:
         """Put a tap on one leaf of the output."""
-        # Of what is saved, autograd says if it was changed in place since. A later operation may change the output so.
+        # A copy: a later operation may change the output in place, and autograd refuses saved tensors that were changed.
         expected = [self.scope.batch.take(output.detach(), rows).clone()] if self.is_module else []
 
         def left(grad: Tensor, saved: tuple[Tensor, ...]) -> list[tuple[Operand, Use]]:
@@ -91,8 +92,8 @@ class Again:
                 grads = self._gradients(one, values, d[first:last], [tensor[first:last] for tensor in given])
                 if self.is_module and not _agree(grads.pop(), saved[-1][first:last]):
                     raise UserError(
-                        f"track: {self.name} gives a sample another output alone than among the others: its samples "
-                        "interact, or it draws random numbers; per='micro_batch' takes any model"
+                        f"track: {self.name} has another output for a single sample than within the batch: its samples "
+                        "interact, or it draws random numbers; per='micro_batch' works with any model"
                     )
                 return tuple(grads)
 
@@ -107,29 +108,29 @@ class Again:
         return tap(self.scope, output, rows, self.operands, left, [*self.tensors.values(), *expected])
 
     def _gradients(self, one: Callable[..., Tensor], values: Values, d: Tensor, parts: list[Tensor]) -> list[Tensor]:
-        """Return the gradients of a run of samples, [samples, *shape] for each operand, and of a module its output."""
+        """Return a run of samples' gradients, [samples, *shape] for each operand; for a module followed by its output."""
         copies = tuple(value.detach().expand(len(d), *value.shape).requires_grad_() for value in values)
         try:
-            with torch.enable_grad(), own_graph(), sdpa_kernel(SDPBackend.MATH):  # no other knows masks' gradients
+            with torch.enable_grad(), own_graph(), sdpa_kernel(SDPBackend.MATH):  # others have none for masks
                 if self.is_module:
                     result = one([copy[0] for copy in copies], [part[0] for part in parts])[None]
                 else:
                     result = torch.vmap(one)(copies, tuple(parts))
                 if result.shape != d.shape:
-                    raise RuntimeError("it gives a sample alone an output of another shape")
+                    raise RuntimeError("its output for a single sample has another shape")
                 grads = torch.autograd.grad(result, copies, d.to(result.dtype), materialize_grads=True)
         except UserError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(
                 f"track: {self.name} with parameter '{self.operands[0].bases[0].name}' cannot be taken for single samples: "
-                f"{str(error).partition(chr(10))[0]}; per='micro_batch' takes any model"
+                f"{str(error).partition(chr(10))[0]}; per='micro_batch' works with any model"
             ) from error
         return [*(g.to(statistic_dtype(g.dtype)) for g in grads), *([result.detach()] if self.is_module else [])]
 
 
 def derivative(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Any other operation that is followed: PyTorch's own derivative of it."""
+    """Apply PyTorch's own derivative to an operation that has no rule, but through which samples are followed."""
     output = func(*args, **kwargs)
     leaves, spec = tree_flatten((args, kwargs))
     operands = {i: operand for i, leaf in enumerate(leaves) if (operand := scope.operand(leaf)) is not None}
@@ -153,9 +154,9 @@ def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs
     """Run a module as one operation on its parameters and arguments.
 
     Raises:
-        Refusal: if its arguments do not hold the samples, or an output does not show which part of it belongs to one.
+        Refusal: if its arguments do not hold the samples, or if an output's shape does not show where its samples lie.
     """
-    # By name, which makes them whole under ZeRO-3.
+    # Read by name, by which ZeRO-3 gathers them.
     named = {name: module.get_parameter(name) for name, _ in module.named_parameters()}
     operands = {name: operand for name, p in named.items() if (operand := scope.operand(p)) is not None}
     fixed: dict[str, Tensor] = {name: p for name, p in named.items() if not p.requires_grad}
@@ -173,7 +174,7 @@ def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs
     with _alone(scope, {id(named[name]) for name in (*fixed, *operands)}):
         output = original(*args, **kwargs)
     if any(scope.operand(leaf) is not None for leaf in leaves):
-        raise Refusal("a parameter, or what was computed from parameters, is among its arguments")
+        raise Refusal("a parameter, or a tensor computed from parameters, is among its arguments")
     again = Again(scope, f"module '{notes(module).path}'", call, list(operands.values()), leaves, is_module=True)
     try:
         with torch.no_grad():
@@ -185,7 +186,7 @@ def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs
     except UserError:
         raise
     except (RuntimeError, ValueError, IndexError) as error:
-        raise Refusal(f"it does not run on a sample alone: {str(error).partition(chr(10))[0]}") from error
+        raise Refusal(f"it does not run on a single sample: {str(error).partition(chr(10))[0]}") from error
     results, spec_of_results = tree_flatten(output)
     for number, result in enumerate(results):
         if isinstance(result, Tensor) and result.requires_grad:
@@ -195,19 +196,19 @@ def run_module(scope: Scope, module: nn.Module, original: Any, args: Any, kwargs
 
 
 def _rows_like(result: Tensor, single: Any, rows: Rows) -> Rows:
-    """Return where an output has its samples: the one dimension in which it is longer than for one."""
+    """Return where the samples of an output lie: in the one dimension that is longer than for a single sample."""
     if rows.dim == WHOLE:
         return rows
     sizes = zip(result.shape, single.shape, strict=True) if result.ndim == getattr(single, "ndim", -1) else ()
     longer = [(dim, own, size) for dim, (own, size) in enumerate(sizes) if own != size]
     if len(longer) != 1 or longer[0][1] != longer[0][2] * rows.length:
-        raise Refusal("its output does not show which part of it is one sample's")
+        raise Refusal("the shape of its output does not show where each sample lies")
     return Rows(longer[0][0], 1, rows.first, rows.length)
 
 
 @contextmanager
 def _alone(scope: Scope, allowed: set[int]) -> Iterator[None]:
-    """Neither follow nor tap what runs within, which may use these parameters alone."""
+    """Neither follow nor tap the operations within this context, which may use only the parameters with ids in ``allowed``."""
     before = state.is_replaying, scope.allowed
     state.is_replaying, scope.allowed = True, allowed
     try:
@@ -217,6 +218,6 @@ def _alone(scope: Scope, allowed: set[int]) -> Iterator[None]:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two results agree but for rounding: sums in another order do by far, another sample's data do not."""
+    """Whether two results agree up to rounding: the tolerance admits another order of sums, but not another sample's data."""
     scale = float(b.abs().max()) if b.numel() else 0.0
     return bool(((a - b).abs() <= 1e3 * torch.finfo(a.dtype).eps * scale).all())

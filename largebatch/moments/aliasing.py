@@ -1,6 +1,6 @@
-"""The squares of whole backward passes as gradients of shadows, for engines that cut parameters up (FSDP2, ZeRO).
+"""The squares of whole backward passes as gradients of shadows, for engines that shard parameters (FSDP2, ZeRO).
 
-While a forward pass runs, a parameter that is read from its module is an alias whose backward returns (g, g^2).
+During a forward pass, reading a parameter from its module returns an alias, whose backward returns (g, g^2).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Square(torch.autograd.Function):
 
 
 class Aliased(dict[str, Any]):
-    """In the place of a module's parameters: what is read by name is an alias, what is iterated over are the parameters.
+    """Replaces a module's ``_parameters``: reading by name returns an alias, iterating yields the parameters themselves.
 
     Args:
-        owner: the module. FSDP2 puts other parameters into it as the pass goes on, and ZeRO-3 makes whole what is read with [].
+        owner: the module. FSDP2 replaces its parameters during the pass, and ZeRO-3 gathers a parameter that is read with [].
     """
 
     def __init__(self, owner: nn.Module):
@@ -46,7 +46,7 @@ class Aliased(dict[str, Any]):
         parameter, aliases = self.held[name], state.aliases
         if name not in self.names or parameter is None or not parameter.requires_grad or not torch.is_grad_enabled():
             return parameter
-        if parameter.grad_fn is not None:  # computed from aliases and put into its place, as by functional_call
+        if parameter.grad_fn is not None:  # computed from aliases and put in its place by functional_call
             return parameter
         assert aliases is not None
         if id(parameter) not in aliases:
@@ -56,7 +56,7 @@ class Aliased(dict[str, Any]):
         return aliases[id(parameter)][1]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Put a parameter into the module, that of an alias which was read before."""
+        """Put a parameter into the module; an alias is replaced by its parameter."""
         self.held[name] = getattr(value, "_largebatch_parameter", value)
         super().__setitem__(name, self.held[name])
 
@@ -66,16 +66,16 @@ class Aliased(dict[str, Any]):
         del self.held[name]
 
     def __getattr__(self, name: str) -> Any:
-        """Return what an engine keeps beside the parameters."""
+        """Return an attribute that an engine keeps on the dict of parameters."""
         return getattr(self.held, name)
 
 
 @torch.compiler.disable
 def forward_squared(module: nn.Module, tracked: Tracked, original: Any, args: Any, kwargs: Any) -> Any:
-    """Run forward with aliases for the parameters of the subtree."""
+    """Run ``forward`` with aliases in place of the parameters of the module and its children."""
     if backward_pass() >= 0 and inside_reentrant_checkpoint():
-        raise UserError(  # each would square its own part of a gradient
-            "track: per='micro_batch' does not go with the re-entrant activation checkpoint around "
+        raise UserError(  # each of its backward passes would square only its own part of a gradient
+            "track: per='micro_batch' does not work with the re-entrant activation checkpoint around "
             f"'{tracked.path}'; call torch.utils.checkpoint with use_reentrant=False"
         )
     before, flat = state.aliases, None

@@ -1,7 +1,7 @@
-"""Seeing every operation of a tracked model's forward pass, and what takes the place of its modules' forwards.
+"""Interception of every operation in a tracked model's forward pass, and the function that replaces its modules' forwards.
 
-The outermost tracked module opens a scope and enters the mode. Inner ones only add their parameters: FSDP2 swaps parameters per
-module, and activation checkpointing runs a module again during the backward pass.
+The outermost tracked module opens a scope and enters the mode. Inner modules only add their parameters to the scope, because
+FSDP2 swaps parameters module by module, and activation checkpointing runs a module again during the backward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from largebatch.moments.uses import Operand
 
 
 class Interception(TorchFunctionMode):
-    """Follow the samples, and put taps where they meet parameters."""
+    """Follow the samples through all operations, and put taps on the operations that combine them with parameters."""
 
     def __init__(self, scope: Scope):
         super().__init__()
@@ -61,13 +61,13 @@ class Interception(TorchFunctionMode):
             raise scope.refuse(func, operands, str(refusal)) from None
 
     def _with_operands(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], operands: list[Operand]) -> Any:
-        """Run a function that parameters are seen by."""
+        """Run a function that has parameters, or tensors computed from them, among its arguments."""
         scope = self.scope
         if func is Tensor.register_hook:
             raise Refusal("a hook may change its gradient, which squares of samples would not see")
         is_in_place = operations.is_in_place(func)
         if is_in_place and scope.operand(args[0]) is not None:
-            raise Refusal("it changes the parameter, or what was computed from it, in place")
+            raise Refusal("it changes the parameter, or a tensor computed from it, in place")
         marks = marks_in(scope.batch, tensors)
         if not marks:
             return scope.derive(func, args, kwargs, operands)
@@ -88,7 +88,7 @@ class Interception(TorchFunctionMode):
             raise refusal
 
     def _check_seen(self, func: Any, kwargs: Any, tensors: list[Tensor]) -> None:
-        """Raise, naming the function, where values of the batch go to where they are not followed."""
+        """Raise an error that names the function if it takes values of the batch where they cannot be followed."""
         what, name = "", getattr(func, "__name__", "")
         if any(map(is_transformed, tensors)):
             what = "torch.func"
@@ -102,7 +102,7 @@ class Interception(TorchFunctionMode):
             )
 
     def _plain(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """Run a function that no parameter is seen by."""
+        """Run a function that needs no tap."""
         batch, is_in_place = self.scope.batch, operations.is_in_place(func)
         found = check_in_place(batch, func, args, kwargs) if is_in_place else None
         output = func(*args, **kwargs)
@@ -128,7 +128,7 @@ def _own_forward(module: nn.Module) -> Any:
 
 
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Take the place of a tracked module's forward."""
+    """Run in place of a tracked module's own ``forward``."""
     original = _own_forward(self)
     if not torch.compiler.is_compiling() and inside_function_transform():
         return original(*args, **kwargs)
@@ -157,7 +157,7 @@ def _forward_tapped(module: nn.Module, tracked: Tracked, original: Any, args: An
 
 
 def _tensors_of(output: Any, depth: int = 3) -> list[Tensor]:
-    """Return the tensors in an output: in containers, and in the attributes of objects."""
+    """Return the tensors in an output, including those in containers and in attributes of objects."""
     found = []
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
@@ -175,15 +175,15 @@ def _run(scope: Scope, module: nn.Module, tracked: Tracked, original: Any, args:
     except Refusal as refusal:
         raise UserError(
             f"track: fallback module '{tracked.path}' cannot be run sample by sample: {refusal}; "
-            "per='micro_batch' takes any model"
+            "per='micro_batch' works with any model"
         ) from None
 
 
 def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> Batch:
-    """Return the samples of a forward pass that starts here, marked; its first tensor argument tells how many there are."""
+    """Return the samples of a forward pass that starts here, and mark its arguments; the first tensor sets their number."""
     dim = tracked.batch_dim
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if backward_pass() >= 0:  # activation checkpointing runs a part of the model again, on what it was run on before
+    if backward_pass() >= 0:  # activation checkpointing runs a part of the model again, on the same tensors as before
         batches = [batch for tensor in tensors if (batch := passed_on(tensor)[0]) is not None]
         if not batches:
             raise UserError(
@@ -193,12 +193,12 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> B
         return batches[0]
     if tracked.path:
         raise UserError(
-            f"track: '{tracked.path}' is called from outside of the model that was tracked, so that nothing tells its samples; "
-            "call the model, or track what is called"
+            f"track: '{tracked.path}' is called from outside of the model that was tracked, so that its samples are not known; "
+            "call the model, or track the module that is called"
         )
     if len(tensors) > 1 and tracked.inputs is None:
         raise UserError(
-            f"track: the model is called with {len(tensors)} tensors: say track(model, inputs='all') if each holds samples, or "
+            f"track: the model is called with {len(tensors)} tensors: use track(model, inputs='all') if each holds samples, or "
             "inputs='first' if the others are the same for all samples"
         )
     held = [tensor for tensor in tensors if tensor.ndim > dim]
@@ -218,7 +218,7 @@ def _outermost(module: nn.Module, tracked: Tracked, args: Any, kwargs: Any) -> B
         if tensor.shape[dim] != num_samples:
             raise UserError(
                 f"track: an argument of the model has {tensor.shape[dim]} rows along dimension {dim}, where the first has "
-                f"{num_samples} samples; inputs='first' takes the others for constants"
+                f"{num_samples} samples; with inputs='first' the other arguments are constants"
             )
         mark(batch, tensor, Rows(WHOLE if num_samples == 1 else dim, 1, 0, num_samples))
     return batch

@@ -1,13 +1,13 @@
-"""Squared gradients of micro-batches, by hooks on the parameters: nothing of the model is touched.
+"""Squared gradients of micro-batches, by hooks on the parameters; the model itself is not changed.
 
-A *unit* is one backward pass of one rank, or several that were joined. A hook on a leaf runs once in each, with the pass's
+A *unit* is one backward pass of one rank, or several that were joined. A hook on a leaf runs once in each pass, with the pass's
 whole gradient c_u, before it is accumulated and before DistributedDataParallel reduces it. The gradient that the optimizer
-sees is ghat = (1/W) * sum_u c_u over all passes and W ranks, a mean over n units, and
+receives is ghat = (1/W) * sum_u c_u over all passes and W ranks, a mean over n units, and
 
     q = n/W^2 * sum_u c_u^2                       the mean square of a unit's gradient
-    V = (q - ghat^2) / (n - 1)                    without bias the variance of ghat, sigma^2 / B
+    V = (q - ghat^2) / (n - 1)                    an unbiased estimate of the variance of ghat, sigma^2 / B
 
-Each hook also adds up one projection of c_u, by which the update learns what was done to the gradients since (`projection`).
+Each hook also adds up two projections of c_u, which tell the update how the gradients were changed since (`projection`).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Units:
     """The units of one update, over all ranks.
 
     Args:
-        num_units: n; 1/sum(w^2) where their sizes, and so their weights w in the mean, differ.
-        size: samples of the update over those of the announced micro-batch.
-        equal: whether all units have one size.
+        num_units: n; 1/sum(w^2) where the units' sizes, and so their weights w in the mean, differ.
+        size: number of samples in the update, divided by the announced micro-batch size.
+        equal: whether all units have the same size.
         world_size: W.
-        factor: by which gradients were multiplied between the backward passes and the update.
-        rounding: of gradients, relative to their size.
-        slots: of the parameters that have a gradient, in order.
-        clip: by which gradients were clipped: the factor without a loss scale and without the size of a sum.
+        factor: factor by which gradients were multiplied between the backward passes and the update.
+        rounding: relative rounding error of the gradients.
+        slots: slots of the parameters that have a gradient, in order.
+        clip: the part of ``factor`` that is clipping, without a loss scale and without the scaling of summed losses.
     """
 
     num_units: float
@@ -55,7 +55,7 @@ class Units:
 
     @property
     def scale(self) -> float:
-        """From a sum of squares to q, the mean square of a unit's gradient."""
+        """The factor from a sum of squares to q, the mean square of a unit's gradient."""
         return self.num_units / self.world_size**2 * self.factor**2
 
 
@@ -63,10 +63,10 @@ class MicroBatchSquares:
     """Hooks on parameters, and the buffers that they fill.
 
     Args:
-        named: (name, parameter) of leaves; names are for messages.
-        process_group: the data-parallel ranks; None for all.
-        projects: whether to find out at the update what was done to the gradients since; where False, the caller knows.
-        travels_in: type in which the squares are reduced; None for their own.
+        named: (name, parameter) of leaf tensors; the names are for messages.
+        process_group: process group of the data-parallel ranks; None for all ranks.
+        projects: whether to determine at the update how the gradients were changed since; False if the caller knows it.
+        travels_in: data type in which the squares are reduced; None for their own.
 
     Attributes:
         due: whether the hooks do anything; False leaves the regions as they are.
@@ -83,12 +83,12 @@ class MicroBatchSquares:
         self.due = True
         self.slots: dict[Tensor, Slot] = {}
         self.settings: dict[str, int] = {}
-        """What has to be the same on every rank."""
+        """Values that have to be the same on every rank."""
         self._handles: dict[Tensor, Any] = {}
-        # With the optimizer go its hooks, and what they hold.
+        # Deleting this object removes its hooks, and frees the tensors that they hold.
         weakref.finalize(self, _remove, self._handles)
         self._buffers: list[tuple[Tensor, Tensor, list[Slot]]] = []
-        """Flat: regions, then two projections a slot, then the counts; the projections, (slots, 2); the slots."""
+        """(flat buffer: regions, two projections per slot, three counts; its projections, (slots, 2); its slots)."""
         self._project = Projector()
         self._update, self._over, self._checked = 0, True, False
         self._task, self._sizes, self._nested = -1, list[float](), False
@@ -99,7 +99,7 @@ class MicroBatchSquares:
         self.add(named)
 
     def add(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Take in further parameters. Frozen ones get their hook too, for when they are unfrozen."""
+        """Add parameters. Frozen ones get a hook too, because they may be unfrozen later."""
         for name, parameter in named:
             if parameter in self.slots:
                 continue
@@ -115,14 +115,14 @@ class MicroBatchSquares:
                 )
             slot = self.slots[parameter] = Slot(parameter, name)
             frozen = not parameter.requires_grad
-            if frozen:  # a hook can only be had while it is not
+            if frozen:  # a hook can be registered only while it is not
                 parameter.requires_grad_(True)
             self._handles[parameter] = parameter.register_hook(self._hook(slot))
             if frozen:
                 parameter.requires_grad_(False)
 
     def keep(self, parameters: Container[Tensor]) -> None:
-        """Let go of the parameters that are not among these, and of the buffers of which none is left."""
+        """Drop all parameters but these, and the buffers that then serve none."""
         gone = [p for p in self.slots if p not in parameters]
         for parameter in gone:
             self._handles.pop(parameter).remove()
@@ -143,14 +143,14 @@ class MicroBatchSquares:
         self._is_closed = True
 
     def require_idle(self) -> None:
-        """Raise if it was closed, or within a micro-batch."""
+        """Raise an error if this object was closed, or within a micro-batch."""
         if self._is_closed:
             raise UserError("to_torch: this optimizer has ended; go on with the one that to_torch() returned")
         if self._joint is not None:
             raise UserError("step: within a micro-batch; leave `with optimizer.micro_batch(size):` before the update")
 
     def restart(self) -> None:
-        """Forget the passes since the last update: their gradients were cleared, or used."""
+        """Discard the passes since the last update, whose gradients were cleared or used."""
         self._over = True
 
     def _hook(self, slot: Slot) -> Callable[[Tensor], None]:
@@ -158,14 +158,14 @@ class MicroBatchSquares:
 
         def hook(gradient: Tensor | None) -> None:
             squares = ours()
-            if gradient is not None and squares is not None and squares.due:  # None of a function that has none for it
+            if gradient is not None and squares is not None and squares.due:  # None from a function without a gradient
                 squares._observe(slot, gradient.detach() if gradient.requires_grad else gradient)
 
-        hook.__torch_unserializable__ = True  # type: ignore[attr-defined]  # it is put on again where it belongs
+        hook.__torch_unserializable__ = True  # type: ignore[attr-defined]  # a restored optimizer registers its own
         return hook
 
     def take_previous(self, gradients: dict[Tensor, Tensor]) -> None:
-        """Take up the gradients of the last update, where it had one unit alone."""
+        """Restore the gradients of the last update, if it had a single unit."""
         self.restart()
         for slot in self.slots.values():
             slot.holds = ""
@@ -189,19 +189,19 @@ class MicroBatchSquares:
             self._begin_pass(task)
         if not slot.is_placed:
             self.allocate()
-        if slot.update != self._update or slot.parameter.grad is None:  # the first since gradients were cleared
+        if slot.update != self._update or slot.parameter.grad is None:  # first since gradients were cleared
             slot.update, slot.count, slot.first = self._update, 0, len(self._sizes) - 1
             if slot.holds == "squares":
                 slot.holds = ""
             if self.projects:
                 self._project(slot.sample(gradient), out=slot.projection)
-            if self._joint is not None:  # cleared within a micro-batch: what came before is no part of it
+            if self._joint is not None:  # cleared within a micro-batch, of which earlier passes are then no part
                 self._joint.discard(slot)
         elif self.projects:
             slot.projection += self._project(slot.sample(gradient))
         further = self._joint is not None and slot in self._joint
         slot.count += not further
-        # Alone, the first unit's gradient is p.grad, and the only one's square is not needed.
+        # On a single rank p.grad holds the first unit's gradient, which is squared only if a second unit follows.
         if slot.count == 1 and self._world_size == 1:
             if self._joint is not None:
                 self._joint.add(slot)
@@ -214,7 +214,7 @@ class MicroBatchSquares:
             self._square(slot, gradient)
 
     def _add_part(self, slot: Slot, gradient: Tensor, further: bool) -> None:
-        """Add a pass's gradient to those of the same micro-batch."""
+        """Add a pass's gradient to those of earlier passes over the same micro-batch."""
         assert self._joint is not None
         if slot.partial is None:
             slot.partial = torch.empty_like(slot.region)
@@ -247,10 +247,10 @@ class MicroBatchSquares:
             self._world_size = num_ranks(self.process_group)
             self._joint_begun = False
         if self._joint is not None:
-            if not self._joint_begun:  # one unit, however many passes: the first of them begins it
+            if not self._joint_begun:  # all passes are one unit, which the first of them begins
                 self._sizes.append(self._joint_size)
                 self._joint_begun = True
-        elif inside_custom_backward():  # of which pass it is a part cannot be told
+        elif inside_custom_backward():  # the outer pass that it is a part of is not known
             self._nested = True
             self._sizes = self._sizes or [1.0]
         else:
@@ -258,14 +258,14 @@ class MicroBatchSquares:
 
     @contextmanager
     def joined(self, size: float) -> Iterator[None]:
-        """Take the backward passes within as one unit.
+        """Return a context whose backward passes count as one unit.
 
         Args:
-            size: of the unit, as a multiple of the announced micro-batch size.
+            size: size of the unit, as a multiple of the announced micro-batch size.
         """
         if self._joint is not None:
             raise UserError("micro_batch: already within a micro-batch; leave it before the next one begins")
-        for slot in self.slots.values():  # what is p.grad so far will not be after these passes
+        for slot in self.slots.values():  # these passes will add to p.grad, which is one unit's gradient so far
             if not self._over and slot.update == self._update and slot.count == 1 and slot.parameter.grad is not None:
                 self._square_first(slot)
         self._joint, self._joint_size, self._joint_begun, self._task = set(), size, False, -1
@@ -276,13 +276,13 @@ class MicroBatchSquares:
                     assert slot.partial is not None
                     self._square(slot, slot.partial)
         except BaseException:
-            self._over = self._over or self._joint_begun  # half a unit cannot be told from the others
+            self._over = self._over or self._joint_begun  # an incomplete unit cannot be taken out
             raise
         finally:
             self._joint, self._task = None, -1
 
     def allocate(self) -> None:
-        """Give every slot that has none its part of a buffer, one buffer for each device and type."""
+        """Assign every slot without memory its part of a new buffer, one buffer for each device and type."""
         kinds: dict[tuple[torch.device, torch.dtype], list[Slot]] = {}
         for slot in self.slots.values():
             if not slot.is_placed:
@@ -301,12 +301,12 @@ class MicroBatchSquares:
 
     @torch.no_grad()
     def collect(self) -> Units | None:
-        """Reduce over the ranks what the passes since the last update left.
+        """Reduce the squares and counts of the passes since the last update over the ranks; return the update's units.
 
-        None if no parameter has a gradient, or if there was no pass and all gradients are zero.
+        Return None if no parameter has a gradient, or if there was no pass and all gradients are zero.
 
         Raises:
-            UserError: if a gradient is not what the backward passes left, times one factor for all.
+            UserError: if the gradients are not those of the backward passes times one common factor.
         """
         self.require_idle()
         self._world_size = num_ranks(self.process_group)
@@ -336,7 +336,7 @@ class MicroBatchSquares:
         num_units, size, squares_of_size = totals
         if num_units < 1:
             if not any(bool(slot.gradient().any()) for slot in live):
-                return None  # written by someone who wants the optimizer's state, as torch.distributed.checkpoint does
+                return None  # zeros that initialise the optimizer's state, as torch.distributed.checkpoint writes them
             raise UserError(FOREIGN.format(live[0].name, NO_PASS))
         effective = size**2 / squares_of_size
         equal = abs(effective - num_units) < 1e-6 * num_units
@@ -345,7 +345,7 @@ class MicroBatchSquares:
             factor, rounding = self._project.factor(live, num_units, self._world_size)
         units = Units(num_units if equal else effective, size, equal, self._world_size, factor, rounding, live)
         if num_units > 1:
-            for slot in live:  # alone, of a parameter that one unit used, or none
+            for slot in live:  # not squared yet: on a single rank, a parameter that one unit used, or none
                 if slot.holds != "squares":
                     if id(slot) not in used:
                         slot.region.zero_()
@@ -382,7 +382,7 @@ class MicroBatchSquares:
         self._checked = True
 
     def _reduce(self, sizes: list[float]) -> tuple[float, float, float]:
-        """Sum the buffers over the ranks; return units, their size and the sum of squared sizes."""
+        """Sum the buffers over the ranks; return the number of units, the sum of their sizes and that of the squares."""
         counts = [float(len(sizes)), sum(sizes), sum(size**2 for size in sizes)]
         if self._world_size == 1:
             return counts[0], counts[1], counts[2]

@@ -1,6 +1,6 @@
-"""The functions through which the samples of a batch are followed, and where they lie in what each returns.
+"""The functions through which the samples of a batch are followed, and where the samples lie in the results of each.
 
-Whatever is not listed here mixes the samples, as far as anybody knows.
+A function that is not listed here is assumed to mix the samples.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 class Rows(NamedTuple):
     """Samples `first` to `first + length` along `dim`, whose size is outer * length * (rows of a sample).
 
-    `outer` is 1 but where (time, batch) were flattened into one dimension; `dim` is WHOLE where the batch is a single sample,
-    whose everything is.
+    `outer` is 1 except where (time, batch) were flattened into one dimension; `dim` is WHOLE where the batch is a single
+    sample, to which every element belongs.
     """
 
     dim: int
@@ -32,20 +32,20 @@ WHOLE = -1
 
 
 class Lost(NamedTuple):
-    """No dimension of samples; `by` names the function that mixed or moved them, `is_sum` whether it summed over them."""
+    """The samples can no longer be told apart: function `by` mixed or moved them; `is_sum` says whether it summed over them."""
 
     by: str
     is_sum: bool = False
 
 
 class Step(NamedTuple):
-    """The way of one tensor of the batch through a call to one of its results.
+    """A call of a function, considered for one of its tensors of the batch and one of its results.
 
     Attributes:
         func, args, kwargs: the call.
-        live: its tensors that carry gradients, or all of the batch where none does, with their rows. What carries none cannot
-            take a sample's gradient to another.
-        piece, number: the result, and its place among several.
+        live: its tensors of the batch with their rows, without tensors of integers whose samples are mixed, such as masks,
+            which carry no sample's gradient to another.
+        piece, number: the result, and its index among several.
         tensor, rows: one of `live`.
     """
 
@@ -64,11 +64,11 @@ class Step(NamedTuple):
         return given[0] if given else default
 
     def aligned(self) -> Rows:
-        """Return the rows of what the tensor is broadcast to."""
+        """Return the rows of the tensor after it is broadcast to the shape of the result."""
         return self.rows._replace(dim=self.rows.dim + self.piece.ndim - self.tensor.ndim)
 
     def before(self, num_dims: int) -> Rows | None:
-        """Return the same rows where they lie before the last dimensions, so many of which are computed with."""
+        """Return the rows if the samples lie before the last ``num_dims`` dimensions, which the function mixes; else None."""
         return self.rows if self.rows.dim < self.tensor.ndim - num_dims else None
 
 
@@ -82,7 +82,7 @@ RESIZING: set[Any] = set()
 def lies(
     func: Any, args: Any, kwargs: Any, live: Sequence[tuple[Tensor, Rows]], piece: Any, number: int
 ) -> Rows | Lost:
-    """Return where the samples lie in one result of a function: where all of its tensors agree on it."""
+    """Return where the samples lie in one result of a function, or `Lost` unless all of its tensors of the batch agree."""
     found: Rows | None = None
     name = getattr(func, "__name__", str(func))
     for tensor, rows in live if isinstance(piece, Tensor) else ():
@@ -98,7 +98,7 @@ def lies(
 
 
 def _named(*names: str) -> set[Any]:
-    """Return the functions of these names, of one or several a string."""
+    """Return the functions of these names; a string may hold several names."""
     homes = (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg, torch.fft)
     return {getattr(home, name) for text in names for name in text.split() for home in homes if hasattr(home, name)}
 
@@ -125,22 +125,22 @@ _ELEMENTWISE = """
     __truediv__ __rtruediv__ __itruediv__ __div__ __rdiv__ __pow__ __rpow__ __neg__ __eq__ __ne__ __lt__ __le__ __gt__
     __ge__ __floordiv__ __mod__ __and__ __or__ __invert__ __xor__ copy_ real imag
 """
-# Functions of single elements, whose arguments are broadcast.
+# Elementwise functions, whose arguments are broadcast.
 POINTWISE = _named(_ELEMENTWISE, *(name + "_" for name in _ELEMENTWISE.split()), "requires_grad_")
 POINTWISE.add(Tensor.data.__get__)  # type: ignore[attr-defined]
-# What a sum over samples may go through and stay one.
+# Functions of a sum over samples whose result is a sum over samples too.
 ADDING = _named("add sub __add__ __radd__ __sub__ __rsub__ neg __neg__ clone contiguous to float double")
 SCALING = _named("mul div __mul__ __rmul__ __truediv__ multiply divide true_divide")
-# New tensors of a tensor's shape and type.
+# Functions that return new tensors of a tensor's shape or type.
 CREATING = _named("zeros_like ones_like full_like empty_like rand_like randn_like randint_like")
 CREATING |= _named("new_zeros new_ones new_full new_empty new_tensor")
-# By these the values of a tensor leave for where they are not followed.
+# Functions that take the values of a tensor where they cannot be followed.
 LEAVING = _named("numpy tolist __array__ __dlpack__ untyped_storage storage")
 WITHOUT_TENSORS = _named("dim size stride numel nelement ndimension is_floating_point is_complex is_contiguous")
 WITHOUT_TENSORS |= _named("storage_offset data_ptr element_size get_device __len__ item is_signed is_inference")
 _PROPERTIES = "shape dtype device layout ndim requires_grad is_leaf grad_fn is_cuda is_cpu is_meta is_sparse is_nested"
 WITHOUT_TENSORS |= {getattr(Tensor, name).__get__ for name in _PROPERTIES.split()}
-# Functions that take no more than a type or a shape from a second tensor.
+# Functions that use only the type or the shape of a second tensor.
 LIKE = {Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as}
 LIKE |= {Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 
@@ -163,7 +163,7 @@ def _dims(value: Any, ndim: int) -> set[int]:
 
 
 def _along(position: int, default: Any) -> Follow:
-    """Follow a function along dimensions, which the argument at a position names; it leaves the others alone."""
+    """Follow a function that works along the dimensions given by the argument at ``position``, and leaves the others as is."""
 
     def handler(step: Step) -> Rows | None:
         value = step.option(position, "dim", "dims", "axis", default=default)
@@ -205,7 +205,7 @@ def _loss(step: Step) -> Rows | bool | None:
     return True if step.piece.ndim == 0 else step.rows if step.rows.dim == 0 else None
 
 
-_STEP = 7  # no stride that a view makes up for a new dimension
+_STEP = 7  # a stride that no view gives to a new dimension
 _VIEWS = """
     t transpose swapaxes swapdims permute movedim moveaxis unsqueeze squeeze select narrow chunk split tensor_split unbind
     expand expand_as broadcast_to diagonal __iter__
@@ -214,7 +214,7 @@ _VIEWS = """
 
 @_follows(_named(_VIEWS) | {Tensor.T.__get__, Tensor.mT.__get__}, resizes=True)  # type: ignore[attr-defined]
 def _view(step: Step) -> Rows | None:
-    """Do it again on a tensor without data in which the samples' dimension alone has a stride."""
+    """Repeat the view on a meta tensor in which only the dimension of the samples has a nonzero stride."""
     tensor, rows = step.tensor, step.rows
     shape, strides = list(tensor.shape), [0] * tensor.ndim
     shape[rows.dim], strides[rows.dim] = max(2, shape[rows.dim]), _STEP
@@ -312,7 +312,7 @@ def _cat(step: Step) -> Rows | None:
     dim = step.option(1, "dim", "axis", default=0) % step.piece.ndim
     if dim != step.rows.dim:
         return step.rows
-    # Consecutive runs of samples, as in a batch norm over groups of them.
+    # Join consecutive runs of samples, as a batch norm over groups of samples does.
     each, of = step.tensor.shape[dim] // step.rows.length, {id(tensor): rows for tensor, rows in step.live}
     parts = [of.get(id(part)) for part in step.option(0, "tensors")]
     end = first = step.rows.first if parts[0] is None else parts[0].first
@@ -340,6 +340,6 @@ def is_in_place(func: Any) -> bool:
 
 @functools.cache
 def is_unseen(func: Any) -> bool:
-    """Whether a function takes values to where they are not followed: off the graph, or into tensors it was given."""
+    """Whether a function takes values where they cannot be followed: out of the graph, or into tensors that it was given."""
     name = getattr(func, "__name__", "")
     return func in LEAVING or name == "__set__" or name.startswith("_foreach")

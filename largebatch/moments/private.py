@@ -1,6 +1,6 @@
-"""What is used of PyTorch beyond its documented interface, each with its reason; tried with 2.11 to 2.14.
+"""All uses of PyTorch beyond its documented interface, each with its reason; tested with PyTorch 2.11 to 2.14.
 
-tests/moments/test_private.py holds each to what is expected of it here.
+tests/moments/test_private.py checks that each behaves as expected here.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch.utils.checkpoint import CheckpointFunction
 
 
 def backward_pass() -> int:
-    """Return the number of the backward pass that runs, -1 outside of any."""
+    """Return the number of the backward pass that is running, or -1 outside of any."""
     return torch._C._current_graph_task_id()
 
 
 def inside_function_transform() -> bool:
-    """Whether torch.func runs: its gradients do not go to .grad, and squares have no place to go."""
+    """Whether a torch.func transform is active: its gradients do not go to ``.grad``, so no squares can be kept."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor is the stand-in that torch.func.vmap and the like compute with."""
+    """Whether a tensor is a wrapper of torch.func.vmap or another transform."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """Return what a stand-in stands for."""
+    """Return the tensor inside a transform's wrappers."""
     while is_transformed(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
-# By these FSDP2 and DeepSpeed pass on a module's inputs and outputs as they are, to run code of theirs in the backward pass.
+# Identity functions that FSDP2 and DeepSpeed apply to a module's inputs and outputs, to run code in the backward pass.
 _IDENTITIES = {
     "RegisterPostBackwardFunctionBackward",
     "PreBackwardFunctionForModuleBackward",
@@ -48,7 +48,7 @@ _IDENTITIES = {
 
 
 def identity_edge(tensor: Tensor) -> tuple[Any, int] | None:
-    """Return the node and output of the graph that an engine's identity passed on as this tensor, None for any other tensor."""
+    """Return the graph node, and the number of its output, behind an engine's identity function; None for other tensors."""
     edge: tuple[Any, int] = tensor.grad_fn, tensor.output_nr
     if type(edge[0]).__name__ not in _IDENTITIES:
         return None
@@ -59,7 +59,7 @@ def identity_edge(tensor: Tensor) -> tuple[Any, int] | None:
 
 
 def batch_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the mean and 1 / sd that a batch norm in training took, None where its node does not tell."""
+    """Return the mean and 1 / sd that a batch norm used in training, or None if its graph node does not hold them."""
     node = output.grad_fn
     mean, factor = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
     if mean is None or factor is None or mean.numel() == 0 or mean.numel() != factor.numel():
@@ -68,7 +68,7 @@ def batch_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def with_parameters(module: nn.Module, parameters: dict[str, Tensor]) -> AbstractContextManager[None]:
-    """Let a module compute with other tensors: torch.func.functional_call, but for the module's own hooks."""
+    """Let a module compute with other tensors: as torch.func.functional_call, but without calling the module's hooks."""
     return torch.nn.utils.stateless._reparametrize_module(module, parameters, tie_weights=True)
 
 
@@ -85,7 +85,7 @@ def inside_reentrant_checkpoint() -> bool:
 
 
 def inside_custom_backward() -> bool:
-    """Whether the backward of a custom function runs, within which another backward pass may, as in re-entrant checkpoints."""
+    """Whether a custom function's backward is running; it may run another backward pass, as re-entrant checkpoints do."""
     return _is_running(torch.autograd.function.BackwardCFunction.apply.__code__)
 
 
@@ -101,8 +101,8 @@ def _body(function: types.FunctionType) -> types.FunctionType:
     return copy
 
 
-# The functions of torch.nn.functional written in Python, which hand themselves to a mode before they do anything else; these
-# copies go straight to their bodies, whose operations the mode then sees.
+# The functions of torch.nn.functional that are written in Python begin by passing themselves to the active mode; these copies
+# run only their bodies, so that the mode receives the operations inside.
 BODIES: dict[Any, Callable[..., Any]] = {
     function: _body(function)
     for function in vars(F).values()

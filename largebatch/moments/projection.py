@@ -1,8 +1,8 @@
-"""What happened to gradients between the backward passes and the update, told by two projections of each.
+"""The factor by which gradients were multiplied between the backward passes and the update, from two projections of each.
 
-The sum over the backward passes of <c_u, r>, with r fixed random numbers, is the projection of the gradient that they leave. At
-the update the same projection of `p.grad` is that times the factor by which the gradients were multiplied since: by clipping,
-or by a loss scale that was divided out. Gradients that were changed in another way do not fit one factor for all projections.
+For fixed random numbers r, the sum of <c_u, r> over the backward passes is the projection of the gradient that they accumulate.
+At the update the same projection of `p.grad` is this sum, times the factor by which the gradients were multiplied since: by
+clipping, or by dividing out a loss scale. If gradients were changed in another way, no single factor fits all projections.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from largebatch.errors import UserError
 
-# Elements of a parameter that its projection reads, evenly spread.
+# Largest number of elements of a parameter that its projections read, evenly spaced.
 PROJECTED = 4_096
 # Change of a parameter's gradient, relative to its norm, that counts as rounding.
 TOLERANCE = 0.01
@@ -31,16 +31,16 @@ NO_PASS = "no backward pass since the last update left it"
 
 @dataclass(eq=False)
 class Slot:
-    """What is kept of one parameter.
+    """The memory and counts kept for one parameter.
 
     Args:
-        parameter: a leaf.
-        name: for messages.
-        update: the update that it last took part in.
-        count: units of that update on this rank that it took part in.
-        first: number of the first of them.
-        holds: what `region` holds: ``squares`` of this update, the ``previous`` update's gradient, or nothing.
-        partial: sum over the passes of one micro-batch, where it has several.
+        parameter: a leaf tensor.
+        name: the parameter's name, for messages.
+        update: number of the last update in which the parameter took part.
+        count: number of that update's units on this rank in which it took part.
+        first: index of the first of these units.
+        holds: content of `region`: ``squares`` of this update, the ``previous`` update's gradient, or nothing.
+        partial: sum of the gradients of one micro-batch's passes, where it has several.
     """
 
     parameter: Tensor
@@ -52,11 +52,11 @@ class Slot:
     partial: Tensor | None = None
 
     def place(self, memory: Tensor, projection: Tensor) -> None:
-        """Give the slot its memory.
+        """Assign the slot its memory.
 
         Args:
-            memory: one dimension, as many elements as the parameter; `region` is a view of it in the parameter's memory order.
-            projection: (2,), where the projections of an update's passes add up.
+            memory: one-dimensional, of the parameter's number of elements; `region` is a view of it in the parameter's order.
+            projection: (2,), in which the projections of an update's passes are summed.
         """
         parameter = self.parameter
         strides: tuple[int, ...] = parameter.stride()
@@ -65,13 +65,13 @@ class Slot:
         self.region = memory.view([parameter.shape[dim] for dim in self.order]).permute(back)
         self.projection = projection
         self.strides, self.is_dense = strides, parameter.permute(self.order).is_contiguous()
-        # Odd, so that no column of a matrix is read alone.
+        # An odd stride, so that the elements read from a matrix do not all lie in one column.
         self.stride = -(-parameter.numel() // PROJECTED) | 1
         self.num_sampled = -(-parameter.numel() // self.stride)
 
     @property
     def is_placed(self) -> bool:
-        """Whether it has its memory."""
+        """Whether the slot has its memory."""
         return hasattr(self, "region")
 
     def gradient(self) -> Tensor:
@@ -100,7 +100,7 @@ class Projector:
         self._numbers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return <values, r> for two r, (2,); values are a sample of `Slot.sample`."""
+        """Return <values, r> for two vectors r, (2,), of values that `Slot.sample` returned."""
         numbers = self._numbers.get((values.device, values.dtype))
         if numbers is None:
             generator = torch.Generator("cpu").manual_seed(0)
@@ -109,15 +109,15 @@ class Projector:
         return torch.mv(numbers[:, : values.numel()], values, out=out)
 
     def factor(self, slots: Sequence[Slot], num_units: float, world_size: int) -> tuple[float, float]:
-        """Return what the gradients were multiplied by since the backward passes, and their relative rounding.
+        """Return the factor by which gradients were multiplied since the backward passes, and their relative rounding error.
 
         Args:
-            slots: of parameters with a gradient, their projections summed over passes and ranks.
-            num_units: over all ranks.
-            world_size: ranks whose mean the gradients are.
+            slots: slots of the parameters with a gradient, their projections summed over passes and ranks.
+            num_units: number of units over all ranks.
+            world_size: number of ranks over which the gradients were averaged.
 
         Raises:
-            UserError: if it is not one factor for all.
+            UserError: if no single factor fits all gradients.
         """
         samples = [slot.sample(slot.gradient()) for slot in slots]
         both = [self(sample) for sample in samples] + [slot.projection for slot in slots]
@@ -126,7 +126,7 @@ class Projector:
         found, left = torch.stack(both).double().cpu().view(2, len(slots), 2)
         left = left / world_size
         if not bool(found.isfinite().all()):
-            return 1.0, 0.0  # as torch: what is not finite is passed on
+            return 1.0, 0.0  # as in torch, gradients that are not finite reach the optimizer
         if not bool(left.isfinite().all()):
             index = int((~left.isfinite()).any(1).nonzero()[0])
             raise UserError(
@@ -137,12 +137,12 @@ class Projector:
         residual = float((found - factor * left).norm()) / (float(found.norm()) or 1.0)
         types = [torch.finfo(dtype) for dtype in {slot.parameter.dtype for slot in slots}]
         rounding = max(of_type.eps for of_type in types)
-        # A sum over n units may be much smaller than they are.
+        # A sum over n units may be much smaller than the single units.
         tolerance = TOLERANCE + 4.0 * rounding * max(1.0, num_units) ** 0.5
         wrong = (found - factor * left).abs() > tolerance * abs(factor) * left.abs()
-        if bool(wrong.any()):  # or orthogonal to the random numbers
+        if bool(wrong.any()):  # or a gradient is nearly orthogonal to the random numbers
             norms = torch.stack([torch.linalg.vector_norm(sample).double().cpu() for sample in samples])[:, None]
-            # The smallest numbers have few digits, and a gradient that is all rounding (of a bias before a norm) may be lost.
+            # Subnormal numbers have few digits, and a gradient that is all rounding error (of a bias before a norm) may vanish.
             lost = max(of_type.tiny * of_type.eps for of_type in types) * PROJECTED
             lost += torch.finfo(torch.float32).eps * float(torch.maximum(norms, left.abs()).max())
             wrong = (found - factor * left).abs() > tolerance * torch.maximum(norms, abs(factor) * left.abs()) + lost

@@ -1,7 +1,7 @@
-"""What a sample owes to a parameter, operation by operation.
+"""Each sample's contribution to the gradient of a parameter, operation by operation.
 
-Each rule runs its operation as it was called and puts a tap on the output (`uses`). Parameters meet the batch in linear maps,
-convolutions, lookups, batch norms, and broadcasts such as position embeddings and scales; see `again` for any other.
+Each rule runs its operation as it was called and puts a tap on the output (`uses`). There are rules for linear maps,
+convolutions, lookups, batch norms, and broadcasts such as position embeddings and scales; `again` handles other operations.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def rule(*functions: Any) -> Callable[[Rule], Rule]:
 
 
 def rows_of(scope: Scope, tensor: Any, *constants: Any) -> Rows:
-    """Return where the samples of an operation's input lie; a weight or a bias must not hold any, as from a hypernetwork."""
+    """Return where an operation's input holds its samples; its weight and bias must hold none, as a hypernetwork's would."""
     found = mark_of(scope.batch, tensor) if isinstance(tensor, Tensor) else None
     if not isinstance(found, Rows):
         raise Refusal("its input does not come from the batch")
@@ -52,11 +52,11 @@ def tap(
 
     Args:
         scope: the forward pass.
-        output: of the operation.
+        output: the operation's output.
         rows: where the output's samples lie.
-        operands: those the operation used.
-        left: takes the gradient of the output and the saved tensors, and returns what each operand is owed.
-        saved: what `left` needs.
+        operands: the operands that the operation used.
+        left: takes the gradient of the output and the saved tensors, and returns a `Use` of each operand.
+        saved: the tensors that `left` needs.
     """
     if not output.requires_grad:
         return output
@@ -71,7 +71,7 @@ def tap(
 
 
 def wide(tensor: Tensor, grad: Tensor) -> Tensor:
-    """Return a tensor in the type of squares, rounded as the operation took it under autocast."""
+    """Return a tensor in the type of squares, first rounded to the type that the operation used under autocast."""
     dtype = grad.dtype
     return tensor.to(dtype).to(statistic_dtype(dtype)) if tensor.is_floating_point() else tensor
 
@@ -104,7 +104,7 @@ def _layer(
     of: Callable[[Tensor, Tensor], Use],
     arrange: Callable[[Tensor], Tensor] = _same,
 ) -> Tensor:
-    """Put a tap on the output of a layer, whose weight is owed what `of` makes of (d, x), and its bias the sum of d."""
+    """Put a tap on a layer's output: the weight's use is ``of(d, x)``, and the bias's gradients are sums of d by sample."""
     x, weight, bias = layer
     of_weight, of_bias = scope.operand(weight), scope.operand(bias)
 
@@ -153,7 +153,7 @@ def matmul(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
 
 @rule(torch.embedding)
 def embedding(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Rows of a table by numbers from the batch."""
+    """Rows of a table, by indices from the batch."""
     names = "weight indices padding_idx scale_grad_by_freq"
     weight, index, padding, by_frequency = arguments(names, args, kwargs)
     rows, num_rows = rows_of(scope, index), len(weight)
@@ -170,7 +170,7 @@ def embedding(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
             return torch.stack([t.index_add_(0, i, g) for t, i, g in zip(tables, index[run], d[run], strict=True)])
 
         def squares() -> Tensor:
-            """Add what a sample owes to one row, then square, then add the samples."""
+            """Sum each sample's gradients of a row, square the sums, and add the squares of all samples."""
             samples = torch.arange(len(d), device=d.device).unsqueeze(1)
             pairs, where = torch.unique(samples * num_rows + index, return_inverse=True)
             grads = d.new_zeros(len(pairs), d.shape[-1]).index_add_(0, where.flatten(), d.flatten(0, 1))
@@ -183,9 +183,9 @@ def embedding(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
 
 @rule(torch.batch_norm)
 def batch_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Y = xhat w + b, by the statistics of the batch or the running ones.
+    """Y = xhat w + b, normalised by the statistics of the batch or by the running ones.
 
-    By those of the batch, xhat depends on the other samples; what a sample owes is its summand of the gradient.
+    With those of the batch, xhat depends on the other samples too; a sample's gradient is its summand of the batch's.
     """
     names = "input weight bias running_mean running_var training momentum eps"
     x, weight, bias, mean, var, by_batch, _, eps = arguments(names, args, kwargs)
@@ -204,8 +204,8 @@ def batch_norm(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
     )
 
 
-# Small weight gradients leave a processor's threads idle unless several are made at once (64 -> 128 channels at 16 x 16:
-# 4.2 ms for 32 samples by fours, 8.1 ms one by one, two cores); of 256 -> 256 channels a second sample only costs cache.
+# Small weight gradients leave a CPU's threads idle unless several are computed at once (64 -> 128 channels at 16 x 16: 4.2 ms
+# for 32 samples four at a time, 8.1 ms one by one, two cores); with 256 -> 256 channels a second sample only costs cache.
 FOLD_ELEMENTS = 1 << 18
 
 
@@ -241,7 +241,7 @@ def convolution(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
         several = [slice(first, first + step) for first in range(0, len(d), step)]
 
         def make(run: slice) -> Tensor:
-            """Return those of a run, whose samples have one row each or are one."""
+            """Return the gradients of a run, which holds samples of one row each, or a single sample."""
             return gradient(d[run].flatten(0, 1), x[run].flatten(0, 1), len(d[run]) if step > 1 else 1)
 
         return Use(make, several)
@@ -255,10 +255,10 @@ _NOT_BROADCAST = {torch.prelu, Tensor.prelu, torch.masked_fill, Tensor.masked_fi
 
 @rule(*POINTWISE - _NOT_BROADCAST, *JOINS)
 def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """A function of single elements in which a parameter is broadcast over the batch, or a join with one, as of class tokens.
+    """An elementwise function that broadcasts a parameter over the batch, or a concatenation with one, as of class tokens.
 
-    The tap stands on the parameter, once it is expanded: there its gradient still has an element for each of the output's.
-    Autograd sums them as it does where it broadcasts by itself, and gets the same bits.
+    The tap is put on the expanded parameter, whose gradient has an element for each element of the output. Autograd then sums
+    this gradient as it does for its own broadcasts, with the same bits.
     """
     is_join = func in JOINS
     given = list(args[0] if is_join else args)
@@ -290,10 +290,10 @@ def broadcast(scope: Scope, func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def _one_row(operand: Operand, tensor: Tensor, dim: int) -> Operand | None:
-    """Return a row of what has the same for each sample, as class tokens that were repeated and positions laid out by sample.
+    """Return one row of an operand whose row is the same for each sample, such as repeated class tokens; else None.
 
-    That rows depend on the parameters in the same way is seen by gradients, whatever the parameters' values are: those of
-    rows that are weighted by random numbers with a sum of zero cancel.
+    Whether all rows depend on the parameters in the same way is decided by gradients, whatever the parameters' values: if the
+    rows are weighted by random numbers whose sum is zero, their gradients have to cancel.
     """
     if operand.edge is None:
         return None

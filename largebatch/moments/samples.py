@@ -1,8 +1,8 @@
 """Which rows of a tensor belong to which sample, followed through a forward pass from the batch itself.
 
-Every tensor computed from the batch carries a mark: `Rows`, where its samples lie, or `Lost`, that a row can no longer be given
-to one sample. Only the functions listed in `operations` hand `Rows` on; whatever any other makes of the batch is `Lost`, and no
-parameter may meet it. So a dimension is never taken for the samples' because its size happens to be theirs.
+Every tensor computed from the batch carries a mark: `Rows` says where its samples lie, and `Lost` says that its rows can no
+longer be assigned to single samples. Only the functions listed in `operations` pass `Rows` on; the result of any other function
+is `Lost`, and must not be combined with a parameter. So a dimension is never taken for that of the samples because of its size.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Batch:
     Args:
         num_samples: n.
         chosen: the samples to square, ascending; None for all.
-        weight: of each of their squares in the sum that stands for all n.
+        weight: weight of each chosen sample's square in the sum, which stands for all n samples.
     """
 
     def __init__(self, num_samples: int, chosen: list[int] | None = None, weight: float = 1.0):
         self.num_samples, self.chosen, self.weight = num_samples, chosen, weight
-        # An engine may pass tensors on by identities of its own.
+        # An engine may pass tensors through identity functions of its own.
         self.under_engine = dist.is_available() and dist.is_initialized()
         self._places: dict[Any, Any] = {}
 
@@ -59,14 +59,14 @@ class Batch:
         return grouped[self._places[key]]
 
     def gradients(self, grad: Tensor, rows: Rows) -> Tensor:
-        """Return the chosen samples' rows of an output's gradient in the type of squares, times the root of their weight."""
+        """Return the chosen samples' rows of an output's gradient in the type of squares, times the root of the weight."""
         taken = self.take(grad, rows)
         taken = taken.to(statistic_dtype(taken.dtype))
         return taken if self.weight == 1 else taken * math.sqrt(self.weight)
 
 
 def by_sample(tensor: Tensor, rows: Rows) -> Tensor:
-    """Return [samples, rows of each, *other dimensions]; of a single sample all rows are along the first dimension."""
+    """Return [samples, rows of each, *other dimensions]; a single sample's rows are the tensor's first dimension."""
     if rows.dim == WHOLE:
         return tensor[None]
     front = tensor if rows.dim == 0 else tensor.movedim(rows.dim, 0)
@@ -76,14 +76,14 @@ def by_sample(tensor: Tensor, rows: Rows) -> Tensor:
 
 
 def mark(batch: Batch, tensor: Tensor, found: Rows | Lost) -> None:
-    """Note where the samples of a tensor lie."""
+    """Record where the samples of a tensor lie."""
     tensor._largebatch_mark = (batch, found, tensor.requires_grad)  # type: ignore[attr-defined]
     if batch.under_engine and tensor.grad_fn is not None:
         tensor.grad_fn.metadata["largebatch", tensor.output_nr] = (batch, found)  # type: ignore[index]
 
 
 def mark_of(batch: Batch, tensor: Tensor) -> Rows | Lost | None:
-    """Return where the samples of a tensor lie, None for a constant, a parameter and what is computed from these."""
+    """Return where the samples of a tensor lie, or None for constants, parameters and tensors computed only from these."""
     owner, found, had_grad = getattr(tensor, "_largebatch_mark", (None, None, False))
     if owner is batch and had_grad == tensor.requires_grad:
         return found
@@ -94,7 +94,7 @@ def mark_of(batch: Batch, tensor: Tensor) -> Rows | Lost | None:
 
 
 def passed_on(tensor: Tensor) -> tuple[Batch, Rows | Lost] | tuple[None, None]:
-    """Return the batch and the mark of a tensor that an engine passed on as it is."""
+    """Return the batch and the mark of a tensor, which an engine's identity functions may have passed on; or two None."""
     owner, found, had_grad = getattr(tensor, "_largebatch_mark", (None, None, False))
     if owner is not None and had_grad == tensor.requires_grad:
         return owner, found
@@ -103,7 +103,7 @@ def passed_on(tensor: Tensor) -> tuple[Batch, Rows | Lost] | tuple[None, None]:
 
 
 def _unseen(tensor: Tensor) -> Lost:
-    """Return what is said of a tensor with a gradient that no operation in sight has made."""
+    """Return the mark of a tensor that requires a gradient and was not computed by an intercepted operation."""
     if tensor.grad_fn is None:
         return Lost(
             "a parameter that was added or unfrozen since track() (call it again), or a tensor that requires a gradient"
@@ -134,12 +134,12 @@ def marks_in(batch: Batch, tensors: list[Tensor]) -> list[tuple[Tensor, Rows | L
 
 
 def live_in(marks: Marks) -> Marks:
-    """Return the marks that count: whole numbers that were mixed, such as masks, take no sample's gradient to another."""
+    """Return the marks without those of mixed integers, such as masks, which carry no sample's gradient to another."""
     return [(t, m) for t, m in marks if isinstance(m, Rows) or t.is_floating_point() or t.is_complex()] or marks
 
 
 def follow(batch: Batch, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], output: Any) -> None:
-    """Mark the results of a function that was called on tensors of the batch; `tensors` are its arguments'."""
+    """Mark the results of a function that was called on tensors of the batch; `tensors` are all tensors among its arguments."""
     marks = marks_in(batch, tensors)
     if not marks or func in operations.CREATING:
         return
@@ -159,12 +159,12 @@ def follow(batch: Batch, func: Any, args: Any, kwargs: Any, tensors: list[Tensor
             mark(batch, piece, found)
 
 
-# What was found for one tensor of such a shape and marks in such a call: the same every time.
+# The marks of results by the call, shape, type and mark of a single tensor, which determine them.
 _known: dict[Any, Any] = {}
 
 
 def verdicts(func: Any, args: Any, kwargs: Any, marks: Marks, pieces: Any) -> list[Rows | Lost]:
-    """Return where the samples lie in each result of a function; `marks` are its tensors that have any."""
+    """Return where the samples lie in each result of a function; `marks` are its tensors of the batch, with their marks."""
     live, name = live_in(marks), getattr(func, "__name__", str(func))
     lost = [m for _, m in live if isinstance(m, Lost)]
     if lost:
@@ -184,7 +184,7 @@ def check_in_place(batch: Batch, func: Any, args: Any, kwargs: Any) -> Rows | Lo
 
     Raises:
         UserError: if the batch is written into a constant, or rows of one sample over those of another: other views of the
-            tensor would go on under marks that are no longer true.
+            tensor would keep marks that no longer hold.
     """
     if not isinstance(args[0], Tensor):
         return None

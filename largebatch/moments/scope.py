@@ -1,4 +1,4 @@
-"""What is known of a tracked module, and of one forward pass: its parameters, and what is computed from them alone."""
+"""The records of a tracked module and of one forward pass: its parameters, and tensors computed only from parameters."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from largebatch.moments.operations import Lost
 from largebatch.moments.samples import Batch, mark_of
 from largebatch.moments.uses import Base, Operand
 
-# Where messages send who needs squares of samples from an operation without a rule.
+# The remedy that messages name where an operation does not let samples be followed.
 FALLBACK = "track(model, fallback=[...]) or a config's model.fallback"
-WAY_OUT = f"per='micro_batch' (a config's optimizer.second_moment) takes any model; or name its module in {FALLBACK}"
+WAY_OUT = (
+    f"per='micro_batch' (a config's optimizer.second_moment) works with any model; or name its module in {FALLBACK}"
+)
 
 
 class Refusal(Exception):
-    """An operation under which a sample's part of the gradient is not known; the message says why, not where."""
+    """Raised where a sample's part of the gradient cannot be determined; the message gives the reason, not the place."""
 
 
 @dataclass
 class Tracked:
-    """What `track` notes on a module, beside its own arguments.
+    """The record that `track` keeps on a module, beside the arguments of `track` itself.
 
     Attributes:
         names: this module's parameters, name -> name of the shadow.
@@ -43,17 +45,17 @@ class Tracked:
 
 
 def notes(module: nn.Module) -> Tracked:
-    """Return what `track` noted on a module."""
+    """Return the record that `track` keeps on a module."""
     return module.__dict__["_largebatch"]
 
 
 class Scope:
-    """One forward pass, from the outermost module.
+    """One forward pass of the outermost tracked module.
 
     Attributes:
-        batch: its samples.
-        operands: the parameters that the modules seen so far may use.
-        allowed: ids of the parameters that a module may use whose inside is not looked at; None where none runs.
+        batch: the samples of the pass.
+        operands: the parameters that the modules entered so far may use.
+        allowed: ids of the parameters that the running fallback module may use; None where no fallback module runs.
     """
 
     def __init__(self, batch: Batch, module: nn.Module):
@@ -62,18 +64,18 @@ class Scope:
         self.enter(module)
 
     def enter(self, module: nn.Module) -> None:
-        """Take in the parameters of a module that is about to run, its children's too: it may use them itself.
+        """Add the parameters of a module that is about to run, and its children's, which the module may use itself.
 
-        They are looked at with `get`: ZeRO-3 makes whole what is read with [], which is for `Base.check` to do.
+        They are read with `get`, because ZeRO-3 gathers a parameter that is read with [], which is left to `Base.check`.
         """
         is_outermost = not self.operands
         for owner in notes(module).owners:
             for name, shadow_name in notes(owner).names.items():
                 parameter, shadow = owner._parameters.get(name), owner._parameters.get(shadow_name)
                 if parameter is None or not parameter.requires_grad or parameter.grad_fn is not None:
-                    continue  # frozen, or computed from others and put into its place
+                    continue  # frozen, or computed from others and put in its place
                 if self.operand(parameter) is not None:
-                    if not is_outermost:  # nobody has exchanged this module's parameters since its parent was entered
+                    if not is_outermost:  # its parameters were not replaced since its parent was entered
                         return
                     continue
                 assert shadow is not None
@@ -81,9 +83,9 @@ class Scope:
                 self.operands.append((parameter, self._note(parameter, (base,), True)))
 
     def leave(self) -> None:
-        """Take the notes off the parameters."""
+        """Remove the records from the parameters."""
         for parameter, operand in self.operands:
-            operand.bases[0].token = None  # which would keep its own graph alive
+            operand.bases[0].token = None  # the token would keep its own graph alive
             del parameter._largebatch_operand  # type: ignore[attr-defined]
 
     def _note(self, tensor: Tensor, bases: tuple[Base, ...], is_parameter: bool) -> Operand:
@@ -92,14 +94,14 @@ class Scope:
         return operand
 
     def operand(self, value: Any) -> Operand | None:
-        """Return the bookkeeping of a parameter, or of what was computed from some alone; None for any other value."""
+        """Return the record of a parameter, or of a tensor computed only from parameters; None for any other value."""
         if not isinstance(value, Tensor) or not value.requires_grad:
             return None
         batch, found = getattr(value, "_largebatch_operand", (None, None))
         return found if batch is self.batch else None
 
     def derive(self, func: Any, args: Any, kwargs: Any, operands: list[Operand]) -> Any:
-        """Run a function of operands and constants, and note on its results that they come of operands."""
+        """Run a function of operands and constants, and record its results as operands."""
         output = func(*args, **kwargs)
         bases = tuple(dict.fromkeys(base for operand in operands for base in operand.bases))
         for piece in output if isinstance(output, (list, tuple)) else (output,):
@@ -108,7 +110,7 @@ class Scope:
         return output
 
     def refuse(self, func: Any, operands: list[Operand], why: str) -> UserError:
-        """Return the error for a parameter in an operation that is not understood."""
+        """Return the error for a parameter in an operation through which samples cannot be followed."""
         name = getattr(func, "__name__", str(func))
         return UserError(
             f"track: parameter '{operands[0].bases[0].name}' meets the batch in {name}, where samples' gradients cannot be "
@@ -116,7 +118,7 @@ class Scope:
         )
 
     def check_outputs(self, tensors: list[Tensor]) -> None:
-        """Raise, naming the function, if the outcome of the pass mixes samples otherwise than by a sum of them."""
+        """Raise an error that names the function if an output mixes samples in another way than by a sum over them."""
         for tensor in tensors:
             found = mark_of(self.batch, tensor) if tensor.requires_grad else None
             if isinstance(found, Lost) and not found.is_sum:
@@ -126,18 +128,18 @@ class Scope:
 
 
 def why_lost(lost: Lost) -> str:
-    """Return what became of the samples, for a message."""
+    """Return why samples can no longer be told apart, for a message."""
     return f"some of it comes through {lost.by}, which mixes or moves the rows of samples, or is not known not to"
 
 
 class State:
-    """What the interceptions of one process share.
+    """The state that all interceptions of one process share.
 
     Attributes:
         scope: the forward pass that is running under per="sample".
-        choice: (samples to square, weight of each) of the forward passes to come, where somebody chose.
-        aliases: the pass under per="micro_batch": id of a parameter -> (the parameter, its alias).
-        is_replaying: whether the fallback is running a module again, in which nothing is to be intercepted.
+        choice: (samples to square, weight of each) for the coming forward passes, set by `chosen_samples`; else None.
+        aliases: the pass that is running under per="micro_batch": id of a parameter -> (the parameter, its alias).
+        is_replaying: whether interception is off, while a fallback module or an untracked pass of `verify` runs.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
-"""Shadow parameters: where the statistic travels.
+"""Shadow parameters, whose gradients carry the statistic.
 
 `track` gives every trained parameter a *shadow* of the same shape beside it, on the module that owns it. After a
-backward pass the shadow's gradient is the sum of squared gradients; its value means nothing here. Since the shadow is
-in `model.parameters()`, whatever moves gradients (accumulation, DDP, FSDP2, ZeRO) moves the statistic too. `state_dict`
-and `load_state_dict` do not know of it.
+backward pass the shadow's gradient is the sum of squared gradients; the shadow's value is not used here. Since the shadow is
+in `model.parameters()`, whatever accumulates or reduces gradients (DDP, FSDP2, ZeRO) does the same with the statistic.
+`state_dict` and `load_state_dict` leave shadows out.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ def track(
     samples: int | None = None,
     fallback: Iterable[str] = (),
 ) -> ModelT:
-    """Make every backward pass of `model` leave sum g^2 in the gradient of each parameter's shadow.
+    """Make every backward pass of `model` add sum g^2 to the gradient of each parameter's shadow.
 
-    Gradients stay the model's own, bit for bit. The squares are those of the gradients as they arrive: let a backward pass of a
-    *mean* loss over B samples give ghat = (1/B) sum_b g_b. Then
+    The model's gradients stay the same, bit for bit. The squares are of gradients as the backward pass computes them: if the
+    backward pass of a *mean* loss over B samples gives ghat = (1/B) sum_b g_b, then
         per="sample":       shadow.grad = sum_b (g_b / B)^2,
         per="micro_batch":  shadow.grad = sum_k (G_k / K)^2 over K micro-batches whose losses were divided by K,
     and `statistic_scale` turns either into a mean of squares. Gradients and squares accumulate over backward passes.
 
-    With per="sample" a parameter that meets the batch in an operation without a rule, or after one that may have mixed its
-    samples, is refused by name. Call the tracked model once for each backward pass. What a forward pass does to a parameter
-    without any sample, and what the loss does to it outside of the model (a penalty on its norm), is no part of the statistic.
+    With per="sample" an error names a parameter that is used in an operation through which samples cannot be followed, or after
+    one that may have mixed them. Call the tracked model once for each backward pass. Terms of the loss that use a parameter
+    without any sample, such as a penalty on its norm, are no part of the statistic.
 
-    Cast the model first (`model.bfloat16()` would cast the shadows too). Call it before wrapping the model (DDP, FSDP2,
-    DeepSpeed) and before building the optimizer; and again, to take in what was added or unfrozen since. Parameters with
-    requires_grad=False are left alone. torch.compile leaves a tracked model uncompiled.
+    Cast the model first (`model.bfloat16()` would cast the shadows too). Call `track` before wrapping the model (DDP, FSDP2,
+    DeepSpeed) and before building the optimizer; call it again after parameters were added or unfrozen. Parameters with
+    requires_grad=False are not tracked. torch.compile leaves a tracked model uncompiled.
 
     Args:
         model: any module; changed in place.
         per: "sample" for the squares of single samples' gradients; "micro_batch" for the square of the whole backward pass's
-            gradient, which every module has and which costs next to nothing.
+            gradient, which works for every module and costs almost nothing.
         batch_dim: dimension of the samples in the model's arguments.
-        inputs: of a model that is called with several tensors, "first" for samples in the first, the others being the same
-            for all samples, or "all" for samples in every one.
-        samples: squares of so many samples of each forward pass, at even distances, each weighted for those it stands for;
-            None for all. A sixteenth of the batch costs a fraction and is as good for an optimizer.
-        fallback: names of modules to differentiate as a whole, sample by sample: for any whose samples do not interact.
+        inputs: for a model that is called with several tensors: "first" if only the first holds samples and the others are the
+            same for all samples, "all" if each of them holds samples.
+        samples: number of samples to square in each forward pass, evenly spaced and weighted to stand for all of them; None
+            for all. A sixteenth of the batch costs a fraction of the time and is as good for an optimizer.
+        fallback: names of modules to differentiate as a whole, sample by sample; their samples must not interact.
 
     Returns:
         `model`.
@@ -122,7 +122,7 @@ def track(
 
 @contextmanager
 def chosen_samples(samples: list[int], weight: float) -> Iterator[None]:
-    """Square these samples of the forward passes within, by their places in the batch, each counted `weight` times."""
+    """Return a context in which forward passes square these samples, given by index, and weight each square by `weight`."""
     before, state.choice = state.choice, (samples, weight)
     try:
         yield
@@ -141,7 +141,7 @@ def _forget_missing_shadows(module: nn.Module, incompatible_keys: Any) -> None:
 
 
 def untrack(model: ModelT) -> ModelT:
-    """Undo `track` on a model as it was given to it, not while DDP or another engine wraps it; return the model."""
+    """Undo `track` on the model that was given to it, which DDP or another engine must not wrap; return the model."""
     for module in model.modules():
         if not hasattr(module, "_largebatch"):
             continue
@@ -157,7 +157,7 @@ def untrack(model: ModelT) -> ModelT:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Yield (name, parameter, shadow), a shared parameter once, under the name `named_parameters` gives it."""
+    """Yield (name, parameter, shadow); a shared parameter comes once, under its name in `named_parameters`."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         tracked: Tracked | None = getattr(module, "_largebatch", None)
@@ -173,7 +173,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]
 def shadows(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return {parameter name: shadow} of a tracked model.
 
-    Engines that replace parameters (FSDP2, DeepSpeed) replace shadows too: ask again after wrapping.
+    Engines that replace parameters (FSDP2, DeepSpeed) replace shadows too: call this function again after wrapping.
     """
     return {name: shadow for name, _, shadow in _pairs(model)}
 
@@ -208,12 +208,12 @@ def statistic_scale(num_units: int, world_size: int = 1) -> float:
 def grad_sample_sq(model: nn.Module, batch_size: int, world_size: int = 1) -> dict[str, Tensor]:
     """Return {parameter name: (1/B) sum_b g_b^2} after the backward pass of a mean loss over B samples.
 
-    Under per="micro_batch" give the number of micro-batches K in place of B; the result is (1/K) sum_k G_k^2.
+    Under per="micro_batch" pass the number of micro-batches K in place of B; the result is (1/K) sum_k G_k^2.
 
     Args:
         model: tracked with `track`; under DDP, the wrapped module.
-        batch_size: B, samples per update over all ranks and accumulation steps.
-        world_size: W, ranks whose gradients the engine averaged.
+        batch_size: B, number of samples per update over all ranks and accumulation steps.
+        world_size: W, number of ranks over which the engine averaged gradients.
 
     Returns:
         One tensor of the parameter's shape for each parameter that has a statistic.

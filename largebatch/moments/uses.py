@@ -1,9 +1,9 @@
-"""How a backward pass carries the squares of single samples.
+"""How a backward pass computes the squares of single samples' gradients.
 
-A *tap* stands on the output of an operation that uses a parameter. It is an identity: the operation runs as PyTorch runs it,
-and its gradients are PyTorch's own. In the backward pass the tap sees the gradient d of the output and leaves with the
-parameter what a sample's gradient is made of, a `Use`. The parameter's *collector*, the node that autograd runs after all its
-taps, makes the sum of squares of them, and returns it as the gradient of the parameter's shadow.
+A *tap* is an identity function on the output of an operation that uses a parameter, so that the operation and its gradients
+remain PyTorch's own. In the backward pass the tap receives the gradient d of the output and stores a `Use` for the parameter,
+from which each sample's gradient can be computed. The parameter's *collector*, a graph node that autograd runs after all taps
+of the parameter, computes the sum of squares from the uses, and returns it as the gradient of the parameter's shadow.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from torch import Tensor, nn
 from largebatch.errors import UserError
 from largebatch.moments.private import backward_pass
 
-# Elements of samples' gradients made at a time: on a processor 256 KiB of float32, which a core's cache holds (32 samples of
-# 192 x 768: 7.2 ms one by one, 10 ms by sevens); elsewhere 4 MiB, so that a launch is worth its while.
+# Number of elements of samples' gradients computed at a time: on a CPU 256 KiB of float32, which fit into a core's cache (32
+# samples of 192 x 768: 7.2 ms one by one, 10 ms seven at a time); elsewhere 4 MiB, to outweigh the cost of a kernel launch.
 CACHED_ELEMENTS, HELD_ELEMENTS = 1 << 16, 1 << 20
 
 
 def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type squares are summed in: float64 for float64, float32 for everything narrower."""
+    """Return the type in which squares are summed: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def runs(count: int, numel: int, device: torch.device) -> list[slice]:
-    """Cut so many samples into runs whose gradients, of so many elements each, are made at a time."""
+    """Split ``count`` samples, whose gradients have ``numel`` elements each, into runs that are computed at a time."""
     step = max(1, (CACHED_ELEMENTS if device.type == "cpu" else HELD_ELEMENTS) // max(1, numel))
     return [slice(first, first + step) for first in range(0, count, step)]
 
 
 def own_graph() -> AbstractContextManager[Any]:
-    """Keep what is saved within from an activation checkpoint or another hook on saved tensors around the backward pass."""
+    """Return a context whose saved tensors no outer hook on saved tensors receives, such as an activation checkpoint's."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 @dataclass
 class Use:
-    """What one use of an operand owes to each of some samples.
+    """The gradients of an operand, for each of some samples, through one use of the operand.
 
     Attributes:
         make: takes a run of the samples and returns their gradients, [samples of the run, *shape of the operand].
-        runs: of all samples, those whose gradients are made at a time.
-        quick: returns the sum of the samples' squared gradients at less cost, where there is such a way.
+        runs: slices of the samples whose gradients are computed at a time.
+        quick: returns the sum of the samples' squared gradients at less cost, or is None where there is no such way.
     """
 
     make: Callable[[slice], Tensor]
@@ -72,12 +72,12 @@ class Use:
 
 
 def given(grads: Tensor) -> Use:
-    """Return the use of gradients that are held: [samples, *shape]."""
+    """Return a use with gradients that were computed already, [samples, *shape]."""
     return Use(lambda run: grads[run], [slice(0, len(grads))])
 
 
 def product(a: Tensor, b: Tensor) -> Use:
-    """Return the use that owes a_s^T b_s over the positions of a sample: a [samples, t, p], b [samples, t, q]."""
+    """Return the use with gradients a_s^T b_s, sums over a sample's positions t, of a [samples, t, p], b [samples, t, q]."""
     several = runs(len(a), a.shape[2] * b.shape[2], a.device)
 
     def at_once() -> Tensor:
@@ -85,7 +85,7 @@ def product(a: Tensor, b: Tensor) -> Use:
         return a[:, 0].square().t() @ b[:, 0].square()
 
     def one_by_one() -> Tensor:
-        """In one place, as new memory for each costs a third more (1024 x 256)."""
+        """Compute every product in the same memory: new memory for each takes a third more time (1024 x 256)."""
         total = torch.mm(a[0].t(), b[0]).square_()
         buffer = torch.empty_like(total)
         for x, y in zip(a[1:], b[1:], strict=True):
@@ -101,7 +101,7 @@ class Base:
     """A tracked parameter in one forward pass.
 
     Args:
-        name: for messages.
+        name: the parameter's name, for messages.
         parameter: the tensor that the module computes with (under FSDP2 the gathered one).
         shadow: the parameter whose gradient is to be the sum of squares.
         home: the module that owns the shadow, and the shadow's name there.
@@ -116,7 +116,7 @@ class Base:
         self.is_done = False
 
     def check(self) -> None:
-        """Raise where squares of the parameter would have no place, or not fit its gradient."""
+        """Raise an error if the shadow has another shape, or if a hook may change the parameter's gradient."""
         if self.shadow.shape != self.parameter.shape:  # under ZeRO-3 the weight of a child, which its parent has read
             owner, name = self.home
             self.shadow = owner._parameters[name]  # type: ignore[assignment]
@@ -136,11 +136,11 @@ class Base:
             return None
         pending = [(use, samples) for number, use, samples in self.pending if number == now]
         self.pending = []
-        both = self.parameter, self.shadow  # one may be another's: of a second tracked model, of functional_call
+        both = self.parameter, self.shadow  # a second tracked model or functional_call may share one of them
         if self.is_done or any(getattr(tensor, "_largebatch_pass", None) == now for tensor in both):
             raise UserError(
                 f"track: parameter '{self.name}' takes part in two forward passes of one backward pass, or in two backward "
-                "passes of one forward pass, so that what they owe to a sample cannot be added before it is squared: call the "
+                "passes of one forward pass, so that a sample's gradients cannot be added before they are squared: call the "
                 "tracked model once, and backward once, for each batch; or use per='micro_batch'"
             )
         self.is_done = True
@@ -150,7 +150,7 @@ class Base:
             return self._sum_of_squares(pending)
 
     def _sum_of_squares(self, pending: list[tuple[Use, list[int]]]) -> Tensor:
-        """Square what each use owes where no two are of one sample; else what they owe to a sample together."""
+        """Square the gradients of each use if no two uses share a sample; else first add those of a sample's uses."""
         dtype = statistic_dtype(self.parameter.dtype)
         numbers = {sample for _, samples in pending for sample in samples}
         if pending and sum(len(samples) for _, samples in pending) == len(numbers):
@@ -165,7 +165,7 @@ class Base:
 
 
 class Operand:
-    """A tracked parameter, or a tensor computed from tracked parameters and constants alone.
+    """A tracked parameter, or a tensor computed only from tracked parameters and constants.
 
     Args:
         tensor: the tensor itself.
@@ -175,7 +175,7 @@ class Operand:
 
     def __init__(self, tensor: Tensor, bases: tuple[Base, ...], is_parameter: bool = True):
         self.bases, self.shape, self.dtype = bases, tensor.shape, tensor.dtype
-        # Not the tensor, which holds this; nor a parameter's data, which may be gathered anew for the backward pass.
+        # Keep neither the tensor, which refers to this, nor a parameter's data, which the backward pass may gather again.
         self.edge = None if is_parameter else torch.autograd.graph.get_gradient_edge(tensor)
         self.data = None if is_parameter else tensor.detach()
 
@@ -184,13 +184,13 @@ class Operand:
         return self.bases[0].parameter.detach() if self.data is None else self.data
 
     def owes(self, use: Use, count: int) -> Iterable[tuple[Base, Use]]:
-        """Return what its parameters owe for a use of it: at once, while the graph between them has what it saved."""
+        """Return a use of each parameter from one of this tensor, now, while the graph between them holds its tensors."""
         if self.edge is None:
             return [(self.bases[0], use)]
         return [(base, self._pulled(base, use, count)) for base in self.bases]
 
     def pull(self, base: Base, grad: Tensor) -> Tensor:
-        """Return a gradient of a parameter from one of this tensor."""
+        """Return the gradient of a parameter that a gradient of this tensor gives."""
         assert self.edge is not None
         grad = grad.reshape(self.shape).to(self.dtype)
         (pulled,) = torch.autograd.grad(self.edge, base.parameter, grad, retain_graph=True, allow_unused=True)
@@ -202,7 +202,7 @@ class Operand:
         if base.num_uses > 1:
             return given(torch.stack(list(grads)))
         total = functools.reduce(Tensor.add_, (grad.square() for grad in grads))
-        return Use(lambda _: total, quick=lambda: total)  # used once, so that nobody asks for the gradients
+        return Use(lambda _: total, quick=lambda: total)  # used once: only squares are needed
 
 
 Left = Callable[[Tensor, tuple[Tensor, ...]], "Sequence[tuple[Operand, Use]]"]
@@ -221,7 +221,7 @@ class Tap(torch.autograd.Function):
         num_saved: int,
         *tensors: Tensor,
     ) -> Tensor:
-        """Return `output`; `tensors` are those that `leave` takes with the gradient, then the collectors'."""
+        """Return `output`; `tensors` are those that `leave` takes beside the gradient, then the collectors' tokens."""
         ctx.leave, ctx.samples, ctx.bases = leave, samples, bases
         ctx.num_tensors = len(tensors)
         ctx.save_for_backward(*tensors[:num_saved])
@@ -229,7 +229,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Hand the gradient on, and leave what it says of each sample."""
+        """Return the gradient unchanged, and store the uses of the parameters for their collectors."""
         if torch.is_grad_enabled():
             raise UserError(
                 "track: backward with create_graph=True through a model tracked per sample would square gradients of "
@@ -247,7 +247,7 @@ class Tap(torch.autograd.Function):
 
 
 class Collect(torch.autograd.Function):
-    """The node behind all taps of some parameters, those that one operation was the first to use."""
+    """The graph node behind all taps of some parameters: those that the same operation was the first to use."""
 
     @staticmethod
     def forward(ctx: Any, bases: Sequence[Base], *shadows: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class Collect(torch.autograd.Function):
 
 
 def collectors(bases: Sequence[Base]) -> list[Tensor]:
-    """Return empty tensors from the nodes of the graph that run behind every tap of these parameters."""
+    """Return the tokens of these parameters: empty tensors whose graph nodes run after every tap of the parameters."""
     new = [base for base in bases if base.token is None]
     for base in new:
         base.check()

@@ -1,4 +1,4 @@
-"""Holding the squares of a model against one backward pass a sample."""
+"""Verification of a model's squares against one backward pass per sample."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from largebatch.errors import UserError
 from largebatch.moments.scope import FALLBACK, notes, state
 from largebatch.moments.tracking import shadows
 
-# Rounding moves squares in float32 by 1e-5 of a parameter's largest; rows given to the wrong sample, by a tenth and more.
+# Rounding changes float32 squares by 1e-5 of a parameter's largest; rows assigned to a wrong sample, by a tenth or more.
 TOLERANCE = 0.01
-# Below this share of the model's largest square a gradient may be the rounding of zero, as that of a key's bias in attention.
+# Below this share of the model's largest square a gradient may be pure rounding error, as for the keys' bias in attention.
 NEGLIGIBLE = 1e-8
 
 
 def verify(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any, batch_dim: int = 0) -> str | None:
     """Compare the squares of a tracked model with those of one untracked backward pass for each sample, in evaluation mode.
 
-    The model is left as it was: modes, gradients, buffers, what its modules keep, and random numbers.
+    The model's modes, gradients, buffers and module attributes are restored, and so is the state of random numbers.
 
     Args:
         model: tracked per sample, with whole parameters: before DDP, FSDP2 or DeepSpeed wraps it.
         loss: takes a batch, calls the model and returns the sum of the samples' losses.
-        batch: a tensor, or lists, tuples and dicts of them; two samples or more, four are plenty.
+        batch: a tensor, or lists, tuples and dicts of tensors, with at least two samples; four are enough.
         batch_dim: dimension of the samples in the tensors of `batch`.
 
     Returns:
-        None where they agree; else of which parameters that cannot be told, and why. The other parameters' agree.
+        None if all squares agree. Else the parameters for which agreement cannot be decided, with the reason, while all others
+        agree; or the error of a pass that failed, after which nothing was compared.
 
     Raises:
-        UserError: if they differ, naming the parameters and the way out; or if the model is not tracked per sample.
+        UserError: if squares differ (the message names the parameters and a remedy), or the model is not tracked per sample.
     """
     pairs = shadows(model)
     if not pairs or notes(model).per != "sample":
@@ -59,7 +60,7 @@ def verify(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any, batch_di
                 singles.append(_gradients(model, loss, tree_map(functools.partial(part, number=number), batch)))
     except UserError:
         raise
-    except Exception as error:  # a batch of one that the model does not take, memory: training may well do without
+    except Exception as error:  # a batch of one is refused, or memory runs out; neither need happen in training
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     owed = {name: torch.stack([grads[name] for grads in singles]) for name in pairs}
     top = {name: float(grads.square().sum(0).max()) if grads.numel() else 0.0 for name, grads in owed.items()}
@@ -72,7 +73,7 @@ def verify(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any, batch_di
             mixed.append(name)
         elif found is None or not _near(found, grads.square().sum(0), scale):
             wrong.append(name)
-    if wrong and not mixed:  # what mixes samples may have moved squares too
+    if wrong and not mixed:  # mixing of samples may have changed the squares too
         raise UserError(
             f"track: the squares of {_listed(wrong)} are not those of single samples: the parameter is used outside of the "
             f"model, or the model mixes samples unseen; name the module that does so in {FALLBACK}, or use per='micro_batch'"
@@ -101,13 +102,13 @@ def _gradients(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any) -> d
 
 @contextmanager
 def _undisturbed(model: nn.Module, is_tracked: bool = True) -> Iterator[None]:
-    """Put the model into evaluation mode, and afterwards everything back: what modules hold, and what lies in it."""
+    """Put the model into evaluation mode; afterwards restore its modules' attributes, their contents, and all gradients."""
     modules, tensors = list(model.modules()), [*model.parameters(), *model.buffers()]
     held = [dict(vars(module)) for module in modules]
     contents = [(v, v.copy()) for values in held for v in values.values() if type(v) in (dict, list, set)]
     grads, values = [tensor.grad for tensor in tensors], [buffer.clone() for buffer in model.buffers()]
     for module in modules:
-        module.training = isinstance(module, nn.RNNBase)  # cuDNN's have a backward pass in training mode alone
+        module.training = isinstance(module, nn.RNNBase)  # cuDNN differentiates only in training mode
     before, state.is_replaying = state.is_replaying, not is_tracked
     try:
         with torch.random.fork_rng({tensor.device for tensor in tensors if tensor.is_cuda}), torch.enable_grad():
