@@ -1,4 +1,4 @@
-"""Optimizers: what torch.optim lacks, on its interface. Sums over ranks are taken by `largebatch.reduce` alone."""
+"""Optimizers with torch.optim's interface that torch.optim lacks. Only `largebatch.reduce` sums over ranks for them."""
 
 from largebatch.optim.adaptive import Adagrad, Adam, AdamW, RMSProp
 from largebatch.optim.decay import undecayed

@@ -1,7 +1,7 @@
 """Adagrad, RMSProp, Adam and AdamW: gradients divided by a root of their running second moment.
 
-Each update rule is one function that updates lists of tensors in place (foreach), under its formula; the classes walk the
-groups. State keys are ``exp_avg`` and ``exp_avg_sq`` throughout, and ``p.grad`` is left as it was found.
+Each class documents its update rule as a formula, and its `update` applies the rule to lists of tensors in place (foreach). The
+state keys are ``exp_avg`` and ``exp_avg_sq`` in all of them, and ``p.grad`` is not changed.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ BiasCorrection = Literal["published", "running_mean"]
 
 
 def _with_decay(grads: list[Tensor], params: list[Tensor], weight_decay: float) -> list[Tensor]:
-    """Return gradients with L2 weight decay added; the same list where there is none."""
+    """Return gradients with L2 weight decay added, or the same list if weight_decay is 0."""
     return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
 
 
 class AdaptiveOptimizer(torch.optim.Optimizer):
-    """Walks the groups, hands gradients and state to `update`, and leaves gradients untouched."""
+    """Base class that walks the groups, passes gradients and state to `update`, and leaves gradients unchanged."""
 
     state_names: tuple[str, ...] = ("exp_avg_sq",)
     count_names: tuple[str, ...] = ()
-    """Names of the counts in a parameter's state by which its averages are corrected for bias: each parameter has its own,
-    as it need not have a gradient in every update."""
+    """Names of the counts in a parameter's state by which its averages are corrected for bias. Each parameter has its own
+    counts, because it may lack a gradient in some updates."""
     moment_source: Callable[[dict[str, Any], list[Tensor]], Moment] | None = None
-    """If set, called with a group and its parameters with a gradient; returns the `Moment` used in place of shadows'."""
+    """If set, called with a group and its parameters that have a gradient; returns the `Moment` to use instead of shadows."""
     squares_all = True
-    """Whether the coming update's squares are of all its units, and not of a share of them."""
+    """Whether the coming update's squares are of all its units, not only of some."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -58,7 +58,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch.optim; one of shadows has to say so."""
+        """Add a group, as in torch.optim; a group of shadows needs the key ``role: shadow``."""
         super().add_param_group(param_group)
         refuse_stray_shadows(self.param_groups[-1])
 
@@ -67,16 +67,16 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         return self.state_names
 
     def set_batch(self, batch_size: int, num_units: float | None = None, world_size: int | None = None) -> None:
-        """Say what the coming step's gradients are means of; needed where squares are tracked.
+        """Set the sizes of the means that the coming step's gradients are; required where squares are tracked.
 
         Args:
-            batch_size: B, samples of the update over all ranks.
-            num_units: n, independent units in the mean whose squares were tracked: B for samples (the default); for
-                micro-batches their number, or 1/sum(w^2) where their weights w in the mean differ.
-            world_size: ranks over which the engine averaged gradients; may be left out on one process.
+            batch_size: B, number of samples in the update over all ranks.
+            num_units: n, number of independent units in the mean whose squares were tracked: B for samples (the default);
+                for micro-batches their number, or 1/sum(w^2) where their weights w in the mean differ.
+            world_size: number of ranks over which the engine averaged gradients; optional on one process.
         """
         if world_size is None and (ranks := num_ranks()) > 1:
-            raise UserError(f"set_batch: expected world_size, the ranks of the gradients' mean, as there are {ranks}")
+            raise UserError(f"set_batch: expected world_size, the ranks that average gradients, as there are {ranks}")
         for group in self.param_groups:
             group.update(batch_size=batch_size, num_units=num_units or batch_size, world_size=world_size or 1)
 
@@ -89,7 +89,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         moment: Moment,
         counts: dict[str, float],
     ) -> None:
-        """Update ``params`` and ``state`` in place, and ``counts``, which are alike for all of them."""
+        """Update ``params`` and ``state`` in place, and ``counts``, which are the same for all of these parameters."""
         raise NotImplementedError
 
     def _moment(self, group: dict[str, Any], shadows: list[Tensor]) -> Moment:
@@ -107,29 +107,29 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         if "batch_size" not in group:
             raise RuntimeError("call set_batch(batch_size, ...) before step(): the squares' scale depends on it")
         kappa, num_units = group["batch_size"] / reference, group["num_units"]
-        # One unit alone says nothing of the variance between units.
+        # A single unit does not show the variance between units.
         share = (kappa - 1.0) / (num_units - 1.0) if num_units > 1 else 0.0
         squares, scale = [s.grad for s in shadows if s.grad is not None], num_units / group["world_size"]
         return Moment(squares, share, scale, kappa, equal=self.squares_all and float(num_units).is_integer())
 
     def _begin_state(self, group: dict[str, Any], params: list[Tensor], paired: list[Tensor]) -> None:
-        """Give parameters the state that they lack; ``paired`` are their shadows, where they have some."""
+        """Create the state that parameters lack; ``paired`` are their shadows, if they have any."""
         names = self.used_state(group)
         for index, p in enumerate(params):
             own = self.state[p]
             for name in self.count_names if own else ():
-                if name not in own and name in group:  # of a state that an earlier release has saved
+                if name not in own and name in group:  # from a state that an earlier release saved
                     own[name] = float(group[name])
             for name in names:
                 if name not in own:
                     own[name] = torch.zeros_like(p)
-            # A shadow's value means nothing, so it holds the average and no further memory is taken.
+            # A shadow's value is otherwise unused, so it stores the average without further memory.
             if paired and own["exp_avg_sq"] is not paired[index]:
                 paired[index].copy_(own["exp_avg_sq"])
                 own["exp_avg_sq"] = paired[index]
 
     def _alike(self, params: list[Tensor]) -> list[tuple[dict[str, float], list[int]]]:
-        """Return the counts that occur, each with the places of the parameters that have them: one list, as a rule."""
+        """Return the distinct counts, each with the indices of the parameters that have them; usually there is one entry."""
         found: dict[tuple[float | None, ...], list[int]] = {}
         for index, p in enumerate(params):
             own = self.state[p]
@@ -148,7 +148,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
                 loss = closure()
         shadows: list[Tensor] = []
         for group in self.param_groups:
-            if is_shadow_group(group):  # of the parameters of the group that follows
+            if is_shadow_group(group):  # the shadows of the next group's parameters
                 shadows = group["params"] if group.get("used", True) else []
                 continue
             present = [index for index, p in enumerate(group["params"]) if p.grad is not None]
@@ -177,7 +177,7 @@ class Adam(AdaptiveOptimizer):
     """Adam (Kingma and Ba 2015, arXiv:1412.6980).
 
         s = beta2*s + (1-beta2)*s_ref         s_ref = g^2 where no squares are tracked
-        m = beta1*m + (1-beta1)*g             far above the reference batch m is carried first (`largebatch.optim.carry`)
+        m = beta1*m + (1-beta1)*g             far above the reference batch m is rescaled first (`largebatch.optim.carry`)
         p -= lr * (m/c1) / (sqrt(s/c2) + eps)
 
     Args:
@@ -187,7 +187,7 @@ class Adam(AdaptiveOptimizer):
         eps: added to the root, >= 0.
         weight_decay: L2 coefficient, added to the gradient.
         bias_correction: ``published`` (c = 1 - beta^t) or ``running_mean`` (weights 1/min(t, N), c = 1).
-        reference_batch_size: B_ref, where the parameters are those of a tracked model (see `Moment`).
+        reference_batch_size: B_ref; required for the parameters of a tracked model (see `Moment`).
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
@@ -233,7 +233,7 @@ class Adam(AdaptiveOptimizer):
         weight2, divisor2 = advance_average(counts, "second_moment_count", group["betas"][1], correction)
         decay = group["lr"] * group["weight_decay"] if self.decoupled_weight_decay else 0.0
         l2 = 0.0 if self.decoupled_weight_decay else group["weight_decay"]
-        # The roots are sqrt(divisor2) times the denominators.
+        # `roots` returns the denominators times sqrt(divisor2).
         step = -group["lr"] / divisor1 * math.sqrt(divisor2)
         lists = params, grads, state["exp_avg"], state["exp_avg_sq"], *([moment.squares] if moment.squares else [])
         for params, grads, means, squares, *tracked in pieces(*lists):
@@ -243,7 +243,7 @@ class Adam(AdaptiveOptimizer):
             decayed = _with_decay(grads, params, l2)
             older = roots_before(squares, before, eps) if carries else []
             torch._foreach_mul_(squares, 1.0 - weight2)
-            direction = bound = None  # of an average that is carried, one of quotients, each is bounded
+            direction = bound = None  # a carried average is one of quotients, each of which is bounded
             if part.is_bounded and not is_carried(moment.kappa, group["betas"][1]):
                 direction, bound = list(torch._foreach_lerp(means, decayed, weight1)), smallest_ratio(*group["betas"])
             part.add_to(squares, grads, decayed, weight2, direction, bound)
@@ -287,10 +287,10 @@ class RMSProp(AdaptiveOptimizer):
         eps: added to the root, >= 0.
         weight_decay: L2 coefficient, added to the gradient.
         momentum: mu in [0, 1).
-        centered: divide by the variance's root instead of the second moment's.
-        exponent: q; 1/2 as published, 1 so that lr has the unit 1/loss (McAllester, TTIC 31230).
+        centered: whether to divide by a power of the variance instead of the second moment.
+        exponent: q; 1/2 as published, or 1, with which lr has the unit 1/loss (McAllester, TTIC 31230).
         bias_correction: ``none`` as published, or ``running_mean`` (weights 1/min(t, N)).
-        reference_batch_size: B_ref, where the parameters are those of a tracked model (see `Moment`).
+        reference_batch_size: B_ref; required for the parameters of a tracked model (see `Moment`).
     """
 
     count_names = ("first_moment_count", "second_moment_count")
@@ -316,11 +316,11 @@ class RMSProp(AdaptiveOptimizer):
         super().__init__(params, own | more)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles keep: what torch.optim does, and the bias correction."""
+        """Return torch.optim's state for copies and pickles, and the bias correction."""
         return super().__getstate__() | {"bias_correction": self.bias_correction}
 
     def used_state(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Return exp_avg_sq, with exp_avg where centered and momentum_buffer where there is momentum."""
+        """Return exp_avg_sq, and exp_avg if centered, and momentum_buffer if there is momentum."""
         has = {"exp_avg_sq": True, "exp_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
         return tuple(name for name, is_used in has.items() if is_used)
 
@@ -344,7 +344,7 @@ class RMSProp(AdaptiveOptimizer):
             means = state["exp_avg"]
             torch._foreach_lerp_(means, decayed, mean_weight)
             second_moments = list(torch._foreach_addcmul(second_moments, means, means, value=-1.0))
-            # Rounding can leave a variance of -1e-20, whose root is NaN.
+            # A variance may round to a negative number such as -1e-20, whose root is NaN.
             torch._foreach_clamp_min_(second_moments, 0.0)
         powers = torch._foreach_sqrt(second_moments) if group["exponent"] == 0.5 else second_moments
         denominators = list(torch._foreach_add(powers, group["eps"]))
@@ -367,7 +367,7 @@ class Adagrad(AdaptiveOptimizer):
         lr: learning rate, >= 0.
         eps: added to the root, >= 0.
         weight_decay: L2 coefficient, added to the gradient.
-        reference_batch_size: B_ref, where the parameters are those of a tracked model (see `Moment`).
+        reference_batch_size: B_ref; required for the parameters of a tracked model (see `Moment`).
     """
 
     def __init__(

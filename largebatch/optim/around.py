@@ -11,7 +11,7 @@ from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.optim.layerwise import LARS
 from largebatch.optim.sgd import SGD
 
-# The state that holds the second moment, of torch's optimizers.
+# The names of the second moment in the state of torch's optimizers.
 SECOND_MOMENTS: dict[type, str | None] = {
     torch.optim.Adam: "exp_avg_sq",
     torch.optim.AdamW: "exp_avg_sq",
@@ -40,7 +40,7 @@ class Around(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups, with the values of the reference."""
+        """The base's groups, with the values of the reference."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -49,7 +49,7 @@ class Around(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """The optimizer's state by parameter."""
+        """The base's state by parameter."""
         return self.base.state
 
     @state.setter
@@ -67,10 +67,10 @@ class Around(torch.optim.Optimizer):
 
 
 def second_moment_name(optimizer: torch.optim.Optimizer) -> str | None:
-    """Return the name of an optimizer's second moment that is to be moved; None where there is none, or it takes a `Moment`.
+    """Return the name of the second moment to shift in an optimizer's state; None if it has none, or takes a `Moment`.
 
     Raises:
-        UserError: for an optimizer whose update is not known.
+        UserError: for an optimizer that cannot be wrapped.
     """
     for cls, name in SECOND_MOMENTS.items():
         if type(optimizer) is cls:
@@ -85,6 +85,6 @@ def second_moment_name(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def is_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Return whether a group's weight decay is no part of the gradient."""
+    """Return whether a group's weight decay is decoupled, that is, not added to the gradient."""
     whole = isinstance(optimizer, torch.optim.AdamW) or getattr(optimizer, "decoupled_weight_decay", False)
     return bool(whole or group.get("decoupled_weight_decay"))

@@ -1,4 +1,4 @@
-"""What an optimizer takes at another batch size than its reference: the groups' values, and its second moment."""
+"""The values of an optimizer's groups, and its second moment, at another batch size than its reference."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from largebatch.optim.shift import Count, Row, coefficient_at, shift_of
 def values_at(
     optimizer: torch.optim.Optimizer, kappa: float, batch_size: int, num_units: float, shortest: float
 ) -> Iterator[None]:
-    """Return a context in which the groups have the values of a batch size, and afterwards those of the reference.
+    """Return a context in which the groups have their values at a batch size; afterwards they have those of the reference.
 
     Args:
-        optimizer: whose groups have the values of the reference.
+        optimizer: an optimizer whose groups have the values of the reference.
         kappa: B / B_ref.
         batch_size: B.
-        num_units: n, of the squares.
-        shortest: as `largebatch.scaling.second_moment_coefficient`.
+        num_units: n, the number of units that were squared.
+        shortest: as in `largebatch.scaling.second_moment_coefficient`.
     """
     names = ("lr", "betas", "alpha", "fused")
     groups = optimizer.param_groups
@@ -48,7 +48,7 @@ def values_at(
 
 
 def _scaled(optimizer: torch.optim.Optimizer, group: dict[str, Any], kappa: float, shortest: float) -> dict[str, Any]:
-    """Return a group's values at this batch size; those that stay are left out."""
+    """Return those values of a group that change at this batch size."""
     values: dict[str, Any] = {}
     if may_fuse(optimizer, group, optimizer.state):
         values["fused"] = True
@@ -71,15 +71,15 @@ def moved_rows(
     counts: dict[Tensor, Count],
     shortest: float,
 ) -> list[Row]:
-    """Return how the second moment of each parameter is moved, and count the update.
+    """Return how the second moment of each parameter is shifted, and count the update.
 
     Args:
-        optimizer: of torch.
-        name: of its second moment in the state.
-        units: of the update.
+        optimizer: an optimizer of torch.
+        name: name of its second moment in the state.
+        units: the units of the update.
         kappa: B / B_ref.
-        counts: by parameter, of the updates of its second moment.
-        shortest: as `largebatch.scaling.second_moment_coefficient`.
+        counts: the counts of each parameter's second moment, changed in place.
+        shortest: as in `largebatch.scaling.second_moment_coefficient`.
     """
     slots = {slot.parameter: slot for slot in units.slots}
     rows: list[Row] = []
@@ -105,9 +105,9 @@ def moment_of(slots: list[Slot], units: Units, spread: float, kappa: float) -> M
     """Return the second moment of the reference batch, for an optimizer of this package.
 
     Args:
-        slots: of the parameters.
-        units: of the update.
-        spread: 1 / (1 + B_t / B_{t-1}), where the change between two updates stands in for the spread of the units.
+        slots: the slots of the parameters.
+        units: the units of the update.
+        spread: 1 / (1 + B_t / B_{t-1}), for a single unit, where the change between two updates replaces the spread of units.
         kappa: B / B_ref.
     """
     regions = [slot.region for slot in slots]

@@ -1,4 +1,4 @@
-"""Running averages of adaptive optimizers: the weight of the newest value, and the second moment that enters."""
+"""Running averages of adaptive optimizers: the weight of the newest value, and the second moment that is averaged."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def advance_average(
     beta: float,
     correction: Literal["published", "running_mean", "none"],
 ) -> tuple[float, float]:
-    """Count an update of a running average; return the newest value's weight, and what the average is divided by.
+    """Count an update of a running average; return the newest value's weight, and the divisor that corrects the bias.
 
     ``published``: weight 1 - beta, divided by 1 - prod(beta), which is Adam's 1 - beta^t while beta is constant.
     ``running_mean``: weight 1/min(t, N) with N = 1/(1 - beta), divided by 1; for t <= N exactly the mean of x_1..x_t
-    (McAllester, TTIC 31230). Both count on through a change of beta, as a growing batch brings. ``none``: weight 1 - beta.
+    (McAllester, TTIC 31230). Both remain right when beta changes, as with a growing batch. ``none``: weight 1 - beta.
 
     Args:
-        counts: of the parameters whose averages these are, changed in place.
-        key: the count's name among them.
+        counts: counts of the parameters that are averaged, changed in place.
+        key: name of the average's count.
         beta: coefficient of one update, in [0, 1).
-        correction: which of the three.
+        correction: ``published``, ``running_mean`` or ``none``.
     """
     if correction == "running_mean":
         counts[key] = min(counts.get(key, 0.0) + 1.0, 1.0 / (1.0 - beta))
@@ -37,7 +37,7 @@ def advance_average(
 
 
 def divisor_of(counts: dict[str, float], key: str, correction: Literal["published", "running_mean", "none"]) -> float:
-    """Return what a running average is divided by now, after one update or more."""
+    """Return the current divisor of a running average, after at least one update."""
     return 1.0 - counts[key] if correction == "published" and key in counts else 1.0
 
 
@@ -50,7 +50,9 @@ def smallest_ratio(beta1: float, beta2: float) -> float:
 
 
 def smallest_with_mean(kept: Tensor, mean: Tensor, newest: Tensor, weight: float, share: float) -> Tensor:
-    """Return the smallest s for which a variance s - m^2 is a share of the batch's own, and not below zero by rounding.
+    """Return the smallest s for which the variance s - m^2 is ``share`` times that of the batch's own gradients.
+
+    Rounding cannot make the variance negative.
 
     With averages s of squares and m of values, both of weight w, the variance after the newest value is
 
@@ -75,7 +77,7 @@ class Moment:
 
         s_ref = (1 - a) * ghat^2 + a * q,   q = scale * squares,   a = (kappa - 1) / (n - 1)
 
-    which estimates without bias the square that plain Adam would have seen at the reference batch size: with n
+    an unbiased estimate of the square that plain Adam would have averaged at the reference batch size: with n
     independent units (samples, or micro-batches) in the mean, sigma^2/B = (q - ghat^2)/(n - 1), and s_ref = ghat^2 +
     sigma^2*(1/B_ref - 1/B) = ghat^2 + (kappa - 1)*sigma^2/B. B_ref = 1 gives q, B_ref = B gives ghat^2. Where sigma^2 is
     given instead of squares,
@@ -83,13 +85,13 @@ class Moment:
         s_ref = ghat^2 + a * sigma^2,   a = (kappa - 1) / B
 
     Args:
-        squares: sums of squares, as the shadows' gradients are, or sigma^2, in the order of the parameters; None for plain
+        squares: sums of squares, such as the shadows' gradients, or sigma^2, in the order of the parameters; None for plain
             second moments.
         share: a.
-        scale: from a sum of squares to their mean over units: n / W of a shadow's gradient.
-        kappa: B / B_ref, the updates at the reference that this one stands for.
+        scale: factor from a sum of squares to their mean over units: n / W for a shadow's gradient.
+        kappa: B / B_ref, the number of updates at the reference that this update stands for.
         of_variance: whether ``squares`` are sigma^2.
-        equal: whether q >= ghat^2, element by element: where all units have one size, all are squared, and in full precision.
+        equal: whether q >= ghat^2 in every element: true if all units are squared in full precision and have the same size.
     """
 
     squares: list[Tensor] | None = None
@@ -117,19 +119,19 @@ class Moment:
         """Add weight * s_ref to a running average.
 
         Below the reference batch size, and where units differ in size, s_ref is a difference, so single estimates may be
-        negative and their average may come near zero, by which the update would be divided. Averages of squares obey
-        s >= c * u^2, and with E[s_ref] >= kappa * E[ghat^2] so does this one: it is kept at
-        min(1, kappa) * c * u^2 or more, and the update at lr / sqrt(min(1, kappa) * c).
+        negative, and the update would be divided by an average near zero. A true average of squares satisfies s >= c * u^2.
+        Because E[s_ref] >= min(1, kappa) * E[ghat^2], this average is kept at min(1, kappa) * c * u^2 or more, which bounds the
+        update by lr / sqrt(min(1, kappa) * c).
 
         Args:
             average: the running average, changed in place.
             grads: mean gradients.
-            decayed: mean gradients with L2 weight decay in them, which moves the mean and not the variance.
-            weight: of the newest value.
-            direction: u, what the root of the average divides; None: ``decayed``.
-            bound: c, such that an average of squares with these weights is at least c * u^2; None: ``weight``.
-            means: running averages of gradients before this update, whose squares are subtracted from the average; then it is
-                kept at what leaves `smallest_with_mean`.
+            decayed: mean gradients with L2 weight decay added, which changes the mean and not the variance.
+            weight: weight of the newest value.
+            direction: u, the tensor that is divided by the root of the average; None for ``decayed``.
+            bound: c, such that an average of squares with these weights is at least c * u^2; None for ``weight``.
+            means: running averages of gradients before this update, for an optimizer that subtracts their squares from the
+                average; the average is then kept at `smallest_with_mean` or more.
         """
         with_means = []
         if means is not None and self.is_bounded:
@@ -147,7 +149,7 @@ class Moment:
             return
         torch._foreach_add_(average, self.squares, alpha=weight * self.share * self.scale)
         if subtracted > 1.0 and self.equal:
-            # q >= ghat^2 but where a unit's square is too small for its type, and their sum's is not.
+            # q >= ghat^2, except where the units' squares underflow and that of their sum does not.
             torch._foreach_clamp_min_(average, 0.0)
         if self.is_bounded:
             lowest = with_means

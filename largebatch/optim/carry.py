@@ -1,20 +1,19 @@
-"""Averages of gradients that are carried along when the denominator changes, far from the batch that they were tuned at.
+"""Carrying an average of gradients: rescaling it when its denominator changes, far above the reference batch.
 
 Adam divides an average of gradients m by the root of an average of squares s. At kappa = B/B_ref times the batch an update
-stands for kappa updates at the reference, in each of which the newest gradient is divided by the denominator of that update.
-With beta2**kappa s forgets in as many samples as it was tuned to; m, whose beta1 is kept, now reaches kappa times as far
-back, beyond what s remembers. An element whose large gradients lie behind it would have a small s and a large m still, and
-run away; one whose gradients are small but for a few would move by the root of the mean square where the reference moves by
-the root of most of its updates. So m is carried along before the new gradient enters it:
+stands for kappa updates at the reference, each of which divides its newest gradient by its own denominator. With beta2**kappa
+the average s spans the number of samples that it was tuned for; m, whose beta1 is kept, spans kappa times as many samples as at
+the reference, and more than s. Where large gradients are still in m and no longer in s, an element would take far too large a
+step. Where a few gradients are large, an element would be divided by the root of the mean square, while most updates of the
+reference divide it by a smaller root. So m is rescaled, or *carried*, before the new gradient is added to it:
 
     m *= w + (1 - w) * d_t / d_{t-1},   d = sqrt(s/c2) + eps,   w = (r**(1 - 1/kappa) - r) / (1 - r),   r = beta2**(kappa/2)
 
-r is the ratio of the denominators where the gradients are zero: there m/d grows by beta2**-0.5 before beta1 takes its part,
-as it does in an update at the reference, whatever s forgets. w is 1 at the reference, where that is Adam, and about 1/kappa
-while kappa (1 - beta2) is small. Far above it m/d is the average of gradients that are each divided by the denominator of the
-update in which they were computed, as RMSProp's momentum is, none of which is more than 1 / sqrt(1 - beta2**kappa). While s
-spans 50 updates or more (beta2**kappa of 0.98) it remembers what m does, and m is left alone. docs/results.md has what comes
-of it.
+r is the ratio of successive denominators while gradients are zero. m/d then grows by beta2**-0.5 in an update, before beta1
+shrinks m, just as in an update at the reference. At the reference w is 1 and this is Adam; w is about 1/kappa while
+kappa (1 - beta2) is small. Far above the reference m/d is an average of gradients, each divided by the denominator of the
+update that computed it, as in RMSProp with momentum; no such quotient is larger than 1 / sqrt(1 - beta2**kappa). If s spans 50
+updates or more (beta2**kappa >= 0.98), it spans the gradients in m, and m is not carried. docs/results.md has measurements.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# Coefficient of the average of squares from which on m is left alone: 50 updates are long beside the ten of beta1 0.9.
+# Coefficient of the average of squares from which on m is not carried: 50 updates are long beside the ten of beta1 = 0.9.
 LONG = 0.98
-SMALLEST = 1e-30  # of a root that is divided by
-PIECE = 2**16  # elements at a time for each thread of a CPU: what is made of them on the way stays in its cache
+SMALLEST = 1e-30  # smallest root that is used as a divisor
+PIECE = 2**16  # elements at a time for each thread of a CPU, so that intermediate results stay in its cache
 
 
 def is_carried(kappa: float, beta2: float) -> bool:
-    """Return whether averages of gradients are carried at kappa = B/B_ref, where beta2 is that of the update."""
+    """Return whether averages of gradients are carried at kappa = B/B_ref, given the beta2 of the update."""
     return kappa > 1.0 and beta2 < LONG
 
 
@@ -44,21 +43,21 @@ def roots(second_moments: list[Tensor], divisor: float, eps: float) -> list[Tens
 
 
 def roots_before(second_moments: list[Tensor], divisor: float, eps: float) -> list[Tensor]:
-    """Return `roots` to carry from, none of which is 0: what float16 rounds to zero counts as its smallest number."""
+    """Return the `roots` to divide by, none of them 0: a float16 moment that was rounded to 0 counts as the smallest number."""
     if second_moments[0].dtype == torch.float16:
         second_moments = list(torch._foreach_clamp_min(second_moments, 2.0**-24))
     found = roots(second_moments, divisor, eps)
-    if eps * math.sqrt(divisor) < SMALLEST:  # such a root's average of gradients is 0 too
+    if eps * math.sqrt(divisor) < SMALLEST:  # where a root is 0, the average of gradients is 0 too
         torch._foreach_clamp_min_(found, SMALLEST)
     return found
 
 
 def uncarried_share(kappa: float, beta2: float) -> float:
-    """Return w, the share of an average of gradients that stays as it is, in [0, 1/kappa].
+    """Return w, the share of an average of gradients that is not rescaled, in [0, 1/kappa].
 
     Args:
         kappa: B / B_ref, above 1.
-        beta2: coefficient of the average of squares in this update, in [0, 1): the reference's, to the power of kappa.
+        beta2: coefficient of the average of squares in this update, in [0, 1): that of the reference to the power of kappa.
     """
     root = math.sqrt(beta2)
     return (math.pow(root, 1.0 - 1.0 / kappa) - root) / (1.0 - root)
@@ -69,12 +68,12 @@ def carry(averages: list[Tensor], before: list[Tensor], after: list[Tensor], fac
 
     Args:
         averages: m of each parameter, without the newest gradient.
-        before: of the update before, from `roots_before`.
-        after: of this update, from `roots`; one that is infinite becomes finite.
-        factor: sqrt of the divisor before / the divisor after, by which after / before is to be multiplied.
+        before: roots of the previous update, from `roots_before`.
+        after: roots of this update, from `roots`; an infinite one is replaced by a large finite number.
+        factor: sqrt(divisor before / divisor after), by which after / before has to be multiplied.
         share: `uncarried_share` of the update.
     """
-    # m/d is of moderate size whatever the gradients' is; of a second moment that has overflowed it is 0.
+    # m/d is of moderate size however large the gradients are; it is 0 where the second moment has overflowed.
     carried = torch._foreach_div(averages, before)
     torch._foreach_mul_(averages, share)
     torch._foreach_clamp_max_(after, torch.finfo(after[0].dtype).max / 64)
@@ -82,7 +81,7 @@ def carry(averages: list[Tensor], before: list[Tensor], after: list[Tensor], fac
 
 
 def pieces(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Yield lists of tensors that belong together: large ones on a CPU piece by piece, all others at once."""
+    """Yield corresponding parts of lists of tensors: large tensors on a CPU piece by piece, all others in one part."""
     whole: tuple[list[Tensor], ...] = tuple([] for _ in lists)
     size = PIECE * torch.get_num_threads()
     for tensors in zip(*lists, strict=True):

@@ -1,13 +1,13 @@
-"""Steps damped by the curvature that they meet: a large batch follows its reference beyond the limit of the linear rule.
+"""Damping: division of steps by a measure of curvature, so that large batches are stable beyond the linear rule's limit.
 
-At kappa times the reference batch an element's step, whatever optimizer makes it, is divided by
+At kappa times the reference batch an element's step, by any of the supported optimizers, is divided by
 
     1 + (1 - 1/kappa) x,   x = A h / (2 (1+b)),   between 0 and kappa
 
-with A what a gradient moves at once (lr for SGD, lr (1-b)/(c1 D) for Adam), b the momentum and h the curvature that the element
-has met: the secant of `largebatch.noise.limit.curvature_of_steps`, of averages over updates. x is the share of the largest
-stable step that the undamped one would take. On a quadratic this keeps the stationary variance of kappa = 1 at every kappa
-(docs/limit.md); x <= kappa, as the reference is stable. The averages span the updates of a second moment.
+where A is the element's response, its immediate step per unit of gradient (lr for SGD, lr (1-b)/(c1 D) for Adam), b is the
+momentum, and h the element's curvature: the secant `largebatch.noise.limit.curvature_of_steps` of averages over updates. x is
+the undamped step as a share of the largest stable one. On a quadratic, damping keeps the stationary variance of kappa = 1 at
+every kappa (docs/limit.md); x <= kappa, because the reference is stable. The averages are as long as a second moment's.
 
 State of each element, beside the optimizer's own, in the parameter's type:
 
@@ -36,19 +36,19 @@ from largebatch.scaling.rules import second_moment_coefficient
 PREVIOUS = "previous_grad"
 AVERAGES = ("grad_change", "step_sq", "step_noise")
 STATE = (PREVIOUS, *AVERAGES)
-# Of an optimizer without a second moment: the average is that of Adam's default.
+# Coefficient for an optimizer without a second moment: Adam's default beta2.
 COEFFICIENT = 0.999
-# An average of fewer than 20 updates says too little of a curvature, and of what the step is divided by.
+# An average of fewer than 20 updates is too noisy a measure of curvature, and of the denominator of the step.
 SHORTEST = 0.95
 
 
 def averages_coefficient(group: dict[str, Any], kappa: float, of_reference: bool) -> float:
-    """Return the coefficient of the averages at kappa times the reference batch: a second moment's.
+    """Return the coefficient of damping's averages at kappa times the reference batch: that of a second moment.
 
     Args:
-        group: with the values of the reference, or of the update.
+        group: the group, with the values of the reference or of the update.
         kappa: B / B_ref.
-        of_reference: which of the two.
+        of_reference: whether the values are those of the reference.
     """
     own = group["betas"][1] if "betas" in group else group.get("alpha")
     if own is not None and not of_reference:
@@ -58,17 +58,17 @@ def averages_coefficient(group: dict[str, Any], kappa: float, of_reference: bool
 
 @dataclass
 class Damped:
-    """What is kept of some parameters from before their step until after it.
+    """The quantities that are kept for some parameters from before their step until after it.
 
     Args:
         params: the parameters.
-        states: of the optimizer, for each.
-        before: their values.
+        states: the optimizer's state of each parameter.
+        before: values of the parameters before the step.
         grads: mean gradients before clipping.
         variances: V of the mean gradient before clipping.
-        clip: by which the gradients were multiplied since.
+        clip: factor by which the gradients were clipped since.
         kappa: B / B_ref.
-        coefficient: of the averages.
+        coefficient: coefficient of the averages.
     """
 
     params: list[Tensor]
@@ -96,14 +96,14 @@ def begin_damped(
     """Measure how the gradients have changed, before the step.
 
     Args:
-        params: to be stepped.
+        params: the parameters that will be stepped.
         grads: mean gradients, over all ranks.
-        variances: V of each, before clipping; kept until `end_damped`.
-        states: of the optimizer, changed in place.
+        variances: V of each gradient before clipping; kept until `end_damped`.
+        states: the optimizer's state of each parameter, changed in place.
         kappa: B / B_ref, above 1.
-        coefficient: of the averages.
+        coefficient: coefficient of the averages.
         spread: 1 / (1 + B_t / B_{t-1}).
-        clip: by which the gradients were multiplied since the backward passes.
+        clip: factor by which the gradients were clipped since the backward passes.
     """
     whole = [gradient / clip for gradient in grads] if clip not in (0.0, 1.0) else list(grads)
     for gradient, variance, state in zip(whole, variances, states, strict=True):
@@ -119,19 +119,19 @@ def begin_damped(
 def end_damped(
     damped: Damped, responses: list[Any], beta: float, lookahead: float, shrink: float
 ) -> dict[Tensor, Tensor]:
-    """Damp the step that was made, and note it; return what the steps of parameters were multiplied by.
+    """Damp the step that was made, and average it; return the factor by which each parameter's step was multiplied.
 
     Args:
-        damped: what `begin_damped` returned.
-        responses: A of each parameter: by how much a gradient moves it at once, at this update's rate; numbers or tensors.
+        damped: the return value of `begin_damped`.
+        responses: A of each parameter at this update's learning rate; numbers or tensors.
         beta: b, the momentum.
-        lookahead: how many times nearer than that of plain momentum the limit is (`response.lookahead_of`).
-        shrink: what decoupled weight decay multiplied the parameters by: no part of the step.
+        lookahead: factor by which the limit is smaller than with plain momentum (`response.lookahead_of`).
+        shrink: factor by which decoupled weight decay multiplied the parameters, which is no part of the step.
     """
     factors: dict[Tensor, Tensor] = {}
     pieces = (damped.params, damped.states, damped.before, damped.grads, damped.variances, responses)
     for p, state, before, gradient, variance, response in zip(*pieces, strict=True):
-        # In place where it can be: of many elements, fresh memory costs more than arithmetic.
+        # In place where possible: for many elements new memory costs more than the arithmetic.
         effective = response if damped.clip == 1.0 else response * damped.clip
         if AVERAGES[0] in state:
             share = curvature_of_steps(*(state[name] for name in AVERAGES)).mul_(effective)
@@ -152,7 +152,7 @@ def end_damped(
 
 
 def forget_damping(states: Sequence[dict[str, Any]]) -> None:
-    """Let go of what damping keeps, where the next gradient has no change to be measured by."""
+    """Remove damping's tensors from the states, so that the next gradient has no predecessor to be compared with."""
     for state in states:
         for name in STATE:
             state.pop(name, None)
@@ -162,11 +162,11 @@ class Damping:
     """The damping of an optimizer's steps, for gradients whose micro-batches are squared by hooks.
 
     Args:
-        optimizer: the one that steps.
+        optimizer: the optimizer whose steps are damped.
         of_reference: whether its groups have the values of the reference at `begin`, and not yet those of the update.
 
     Raises:
-        UserError: if its steps cannot be damped.
+        UserError: if the optimizer's steps cannot be damped.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, of_reference: bool = True) -> None:
@@ -176,31 +176,31 @@ class Damping:
         self._damped: list[tuple[dict[str, Any], Damped]] = []
 
     def make_templates(self) -> None:
-        """Give each parameter with a state all tensors of it, zeros until it is damped, so that checkpoints are alike."""
+        """Give each parameter with a state all of damping's tensors, zeros if it was not damped, for uniform checkpoints."""
         for p, state in self.optimizer.state.items():
             if PREVIOUS not in state:
                 state.update({name: torch.zeros_like(p) for name in STATE})
                 self._templates.add(p)
 
     def drop_templates(self) -> None:
-        """Let go of what is in the state of parameters that were not damped."""
+        """Remove damping's tensors from the state of parameters that were not damped."""
         state = self.optimizer.state
         forget_damping([state[p] for p in self._templates if p in state])
         self._templates = set()
 
     def loaded(self) -> None:
-        """Tell which of the tensors that were loaded are of parameters that were not damped."""
+        """Find the parameters of a loaded state that were not damped, and remove their tensors."""
         states = self.optimizer.state.items()
         self._templates = {p for p, state in states if AVERAGES[1] in state and not bool(state[AVERAGES[1]].any())}
         self.drop_templates()
 
     def begin(self, units: Units, spread: float, kappa: float) -> None:
-        """Measure how the gradients have changed, before the step; of one unit alone that cannot be told from noise.
+        """Measure how the gradients have changed, before the step; with a single unit the change cannot be told from noise.
 
         Args:
-            units: of the update.
+            units: the units of the update.
             spread: 1 / (1 + B_t / B_{t-1}).
-            kappa: B / B_ref; at the reference and below it nothing is damped.
+            kappa: B / B_ref; nothing is damped at the reference or below it.
         """
         state, slots = self.optimizer.state, {slot.parameter: slot for slot in units.slots}
         self._damped = []
@@ -225,10 +225,10 @@ class Damping:
             self._damped.append((group, part))
 
     def end(self, updates_of: Callable[[Tensor], float]) -> dict[Tensor, Tensor]:
-        """Damp the step that was made, while the groups have its values; return what it was multiplied by, by parameter.
+        """Damp the step that was made, while the groups have its values; return the factor on each parameter's step.
 
         Args:
-            updates_of: the updates of a parameter so far, this one included, where torch's Adam counts them.
+            updates_of: returns the number of a parameter's updates, including this one, as torch's Adam counts them.
         """
         factors: dict[Tensor, Tensor] = {}
         for group, part in self._damped:

@@ -1,6 +1,6 @@
-"""Which parameters weight decay leaves alone: by the module that holds them, and by the part they play in it.
+"""The parameters that are exempt from weight decay, by the module that holds them and by their role in it.
 
-The number of dimensions does not tell: a layer norm over (c, h, w) and a bias of shape (1, c, 1, 1) have several.
+The number of dimensions is not enough: a layer norm over (c, h, w) and a bias of shape (1, c, 1, 1) have several.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from largebatch.moments import is_shadow
 
 LISTED = "named by no_weight_decay()"
 
-# Their weights are matrices whatever their shape: a linear layer of one output has the shape (1, c).
+# Modules whose weights are matrices whatever their shape: that of a linear layer with one output has the shape (1, c).
 _MAPS = (
     nn.Linear,
     nn.Bilinear,
@@ -31,17 +31,17 @@ _BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
 _TOKEN = re.compile(r"(^|_)tokens?(_\d+)?$|^(cls|class)_embed(ding)?$")
 _POSITION = re.compile(r"(^|_)(w?pe|pos|positions?|positional)(_|$)")
 _TABLE = re.compile(r"Embed|Encod")
-_POSITIONAL = re.compile(r"Position(?![Ww]ise)")  # what is position-wise is the same at every position
+_POSITIONAL = re.compile(r"Position(?![Ww]ise)")  # a position-wise layer is the same at every position
 _PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.(\w+)\.original(\d*)$")
 
 
 def undecayed(model: nn.Module) -> dict[str, str]:
-    """Return the trained parameters that weight decay leaves alone, each with the part it plays.
+    """Return the trained parameters that are exempt from weight decay, each with its role.
 
-    They are: every bias; every parameter of a normalisation, by its class; class tokens and their like; position embeddings;
-    scales and other vectors, which have at most one dimension larger than 1 and are no weight (a layer scale (c, 1, 1), a
-    slope); and what a ``no_weight_decay()`` of the model or of a part of it names, as timm's models have it. A parameter of
-    several names is left alone where one of them says so.
+    They are: every bias; every parameter of a normalisation layer, by its class; class tokens and other tokens; position
+    embeddings; scales and other vectors, which have at most one dimension larger than 1 and are no weight (a layer scale
+    (c, 1, 1), a slope); and parameters that a method ``no_weight_decay()`` of the model or of a submodule names, as in timm's
+    models. A parameter with several names is exempt if one of them is.
 
     Args:
         model: the model, tracked or not.
@@ -50,7 +50,7 @@ def undecayed(model: nn.Module) -> dict[str, str]:
         {name: "bias", "norm", "token", "position embedding", "scale" or `LISTED`}.
 
     Raises:
-        UserError: if a no_weight_decay() fails, or gives no names.
+        UserError: if a no_weight_decay() fails, or does not return names.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     listed = {f"{path}.{name}" if path else name for path, module in modules.items() for name in _listed(path, module)}

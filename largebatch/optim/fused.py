@@ -1,4 +1,4 @@
-"""Where torch's fused update may stand in for the one that it chooses by itself."""
+"""Where torch's fused update may replace the one that torch chooses by default."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def may_fuse(optimizer: torch.optim.Optimizer, group: dict[str, Any], state: Any) -> bool:
-    """Return whether torch's fused update may run where the user chose none: on a CPU it is several times faster.
+    """Return whether torch's fused update may run where the user chose no implementation.
 
-    Equal to the others but for the last digits.
+    On a CPU it is several times faster, and equal to the other implementations up to rounding.
     """
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return False
@@ -22,7 +22,7 @@ def may_fuse(optimizer: torch.optim.Optimizer, group: dict[str, Any], state: Any
 
 
 def _lies_alike(parameter: Tensor, state: dict[str, Any]) -> bool:
-    """Return whether a CPU parameter, its gradient and its state have one layout: the fused kernel asks no more."""
+    """Return whether a CPU parameter, its gradient and its state have the same layout, as the fused kernel requires."""
     if parameter.device.type != "cpu" or not parameter.is_floating_point():
         return False
     if not parameter.is_contiguous() and not (

@@ -1,4 +1,4 @@
-"""Parameter groups, and the one place where a schedule writes into an optimizer."""
+"""Parameter groups, and the function by which a schedule's values are written into an optimizer."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ def param_groups(
     squares: bool = True,
     by_role: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return the trained parameters in groups: decayed ones, and norms, biases and their like without weight decay.
+    """Return the trained parameters in groups: those with weight decay, and norms, biases and the like without it.
 
     `undecayed` selects the latter. If there are two groups, the key ``adapted`` is True for the first, whose layers LARS and
-    LAMB scale by a trust ratio. Of a tracked model, each group is preceded by the group of its
-    parameters' shadows, in the same order, with ``role: shadow``; the adaptive optimizers of this package read them, SGD and
-    LARS pass them over, and no optimizer from elsewhere may be given them. With ``squares=False`` the groups are marked
-    ``used: False``: the squares are there to be measured (a noise scale), and the second moments are plain, whatever the
-    optimizer's reference_batch_size.
+    LAMB scale by a trust ratio. For a tracked model, each group is preceded by a group of its parameters' shadows, in the same
+    order, with ``role: shadow``. The adaptive optimizers of this package read these groups, and SGD and LARS skip them; do not
+    pass them to any other optimizer. With ``squares=False`` the groups of shadows are marked ``used: False``: the squares are
+    then only measured (for a noise scale), and second moments are plain, whatever the optimizer's reference_batch_size.
 
     Args:
         model: the model, tracked or not.
-        weight_decay: of the first group, >= 0; at 0 there is one group.
-        decay_norm_and_bias: True decays all parameters alike, and makes one group.
-        by_role: True makes two groups in any case.
+        weight_decay: weight decay of the first group, >= 0; at 0 there is one group.
+        decay_norm_and_bias: whether to decay all parameters, in one group.
+        by_role: whether to make two groups in any case.
         squares: whether adaptive optimizers take their second moments from the tracked squares.
     """
     shadow_of = shadows(model)
@@ -55,7 +54,7 @@ def param_groups(
 
 
 def is_shadow_group(group: Mapping[str, Any]) -> bool:
-    """Return whether a group holds shadows, which are never updated, clipped or counted."""
+    """Return whether a group holds shadows, whose gradients are sums of squares."""
     return group.get("role") == "shadow"
 
 
@@ -63,7 +62,7 @@ def refuse_stray_shadows(group: Mapping[str, Any]) -> None:
     """Refuse shadows that would be trained as parameters.
 
     Raises:
-        UserError: if a group that is not marked as one of shadows holds one.
+        UserError: if a group that is not marked as a group of shadows holds one.
     """
     if not is_shadow_group(group) and any(is_shadow(p) for p in group["params"]):
         raise UserError(
@@ -73,7 +72,7 @@ def refuse_stray_shadows(group: Mapping[str, Any]) -> None:
 
 
 def gradients_and_squares(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the gradients of an optimizer's parameters, and those of their shadows, which are sums of squares."""
+    """Return the gradients of an optimizer's parameters, and the gradients of their shadows, which are sums of squares."""
     gradients: list[Tensor] = []
     squares: list[Tensor] = []
     for group in optimizer.param_groups:
@@ -88,20 +87,20 @@ def scale_gradients(gradients: list[Tensor], squares: list[Tensor], factor: floa
     if factor == 1.0:
         return
     torch._foreach_mul_(gradients, factor)
-    for _ in range(2 if squares else 0):  # one after the other: the square of fp16's loss scale leaves float32's digits
+    for _ in range(2 if squares else 0):  # twice, because the square of fp16's loss scale may leave float32's range
         torch._foreach_mul_(squares, factor)
 
 
 def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float, factor: float = 1.0) -> float:
-    """Clip the gradients of an optimizer by their global norm, and their squares with them; return the norm before.
+    """Clip an optimizer's gradients by their global norm, and scale their squares accordingly; return the norm before.
 
-    For a training loop of one's own: `torch.nn.utils.clip_grad_norm_` over `model.parameters()`, or a framework's own clipping,
-    takes the squares of a tracked model for gradients. Call it after backward and reduction.
+    This is for a training loop of your own: `torch.nn.utils.clip_grad_norm_` over `model.parameters()`, or a framework's own
+    clipping, would treat the squares of a tracked model as gradients. Call it after the backward pass and the reduction.
 
     Args:
-        optimizer: over `param_groups` of a model, tracked or not; every rank holds whole gradients.
-        max_norm: largest norm that is left as it is.
-        factor: what gradients are multiplied by first, where they are not yet the mean over the batch.
+        optimizer: an optimizer over `param_groups` of a model, tracked or not; every rank holds whole gradients.
+        max_norm: largest norm that is not clipped.
+        factor: factor by which gradients are multiplied first, if they are not yet the mean over the batch.
     """
     gradients, squares = gradients_and_squares(optimizer)
     norm = factor * float(torch.nn.utils.get_total_norm(gradients))
@@ -114,7 +113,7 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, values: Mapping[str, A
 
     Raises:
         KeyError: if the optimizer has no such hyper-parameter.
-        UserError: if groups have learning rates of their own, which would all become one.
+        UserError: if groups have different learning rates, which would become the same.
     """
     rates = {float(group["lr"]) for group in optimizer.param_groups if not is_shadow_group(group)}
     if "lr" in values and len(rates) > 1:
@@ -130,7 +129,7 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, values: Mapping[str, A
 
 
 def described(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, parameter) of all groups; one without a name is described by its place and shape."""
+    """Yield (name, parameter) of all groups; a parameter without a name is described by its index and shape."""
     for number, group in enumerate(groups):
         names = group.get("param_names") or [""] * len(group["params"])
         for index, (name, parameter) in enumerate(zip(names, group["params"], strict=True)):
@@ -142,22 +141,22 @@ def check_groups(groups: Iterable[dict[str, Any]], has_moment: bool) -> None:
     """Refuse groups that `batch_size_invariant` cannot take.
 
     Args:
-        groups: of the optimizer.
-        has_moment: whether it has a second moment to be estimated.
+        groups: groups of the optimizer.
+        has_moment: whether the optimizer has a second moment to be estimated.
 
     Raises:
-        UserError: for shadows, a rate that decays by itself, or a second moment that keeps nothing.
+        UserError: for shadows, for lr_decay other than 0, or for a beta2 or alpha of 0.
     """
     for group in groups:
         if is_shadow_group(group) or any(is_shadow(p) for p in group["params"]):
             raise UserError(
                 "batch_size_invariant: the model is tracked, and its shadows are among the parameters; call largebatch.untrack "
-                "first: this optimizer needs nothing of the model"
+                "first: this optimizer does not need a tracked model"
             )
         if group.get("lr_decay"):
             raise UserError(f"lr_decay: expected 0, got {group['lr_decay']}; use a scheduler")
         coefficient = group["betas"][1] if "betas" in group else group.get("alpha", 1.0)
         if has_moment and not coefficient > 0:
             raise UserError(
-                "beta2 (alpha): expected more than 0: a second moment that keeps nothing cannot be estimated"
+                "beta2 (alpha): expected more than 0: a second moment that is no average cannot be estimated"
             )

@@ -1,4 +1,4 @@
-"""What the loop around an optimizer says of its batches: numbers, loaders, and what Accelerate knows."""
+"""Batch sizes from the loop around an optimizer: given as numbers, by loaders, or by Accelerate's state."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from largebatch.errors import UserError
 
 
 def samples(name: str, value: Any) -> int:
-    """Return a number of samples.
+    """Return a value as a number of samples.
 
     Raises:
-        UserError: if it is not one.
+        UserError: if the value is not a whole number of at least 1.
     """
     try:
         number = operator.index(value)
@@ -28,10 +28,10 @@ def samples(name: str, value: Any) -> int:
 
 
 def loader_size(loader: DataLoader[Any]) -> int:
-    """Return the samples of a loader's batches; warn where the last of an epoch has fewer."""
+    """Return the number of samples in a loader's batches; warn if the last batch of an epoch has fewer."""
     sampler: Any = getattr(loader, "batch_sampler", None)
     size = getattr(sampler, "batch_size", None) or getattr(loader, "batch_size", None)
-    if isinstance(size, int) and getattr(sampler, "split_batches", False):  # Accelerate's, over its processes
+    if isinstance(size, int) and getattr(sampler, "split_batches", False):  # Accelerate splits it over its processes
         size //= sampler.num_processes
     if not isinstance(size, int):
         raise UserError(
@@ -51,7 +51,7 @@ def loader_size(loader: DataLoader[Any]) -> int:
 
 
 def warn_of_short_batches() -> None:
-    """Warn, as often as warnings are shown, where Accelerate's loader ends its data with a smaller batch."""
+    """Warn if Accelerate's loader ends its data with a smaller batch; Python's filters limit how often it is shown."""
     state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
     if state is None or not state._shared_state:
         return
@@ -59,7 +59,7 @@ def warn_of_short_batches() -> None:
     if not host.end_of_dataloader or host.remainder <= 0:
         return
     if host.active_dataloader is not None and getattr(host.active_dataloader.batch_sampler, "even_batches", False):
-        return  # filled up
+        return  # Accelerate fills the last batch up
     warnings.warn(
         f"the last batch of the data had {host.remainder} samples and was counted as a full one; expected drop_last=True, or "
         "`with optimizer.micro_batch(size):` around its backward pass",

@@ -1,4 +1,4 @@
-"""An optimizer that trains at whatever batch its loop makes as if at the batch size it was tuned at."""
+"""An optimizer that trains at any batch size as if at the batch size that it was tuned at."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from largebatch.optim.resumable import KEY, Resumable
 from largebatch.optim.shift import Count, coefficient_at, move_second_moments, noise_sums
 from largebatch.scaling.rules import enough_units
 
-# Updates at the reference that the averages of the noise scale span. It is measured at each of the first updates, then now and
-# then: what hundreds of updates say is said by every eighth of them.
+# Number of updates at the reference that the averages of the noise scale span. The scale is measured at each of the first
+# updates, and later at every eighth, which is enough for an average over hundreds of updates.
 NOISE_UPDATES, NOISE_FIRST, NOISE_EVERY = 1000, 32, 8
 
 
@@ -49,35 +49,34 @@ def batch_size_invariant(
         beta2 = beta2_ref**kappa                            of Adam and AdamW, and alpha of RMSprop
         s     = beta2*s + (1-beta2)*s_ref,   s_ref = ghat^2 + (kappa-1)*V;   s = s + kappa*s_ref of Adagrad
 
-    with V the variance of the mean gradient, estimated from the differences between the micro-batches of the update, so that
-    s_ref estimates without bias the square that the optimizer would have seen at the reference batch size. Where beta2 is below
-    0.98, Adam's average of gradients is carried (`largebatch.optim.carry`). At B = B_ref it is the optimizer itself.
+    where V is the variance of the mean gradient, estimated from the differences between the micro-batches of the update. So
+    s_ref is an unbiased estimate of the square that the optimizer would have averaged at the reference batch size. Where beta2
+    is below 0.98, Adam's average of gradients is rescaled (`largebatch.optim.carry`). At B = B_ref the optimizer runs as given.
 
-    Nothing of the model is touched: hooks on the parameters add up squared gradients in the backward pass, and under torch's
-    DistributedDataParallel they are summed over the ranks in `step`. The groups keep the values of the reference: schedulers
-    write them, and `step` scales what they wrote.
+    The model is not changed: hooks on the parameters add up squared gradients in the backward pass, and under torch's
+    DistributedDataParallel `step` sums them over the ranks. The groups keep the values of the reference: schedulers write them,
+    and `step` scales them.
 
     Args:
         optimizer: torch.optim's Adam, AdamW, RMSprop, Adagrad or SGD, or one of `largebatch.optim` over untracked parameters;
             new or trained, before or after the model is wrapped by DistributedDataParallel.
-        reference_batch_size: B_ref, the global batch size in samples that it was tuned at, >= 1.
-        micro_batch_size: samples of one backward pass on one rank, or the DataLoader that says so. B is this times the backward
-            passes since the last update, over all ranks; see `BatchSizeInvariant.micro_batch` and `set_batch` for what cannot
-            be counted. A smaller last batch counts as a full one unless it is announced.
-        loss: ``mean`` where the gradients at the update are the mean over all samples of the batch, so that losses of
-            micro-batches are means and divided by their number; ``sum`` where losses are sums over samples, in the reference
-            too. Then `step` first scales the gradients in place to the sum over a reference batch.
-        process_group: the data-parallel ranks, whose mean the gradients are; None for all.
-        damping: whether each element's step is divided by 1 + (1 - 1/kappa) x, with x the share of the largest stable step that
-            it would take, measured from the change of the gradient beside its noise (`largebatch.optim.damping`): for Adam,
-            AdamW, RMSprop and SGD, with two or more backward passes an update. The optimizer's state grows by four tensors of
-            each parameter's size.
+        reference_batch_size: B_ref, the global batch size in samples at which the optimizer was tuned, >= 1.
+        micro_batch_size: number of samples in one backward pass on one rank, or the DataLoader that yields them. B is this
+            number times the backward passes since the last update, over all ranks; for batches that cannot be counted in this
+            way see `BatchSizeInvariant.micro_batch` and `set_batch`. A smaller last batch counts as full unless announced.
+        loss: ``mean`` if the gradients at the update are the mean over all samples of the batch, so that each micro-batch's
+            loss is a mean, divided by the number of micro-batches; ``sum`` if losses are sums over samples, in the reference
+            too. With ``sum``, `step` first scales the gradients in place to the sum over a reference batch.
+        process_group: process group of the ranks over which gradients are averaged; None for all ranks.
+        damping: whether to divide each element's step by 1 + (1 - 1/kappa) x, where x is the undamped step as a share of the
+            largest stable one, measured from the change of the gradient (`largebatch.optim.damping`). It needs Adam, AdamW,
+            RMSprop or SGD, two or more backward passes per update, and four more state tensors of each parameter's size.
 
     Returns:
-        An optimizer that shares groups and state with the one given, which is not to be stepped any more.
+        An optimizer that shares groups and state with the given one; do not call the given optimizer's `step` any more.
 
     Raises:
-        UserError: for an optimizer it does not know, sharded or complex parameters, or sizes below 1.
+        UserError: for an unsupported optimizer, sharded or complex parameters, or sizes below 1.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -101,10 +100,10 @@ def batch_size_invariant(
 
 
 class BatchSizeInvariant(Resumable):
-    """What `batch_size_invariant` returns.
+    """The optimizer that `batch_size_invariant` returns.
 
     Attributes:
-        base: the optimizer that was given; it holds the groups and the state.
+        base: the wrapped optimizer, which holds the groups and the state.
     """
 
     def __init__(
@@ -132,8 +131,8 @@ class BatchSizeInvariant(Resumable):
         super().__init__(optimizer)
         self._hook_parameters()
         self._progress.counts = counts_of(self.base, self._moment_name)
-        own = self.param_groups[0].get(KEY)  # of a state dict of this class that the plain optimizer has loaded
-        self.param_groups[0][KEY] = {}  # torch.distributed.checkpoint reads the keys that are there
+        own = self.param_groups[0].get(KEY)  # from a state dict of this class that the plain optimizer loaded
+        self.param_groups[0][KEY] = {}  # torch.distributed.checkpoint reads only existing keys
         if own:
             self._require_reference(own)
             self._load_own_state(own)
@@ -152,60 +151,60 @@ class BatchSizeInvariant(Resumable):
             raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and the squares with them."""
+        """Clear the gradients and their squares."""
         self.base.zero_grad(set_to_none)
         self._progress.restart(self._squares.is_pending)
         self._squares.restart()
         self._hook_parameters()
 
-    # What is said to it, and what it says
+    # Settings and measurements
 
     @property
     def batch_size(self) -> int:
-        """B of the last update, in samples over all ranks; of the reference before the first."""
+        """B of the last update, in samples over all ranks; B_ref before the first update."""
         return self._progress.batch_size
 
     @property
     def lr_scale(self) -> float:
-        """What the last update multiplied the groups' learning rates by: kappa; 1 for `Quench`, which needs no rule."""
+        """The factor on the groups' learning rates in the last update: kappa, or 1 for `Quench`, which needs no rule."""
         return 1.0 if isinstance(self.base, Quench) else self._progress.kappa
 
     @property
     def samples_seen(self) -> int:
-        """Samples of all updates, over all ranks."""
+        """The number of samples in all updates so far, over all ranks."""
         return self._progress.samples_seen
 
     def micro_batch(self, size: int | None = None) -> AbstractContextManager[None]:
-        """Return a context whose backward passes are of one micro-batch, of another size than announced if one is given.
+        """Return a context whose backward passes belong to one micro-batch, optionally of another size than announced.
 
-        For several losses of the same samples (of a GAN, say), and for a smaller last micro-batch. The gradient has to be the
-        mean over the samples of the batch: each micro-batch weighs as much as its size.
+        It is for several losses of the same samples (in a GAN, for example), and for a smaller last micro-batch. The gradient
+        has to be the mean over the samples of the batch, in which each micro-batch is weighted by its size.
 
         Args:
-            size: samples of the micro-batch, >= 1; None for the announced size.
+            size: number of samples in the micro-batch, >= 1; None for the announced size.
         """
         return self._squares.joined(1.0 if size is None else samples("micro_batch", size) / self.micro_batch_size)
 
     def set_batch(self, batch_size: int) -> None:
-        """Announce B of the coming update, in samples over all ranks, in place of what is counted."""
+        """Announce B of the coming update, in samples over all ranks, in place of the counted number."""
         self._progress.announce(samples("set_batch", batch_size), self._squares.is_pending)
 
     @property
     def critical_batch_size(self) -> Noise:
-        """The batch size at which an update makes half of a noiseless one's progress, with its band (`largebatch.noise.Noise`).
+        """The batch size at which an update makes half the progress of one without noise, with its confidence band.
 
-        Averaged over the samples of a thousand updates at the reference, and over 32 measurements at the least; infinite
-        before the first one. Where updates have one backward pass alone, the change of the gradient from one to the next
-        counts as noise, and the value is too large.
+        The `largebatch.noise.Noise` is averaged over the samples of a thousand updates at the reference, and over at least 32
+        measurements; its noise scale is infinite before the first measurement. If updates have a single backward pass, any
+        change of the gradient between two updates counts as noise, and the value is too large.
         """
         return self._noise.whole
 
     @property
     def limit(self) -> Limit:
-        """How near the updates are to the largest stable ones (`largebatch.optim.Limit`), whole and by parameter.
+        """How near the updates are to the largest stable ones (`largebatch.optim.Limit`), for the model and by parameter.
 
-        Measured on two successive updates in every 32, at first in every eight, on at most 4,096 elements of each parameter,
-        and averaged over 16 measurements. It needs two backward passes an update, and Adam, AdamW, RMSprop or SGD.
+        It is measured on two successive updates in every 32, at first in every eight, on at most 4,096 elements of each
+        parameter, and averaged over 16 measurements. It needs two backward passes per update, and Adam, AdamW, RMSprop or SGD.
         """
         return self._watch.meter.limit()
 
@@ -216,7 +215,7 @@ class BatchSizeInvariant(Resumable):
         """Do one update; ``closure`` as in torch.optim.
 
         Raises:
-            UserError: if a gradient is not what the backward passes left, times one factor for all; within `micro_batch`.
+            UserError: if gradients are not those of the backward passes times one common factor; within `micro_batch`.
         """
         loss = None
         if closure is not None:
@@ -225,7 +224,7 @@ class BatchSizeInvariant(Resumable):
         self._hook_parameters()
         units = self._squares.collect()
         progress = self._progress
-        if units is None:  # nothing but momentum and weight decay
+        if units is None:  # only momentum and weight decay act
             progress.advance(self.base, self._moment_name, self._shortest)
             with values_at(self.base, progress.kappa, progress.batch_size, 1.0, self._shortest):
                 self.base.step()
@@ -250,7 +249,7 @@ class BatchSizeInvariant(Resumable):
         return loss
 
     def _warn_of_few_units(self, num_units: float, kappa: float) -> None:
-        """Warn once where an average of squares is so short that it rests on the few micro-batches of one update."""
+        """Warn once if the second moment's average is so short that an update needs more micro-batches than it has."""
         groups = [group for group in self.param_groups if "betas" in group or "alpha" in group]
         if kappa <= 1.0 or self._progress.warned_of_units or not groups:
             return
@@ -266,7 +265,7 @@ class BatchSizeInvariant(Resumable):
             )
 
     def _correct_kept(self, factor: float) -> None:
-        """Multiply what is kept of gradients whose loss scale was not what it was taken for."""
+        """Correct the kept gradients by the factor between the assumed loss scale and the true one."""
         for slot in self._squares.slots.values():
             if slot.holds == "previous":
                 slot.region.mul_(factor)
@@ -280,7 +279,7 @@ class BatchSizeInvariant(Resumable):
             self._watch.meter = LimitMeter(self._watch.meter.names)
 
     def _to_reference_sum(self, units: Units, factor: float) -> None:
-        """Scale gradients, which the ranks' mean of sums is, to the sum over a reference batch."""
+        """Scale gradients, which are means over the ranks of sums over samples, to the sum over a reference batch."""
         torch._foreach_mul_([slot.parameter.grad for slot in units.slots], factor)  # type: ignore[misc]
         units.factor *= factor
 
@@ -307,7 +306,7 @@ class BatchSizeInvariant(Resumable):
             factors = {} if self._damping is None else self._damping.end(self._updates_of)
             self._watch.after(self._updates_of, factors)
         progress.updates += 1
-        if len(progress.counts) > len(self._squares.slots):  # parameters went
+        if len(progress.counts) > len(self._squares.slots):  # parameters were removed
             progress.counts = {p: count for p, count in progress.counts.items() if p in self._squares.slots}
         if units.num_units <= 1:
             for slot in units.slots:
@@ -324,7 +323,7 @@ class BatchSizeInvariant(Resumable):
         return update < NOISE_FIRST or update % NOISE_EVERY == 0
 
     def _measured(self, signal: float, variance: float) -> None:
-        """Take one update's |ghat|^2 and sum of V into the averages, and warn once of a batch above the band."""
+        """Add one update's |ghat|^2 and sum of V to the averages, and warn once if the batch size is above the band."""
         sums = torch.tensor([[signal], [signal + variance]], dtype=torch.float64)
         self._noise.update(sums, self.batch_size, num_units=2, scale=1.0)
         if self._progress.warned or self._progress.updates < NOISE_FIRST:
@@ -334,7 +333,7 @@ class BatchSizeInvariant(Resumable):
             self._progress.warned = True
             warnings.warn(
                 f"the batch of {self.batch_size:,} samples is above the critical batch size, {noise.noise_scale:,.0f} with a "
-                f"99 % band of {noise.low:,.0f} to {noise.high:,.0f}: a smaller batch would make more of each sample",
+                f"99 % band of {noise.low:,.0f} to {noise.high:,.0f}: each sample would contribute more in a smaller batch",
                 stacklevel=6,
             )
 
@@ -342,7 +341,7 @@ class BatchSizeInvariant(Resumable):
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         named = described(self.param_groups)
-        # Others never have a gradient: frozen weights that are integers, or made in inference mode.
+        # Other parameters never have a gradient: frozen weights of integers, or made in inference mode.
         return ((name, p) for name, p in named if (p.is_floating_point() or p.is_complex()) and not p.is_inference())
 
     def _hook_parameters(self) -> None:

@@ -1,9 +1,9 @@
 """LARS and LAMB: the norm of a layer's step is proportional to the norm of its weights.
 
-Norms, biases and what else weight decay leaves alone keep a trust ratio of 1, as both papers' experiments had it; the groups
-of `param_groups` say which they are (``adapted``), and in others it is the parameters of at most one dimension. With the group
-key ``adapt_norm_and_bias`` they have a trust ratio too. A layer is one parameter tensor, so engines that flatten parameters
-(DeepSpeed ZeRO) do not fit; sharded DTensors do: their norms are those of the whole parameter.
+Norms, biases and other parameters that are exempt from weight decay keep a trust ratio of 1, as in both papers' experiments.
+The key ``adapted`` marks the groups of `param_groups` accordingly; in other groups these are the parameters of at most one
+dimension. With the group key ``adapt_norm_and_bias`` they have a trust ratio too. A layer is one parameter tensor, so engines
+that flatten parameters (DeepSpeed ZeRO) are not supported. Sharded DTensors are: their norms are those of the whole parameter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _norms(tensors: list[Tensor]) -> Tensor:
 
 
 def _trust_ratios(numerators: Tensor, denominators: Tensor) -> list[Tensor]:
-    """Return numerator / denominator of each layer; 1 where either is 0: a layer of zeros could never leave them."""
+    """Return numerator / denominator of each layer, or 1 where either is 0: a layer of zeros could otherwise never change."""
     defined = (numerators > 0) & (denominators > 0)
     return list(torch.where(defined, numerators / denominators, 1.0).unbind())
 
@@ -46,12 +46,12 @@ class LARS(torch.optim.Optimizer):
         p -= v
 
     Args:
-        params: parameters or groups; shadow groups are passed over.
-        lr: global learning rate, >= 0; also the rate of what is not adapted, whose ratio is 1.
-        momentum: mu in [0, 1), of the form that takes the learning rate in (``velocity`` of `SGD`).
+        params: parameters or groups; groups of shadows are skipped.
+        lr: global learning rate, >= 0; also the learning rate of parameters that are not adapted, whose ratio is 1.
+        momentum: mu in [0, 1), in the form that includes the learning rate (``velocity`` of `SGD`).
         weight_decay: L2 coefficient, added to the gradient.
-        trust_coefficient: how far a layer may move, relative to its length, at lr = 1; > 0.
-        adapt_norm_and_bias: True adapts norms, biases and their like too.
+        trust_coefficient: length of a layer's step relative to the norm of its weights, at lr = 1; > 0.
+        adapt_norm_and_bias: whether norms, biases and the like are adapted too.
 
     Raises:
         UserError: if an argument lies outside its range.
@@ -85,7 +85,7 @@ class LARS(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch.optim; one of shadows has to say so."""
+        """Add a group, as in torch.optim; a group of shadows needs the key ``role: shadow``."""
         super().add_param_group(param_group)
         refuse_stray_shadows(self.param_groups[-1])
 
@@ -124,20 +124,20 @@ class LARS(torch.optim.Optimizer):
 class LAMB(AdamW):
     """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2, with phi(z) = z).
 
-        m = beta1*m + (1-beta1)*g             far above the reference batch m is carried first (`largebatch.optim.carry`)
+        m = beta1*m + (1-beta1)*g             far above the reference batch m is rescaled first (`largebatch.optim.carry`)
         s = beta2*s + (1-beta2)*s_ref         s_ref = g^2 where no squares are tracked
         u = (m/c1) / (sqrt(s/c2) + eps) + wd*p
         p -= lr * |p|/|u| * u                 of each layer
 
     Args:
         params: parameters or groups.
-        lr: how far a layer moves relative to its length, >= 0; also Adam's rate of what is not adapted.
+        lr: length of a layer's step relative to the norm of its weights, >= 0; Adam's rate for parameters not adapted.
         betas: coefficients of the two running averages, in [0, 1).
         eps: added to the root, >= 0.
         weight_decay: added to the direction, decoupled from the averages.
         bias_correction: ``published`` (c = 1 - beta^t) or ``running_mean`` (weights 1/min(t, N), c = 1).
-        reference_batch_size: B_ref, where the parameters are those of a tracked model (see `Moment`).
-        adapt_norm_and_bias: True adapts norms, biases and their like too.
+        reference_batch_size: B_ref; required for the parameters of a tracked model (see `Moment`).
+        adapt_norm_and_bias: whether norms, biases and the like are adapted too.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class LAMB(AdamW):
     ) -> None:
         """Apply the rule above."""
         lr = group["lr"]
-        # AdamW from the origin, where decoupled weight decay has nothing to shrink: -lr * (m/c1) / (sqrt(s/c2) + eps).
+        # AdamW's step at p = 0, where decoupled weight decay changes nothing: -lr * (m/c1) / (sqrt(s/c2) + eps).
         steps = [torch.zeros_like(p) for p in params]
         super().update(group, steps, grads, state, moment, counts)
         torch._foreach_add_(steps, params, alpha=-lr * group["weight_decay"])

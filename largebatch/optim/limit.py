@@ -1,13 +1,13 @@
-"""How far an optimizer's steps are from the largest stable ones, measured now and then from two gradients in a row.
+"""How far an optimizer's steps are from the largest stable ones, measured at intervals from two successive gradients.
 
-With A by how much a gradient moves its element at once (`response`), the coordinates w / sqrt(A) are those in which a step
-follows the gradient itself, with rate 1 - b. There the three sums of a layer, or of the whole,
+With A the immediate step of an element per unit of gradient (`response`), the immediate step in the coordinates w / sqrt(A) is
+the gradient itself. There the three sums over a layer, or over the model,
 
     E = sum A ((g_{t+1} - g_t)^2/2 - V),   U = sum dw^2 / A,   N = sum A V
 
-give the curvature h of `largebatch.noise.limit.curvature_of_steps`, and r = h / (2 (1+b)) is the share of the largest stable
-step in use, times (1+2b)/(1+b) with Nesterov's momentum: a mean over directions, weighted by the square of the steps and by
-the noise. A direction alone may be nearer to its limit. Each sum is averaged over measurements before r is taken.
+give the curvature h by `largebatch.noise.limit.curvature_of_steps`. r = h / (2 (1+b)), times (1+2b)/(1+b) with Nesterov's
+momentum, is the share of the largest stable step in use: a mean over directions, weighted by the squares of steps and by the
+noise. A single direction may be nearer to its limit. Each sum is averaged over measurements before r is computed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from largebatch.optim.around import is_decoupled
 from largebatch.optim.response import KNOWN, lookahead_of, momentum_of, responses
 from largebatch.optim.shift import sampled_noise
 
-# A measurement is of two updates in a row: of the first updates two of every eight, then of every so many. An average spans so
-# many measurements.
+# Each measurement uses two successive updates: two of every MEASURED_EARLY among the first EARLY_UPDATES, then two of every
+# MEASURED_EVERY. The averages span AVERAGED measurements.
 MEASURED_EARLY, EARLY_UPDATES, MEASURED_EVERY, AVERAGED = 8, 64, 32, 16
 
 
@@ -37,9 +37,9 @@ class Limit:
     """How near an optimizer's steps are to the largest stable ones.
 
     Args:
-        share: r of the whole, a mean over directions: the steepest may reach its limit, 1, while the mean is well below. In a
-            direction where it is 0.5 the variance of the weights has doubled. nan before the first measurement.
-        batch_size: that at which r would be 1 by the linear rule, in samples; infinite where r is 0.
+        share: r of the model, a mean over directions: the steepest direction may reach its limit, 1, while the mean is well
+            below. Where a direction's share is 0.5, the variance of the weights has doubled. nan before the first measurement.
+        batch_size: the batch size, in samples, at which r would be 1 by the linear rule; infinite where r is 0.
         by_name: r of each parameter or layer.
     """
 
@@ -51,13 +51,13 @@ class Limit:
 class LimitMeter:
     """Measures the share of the largest stable step.
 
-    Between the two updates of a measurement it keeps a gradient, and A where it differs by element; otherwise sums alone.
+    Between the two updates of a measurement it keeps a gradient, and A if A differs by element; otherwise it keeps only sums.
 
     Args:
-        names: of the columns.
+        names: names of the columns.
 
     Attributes:
-        reduce: adds sums over the ranks that hold other parts of the parameters; None where each holds all.
+        reduce: adds sums over the ranks that hold other parts of the parameters; None if each rank holds all of them.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -70,11 +70,11 @@ class LimitMeter:
 
     @property
     def is_second(self) -> bool:
-        """Whether the coming update is the second of two."""
+        """Whether the coming update is the second of a measurement."""
         return bool(self._kept)
 
     def drop(self) -> None:
-        """Let go of half a measurement."""
+        """Discard the first half of a measurement."""
         self._kept, self._sums = {}, None
 
     @torch.no_grad()
@@ -89,16 +89,16 @@ class LimitMeter:
         group: dict[str, Any],
         batch_size: float,
     ) -> None:
-        """Take in parameters at the first update of two, after its step.
+        """Add parameters to the first half of a measurement, after the step of its first update.
 
         Args:
-            columns: of the parameters, in `names`.
-            steps: dw of each, used up.
+            columns: the parameters' columns in `names`.
+            steps: dw of each parameter, overwritten.
             grads: mean gradients before clipping; kept.
-            variances: V, used up.
-            responses: A of each, tensors or numbers, times what the gradients were clipped by; kept.
-            weights: elements that each one given stands for.
-            group: with their momentum, b.
+            variances: V of each gradient, overwritten.
+            responses: A of each parameter, tensors or numbers, times the factor of clipping; kept.
+            weights: number of elements that each given element stands for, by parameter.
+            group: the parameters' group, which has the momentum b.
             batch_size: B.
         """
         self.momentum, self.lookahead, self.batch_size = momentum_of(group), lookahead_of(group), batch_size
@@ -114,25 +114,25 @@ class LimitMeter:
     def end(
         self, columns: Sequence[int], grads: Sequence[Tensor], variances: Sequence[Tensor], batch_size: float
     ) -> None:
-        """Take in parameters at the second update, before its step; `commit` follows.
+        """Add parameters to the second half of a measurement, before the step of its second update; then call `commit`.
 
         Args:
-            columns: of the parameters.
+            columns: the parameters' columns.
             grads: mean gradients before clipping.
-            variances: V, used up.
+            variances: V of each gradient, overwritten.
             batch_size: B.
         """
         assert self._sums is not None
-        of_noise = 0.5 * (1.0 + batch_size / self.batch_size)  # V of both updates, over twice that of this one
+        of_noise = 0.5 * (1.0 + batch_size / self.batch_size)  # V of both updates, divided by twice V of this one
         for column, gradient, variance in zip(columns, grads, variances, strict=True):
             if column not in self._kept or self._kept[column][0].shape != gradient.shape:
-                continue  # it had no gradient, or is another parameter
+                continue  # it had no gradient in the first half, or is another parameter
             before, response, weight = self._kept[column]
             change = (gradient - before).square_().mul_(0.5).sub_(variance, alpha=of_noise)
             self._sums[0, column] = weight * change.mul_(response).sum()
 
     def commit(self) -> None:
-        """Take a measurement into the averages."""
+        """Add the measurement to the averages."""
         if self._sums is None:
             return
         sums = (self._sums if self.reduce is None else self.reduce(self._sums)).cpu()
@@ -143,14 +143,14 @@ class LimitMeter:
 
     @property
     def share(self) -> float:
-        """The share of the whole, without those of its parts."""
+        """The share of the model, without the shares of its parameters."""
         return self._share(self.means.sum(1)) if self.count else math.nan
 
     def limit(self, layer_of: Callable[[str], str] = str) -> Limit:
-        """Return what was measured.
+        """Return the measured limit.
 
         Args:
-            layer_of: from a name to that of its layer.
+            layer_of: returns the name of a parameter's layer, given the parameter's name.
         """
         if not self.count:
             return Limit()
@@ -166,12 +166,12 @@ class LimitMeter:
         return self.lookahead * curvature_of_steps(extra, step_sq, step_noise) / (2.0 * (1.0 + self.momentum))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages, for a checkpoint; half a measurement is dropped."""
+        """Return the averages, for a checkpoint, without the first half of a measurement."""
         numbers = {name: getattr(self, name) for name in ("count", "momentum", "lookahead", "batch_size")}
         return {**numbers, "names": self.names, "means": self.means.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.names, self.means = list(state["names"]), torch.tensor(state["means"], dtype=torch.float64)
         self.count, self.momentum, self.batch_size = state["count"], state["momentum"], state["batch_size"]
         self.lookahead = state.get("lookahead", 1.0)
@@ -180,14 +180,14 @@ class LimitMeter:
 
 @dataclass
 class _Part:
-    """What is kept of a group's parameters over a step: of each a sample of its elements, which stand for ``weights`` as many.
+    """The quantities that are kept for a group's parameters during a step, for a sample of the elements of each.
 
     Args:
-        group: with the values of the update, after it has begun.
-        columns: of the parameters.
-        slots: of the parameters.
+        group: the group, which has the values of the update once its step has begun.
+        columns: the parameters' columns.
+        slots: the parameters' slots.
         grads: mean gradients before clipping.
-        variances: V of them.
+        variances: V of each gradient.
         before: the parameters before the step.
     """
 
@@ -202,12 +202,12 @@ class _Part:
 class LimitWatch:
     """Measures the limit around an optimizer's own steps, for gradients whose micro-batches are squared by hooks.
 
-    Of each parameter a sample of its elements is read (`largebatch.moments.projection.PROJECTED`, evenly spread).
+    It reads at most `largebatch.moments.projection.PROJECTED` elements of each parameter, evenly spaced.
 
     Args:
-        optimizer: the one that steps; of one whose response is not known nothing is measured.
-        names: of its parameters, where they are known already.
-        every: updates from one measurement to the next after the first ones, >= 2; the very first update is in none.
+        optimizer: the optimizer whose steps are measured; nothing is measured if its response is not known.
+        names: names of its parameters, if they are known already.
+        every: number of updates from one measurement to the next after the first ones, >= 2; the first update is never used.
     """
 
     def __init__(
@@ -220,13 +220,13 @@ class LimitWatch:
     def before(
         self, named: Callable[[], Iterable[tuple[str, Tensor]]], units: Units, batch_size: float, update: int
     ) -> None:
-        """Look at an update before its step and before its squares are used.
+        """Read an update's gradients, before its step and before its squares are overwritten.
 
         Args:
             named: returns the optimizer's parameters with their names.
-            units: of the update.
+            units: the units of the update.
             batch_size: B.
-            update: its number, from 0.
+            update: number of the update, from 0.
         """
         self._parts = []
         every = min(self.every, MEASURED_EARLY) if update < EARLY_UPDATES else self.every
@@ -234,7 +234,7 @@ class LimitWatch:
         if type(self.optimizer) not in KNOWN or not (is_first or self.meter.is_second):
             return
         names, parameters = zip(*named(), strict=True)
-        if self.meter.names != list(names):  # or parameters came and went
+        if self.meter.names != list(names):  # not set yet, or parameters were added or removed
             self.meter = LimitMeter(names)
             if not is_first:
                 return
@@ -259,11 +259,11 @@ class LimitWatch:
         self._clip, self._batch_size = units.clip, batch_size
 
     def after(self, updates_of: Callable[[Tensor], float], damped_by: dict[Tensor, Tensor]) -> None:
-        """Look at an update after its step, while the groups have its values.
+        """Read an update's step, while the groups have the update's values.
 
         Args:
-            updates_of: the updates of a parameter so far, this one included, where torch's Adam counts them.
-            damped_by: what the steps of parameters were multiplied by.
+            updates_of: returns the number of a parameter's updates, including this one, as torch's Adam counts them.
+            damped_by: factor by which damping multiplied each parameter's step.
         """
         for part in self._parts:
             effective, steps = [], []

@@ -1,4 +1,4 @@
-"""Where a run of `largebatch.optim.invariant` stands."""
+"""The progress of a run with `largebatch.optim.invariant`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from largebatch.optim.shift import Count, coefficient_at
 
-# What a state dict holds of it, beside the counts.
+# The attributes of `Progress` in a state dict, beside the counts.
 SAVED = (
     *("batch_size", "kappa", "samples_seen", "updates", "previous_batch_size"),
     *("loss_scale", "knows_scale", "is_told"),
@@ -21,22 +21,22 @@ SAVED = (
 
 @dataclass
 class Progress:
-    """Where a run stands; one object, so that a host's copy of the optimizer (Lightning's) sees the same.
+    """The progress of a run, in one object, so that a shallow copy of the optimizer (as Lightning makes one) shares it.
 
     Args:
         batch_size: B of the last update.
-        kappa: its ratio to the reference.
-        samples_seen: samples of all updates.
-        updates: their number.
-        previous_batch_size: B of the gradient that is kept, where updates have one unit alone.
-        loss_scale: by which losses are multiplied, as far as the gradients tell.
-        knows_scale: whether the gradients of any update have told it.
-        is_told: whether those of the last one have, which were not clipped.
-        announced: B of the coming update, where it was announced.
-        renewed: whether it was announced again since the last backward pass.
-        warned: whether the batch size was found above the critical one.
-        warned_of_units: whether the backward passes of an update were found too few.
-        counts: of second moments whose bias is corrected.
+        kappa: B / B_ref of the last update.
+        samples_seen: number of samples in all updates.
+        updates: number of updates.
+        previous_batch_size: B of the gradient that is kept, if updates have a single unit.
+        loss_scale: factor by which losses are multiplied, as inferred from the gradients.
+        knows_scale: whether the gradients of any update have determined the loss scale.
+        is_told: whether the last update's gradients, which were then not clipped, determined it.
+        announced: B of the coming update, if it was announced.
+        renewed: whether B was announced a second time, after a backward pass.
+        warned: whether the user was warned that the batch size is above the critical one.
+        warned_of_units: whether the user was warned that an update has too few backward passes.
+        counts: counts of the second moments whose bias is corrected.
     """
 
     batch_size: int
@@ -54,10 +54,11 @@ class Progress:
     counts: dict[Tensor, Count] = field(default_factory=dict)
 
     def clip_of(self, factor: float) -> tuple[float, float]:
-        """Return the part of a factor that clipping is, and note the loss scale that the other part was divided by.
+        """Split a factor on the gradients into clipping and the loss scale that was divided out; return the factor of clipping.
 
-        A loss scale is a power of two, and clipping is not; while gradients are clipped the last scale is taken to hold, or 1
-        before the first. When it is told and another, what was kept since has to be multiplied by the second number.
+        A factor that is a power of two is taken for a loss scale alone. While gradients are clipped, the last known scale is
+        assumed, at first 1. The second return value is the factor by which to correct the gradients that were kept since, once
+        the scale is known and differs.
         """
         mantissa, _ = math.frexp(factor)
         if abs(mantissa - 0.5) < 1e-6 or abs(mantissa - 1.0) < 1e-6:
@@ -66,13 +67,13 @@ class Progress:
             return 1.0, kept
         self.is_told = False
         clip = factor * self.loss_scale
-        if clip > 1.0 and factor > 0:  # the scale has fallen
+        if clip > 1.0 and factor > 0:  # the loss scale was reduced
             self.loss_scale *= 2.0 ** -math.ceil(math.log2(clip))
             clip = factor * self.loss_scale
         return clip, 1.0
 
     def announce(self, batch_size: int, is_pending: bool) -> None:
-        """Take B of the coming update.
+        """Set B of the coming update.
 
         Args:
             batch_size: B.
@@ -82,19 +83,19 @@ class Progress:
         self.announced = batch_size
 
     def restart(self, is_pending: bool) -> None:
-        """Forget what was announced of an update that a loss scaler has skipped: its gradients are cleared."""
+        """Discard the announced B of an update that a loss scaler skipped, when its gradients are cleared."""
         if is_pending and not self.renewed:
             self.announced = None
         self.renewed = False
 
     def state_dict(self, parameters: list[Tensor]) -> dict[str, Any]:
-        """Return what a state dict holds, for parameters in this order."""
+        """Return the entries of a state dict, for parameters in this order."""
         counts = [self.counts.get(p, Count()) for p in parameters]
         numbers = {name: getattr(self, name) for name in SAVED}
         return {**numbers, "counts": [[count.updates, count.log_decay, count.stretch] for count in counts]}
 
     def load_state_dict(self, state: dict[str, Any], parameters: list[Tensor], moment_name: str | None) -> None:
-        """Take up what `state_dict` returned, of an earlier version too."""
+        """Restore the state that `state_dict` returned, in this version or an earlier one."""
         for name in SAVED:
             setattr(self, name, state.get(name, getattr(self, name)))
         if moment_name == "exp_avg_sq":
@@ -104,9 +105,9 @@ class Progress:
         """Count a coming update whose gradients are all zero, at the batch size of the last one.
 
         Args:
-            optimizer: of torch, or of this package, with the values of the reference.
+            optimizer: an optimizer of torch or of this package, with the values of the reference.
             moment_name: as in `counts_of`.
-            shortest: as `largebatch.scaling.second_moment_coefficient`.
+            shortest: as in `largebatch.scaling.second_moment_coefficient`.
         """
         if moment_name != "exp_avg_sq":
             return
@@ -131,14 +132,15 @@ def _plain_count(state: dict[str, Any], group: dict[str, Any]) -> Count:
 
 
 def follow_state(optimizer: torch.optim.Optimizer, moment_name: str, counts: dict[Tensor, Count]) -> None:
-    """Make the counts of parameters anew whose state was replaced since the last update: reset, loaded, or moved to another.
+    """Replace the counts of parameters whose state was reset, loaded, or moved from another parameter since the last update.
 
-    A new count is that of the parameter whose state it was, of one that was updated as often, or of a plain optimizer's.
+    A new count is that of the parameter that had the state before, or else of a parameter with as many updates, or else that of
+    a plain optimizer.
 
     Args:
-        optimizer: of torch, with the values of the reference; its parameters with a gradient have a state.
-        moment_name: of its second moment in the state.
-        counts: by parameter, changed in place.
+        optimizer: an optimizer of torch, with the values of the reference; its parameters with a gradient have a state.
+        moment_name: name of its second moment in the state.
+        counts: counts by parameter, changed in place.
     """
     replaced: dict[Tensor, Count] = {}
     for group in optimizer.param_groups if moment_name == "exp_avg_sq" else ():
@@ -163,11 +165,11 @@ def follow_state(optimizer: torch.optim.Optimizer, moment_name: str, counts: dic
 
 
 def counts_of(optimizer: torch.optim.Optimizer, moment_name: str | None) -> dict[Tensor, Count]:
-    """Return the counts of an optimizer that has trained at its reference; of Adam and AdamW, whose moments have a bias.
+    """Return the counts of an optimizer that has trained at its reference, for torch's Adam and AdamW (bias correction).
 
     Args:
-        optimizer: of torch, or of this package.
-        moment_name: of its second moment in the state; None where it has none to be moved.
+        optimizer: an optimizer of torch or of this package.
+        moment_name: name of its second moment in the state; None if there is none to shift.
     """
     counts = {}
     if moment_name == "exp_avg_sq":

@@ -1,9 +1,9 @@
-"""Quenching SGD: each parameter element's own batch size and learning rate, from its own noise.
+"""Quenching SGD: a batch size and a learning rate for each element of a parameter, from the element's own noise.
 
 B is the batch size of an update and ghat its mean gradient; everything below is elementwise. In one dimension, with a
-loss whose curvature is at most L, the progress that an update guarantees per sample is largest at
+loss whose curvature is at most L, the guaranteed progress of an update per sample is largest at
 
-    Bstar = 16 * sigma2 / g^2,   eta* = 1/(2L),   and a smaller batch takes eta_B = (B/Bstar) * eta*
+    Bstar = 16 * sigma2 / g^2,   eta* = 1/(2L),   and for a smaller batch eta_B = (B/Bstar) * eta*
 
 where sigma2 is the variance of one sample's gradient g_b (McAllester, TTIC 31230, winter 2017, "A Quenching SGD
 Algorithm"). So lambda_B = 16 and lambda_eta = 1/(32*L) are the theory's values of the meta-parameters.
@@ -24,8 +24,8 @@ from largebatch.optim.groups import is_shadow_group
 
 Variance = Literal["average", "sample"]
 
-# Of the newest gradient in an average: at 1 the average variance is 0 and never recovers. With squares per sample it would,
-# but a single gradient near 0 makes Bstar huge and the element stand still: on quadratics 1/2 left less excess loss.
+# Largest weight of the newest gradient in an average. At 1 the average variance would be 0 and stay 0. With squares of samples
+# it would not, but a single gradient near 0 makes Bstar huge and stops the element: on quadratics 1/2 left less excess loss.
 LARGEST_WEIGHT = 0.5
 
 
@@ -36,7 +36,7 @@ def critical_batch_sizes(means: list[Tensor], variances: list[Tensor], lambda_B:
         means: running averages of the gradient.
         variances: sigma2 of one sample's gradient.
         lambda_B: 16 in the theory.
-        eps: > 0; bounds Bstar where the gradient's average passes through 0.
+        eps: added to g^2, > 0; it bounds Bstar where the average of the gradient passes through 0.
     """
     squares = torch._foreach_mul(means, means)
     torch._foreach_add_(squares, eps)
@@ -50,7 +50,7 @@ def learning_rates(
 ) -> list[Tensor]:
     """Return eta = lambda_eta * B * g^2 / sigma2 of every element, at most eta* = lambda_eta * lambda_B.
 
-    The bound is eta_B = (B/Bstar) * eta* with B/Bstar at most 1: a batch larger than Bstar bears no larger rate.
+    The bound is eta_B = (B/Bstar) * eta* with B/Bstar at most 1: a batch larger than Bstar permits no larger rate.
 
     Args:
         means: running averages of the gradient.
@@ -62,7 +62,7 @@ def learning_rates(
     rates = torch._foreach_mul(means, means)
     torch._foreach_mul_(rates, batch_size / lambda_B)
     least = [torch.maximum(*pair) for pair in zip(variances, rates, strict=True)]
-    # 0/0 where no sample has a gradient: no step.
+    # Where no sample has a gradient, the rate is 0/0, and the step is to be 0.
     torch._foreach_clamp_min_(least, torch.finfo(least[0].dtype).tiny)
     torch._foreach_div_(rates, least)
     torch._foreach_mul_(rates, lambda_eta * lambda_B)
@@ -72,7 +72,7 @@ def learning_rates(
 class Quench(AdaptiveOptimizer):
     """Quenching SGD (McAllester, TTIC 31230, winter 2017, "A Complete Algorithm").
 
-        w      = min(B/Bstar, 1/2)                              with Bstar after the update before
+        w      = min(B/Bstar, 1/2)                              with Bstar after the previous update
         g      = (1-w)*g + w*ghat
         sigma2 = B * (s - g^2),  s = (1-w)*s + w*ghat^2         ``average``: B times the variance of batch means
         sigma2 = (1-w)*sigma2 + w*B/(n-1) * (q - ghat^2)        ``sample``: from tracked squares, exact for any batch
@@ -80,20 +80,20 @@ class Quench(AdaptiveOptimizer):
         eta    = 0 for t <= K, else min(lambda_eta * B * g^2 / sigma2, lambda_eta * lambda_B)
         p     -= eta * ghat
 
-    t counts the samples of those updates in which the parameter had a gradient. The slides assume B = 1; with B in sigma2 and
-    eta, Bstar and eta/B do not depend on the batch size, so no scaling rule applies. `set_batch` is needed in either form. The
-    state is ``exp_avg`` (g) and ``exp_avg_sq`` (sigma2).
+    t counts the samples of those updates in which the parameter had a gradient. The lecture's slides assume B = 1; with B in
+    sigma2 and eta, Bstar and eta/B do not depend on the batch size, so no scaling rule applies. Call `set_batch` with either
+    form of sigma2. The state is ``exp_avg`` (g) and ``exp_avg_sq`` (sigma2).
 
     No average is shorter than two updates: the variance of one batch mean about itself is 0, so with w = 1 Bstar would be 0
-    and w stay 1 for good.
+    and w would stay 1.
 
     Args:
         params: parameters or groups; of a tracked model for ``sample``.
-        lambda_eta: rate's coefficient, 1/(32*L) in the theory; > 0. It is the group's ``lr``, where a schedule finds it.
-        K: samples at the start during which only averages are taken, several times B.
+        lambda_eta: coefficient of the rate, 1/(32*L) in the theory; > 0. It is the group's ``lr``, which a schedule can set.
+        K: number of samples at the start during which only averages are taken, several times B.
         lambda_B: coefficient of Bstar, 16 in the theory; > 0.
-        eps: added to g^2 in Bstar, > 0. An element whose average passes through 0 stands still for as long as its average
-            is long, up to lambda_B * sigma2 / eps samples.
+        eps: added to g^2 in Bstar, > 0. An element whose average passes through 0 does not move for the length of its average,
+            up to lambda_B * sigma2 / eps samples.
         sigma2: ``average`` or ``sample``.
         weight_decay: L2 coefficient, added to the gradient.
 
@@ -120,7 +120,7 @@ class Quench(AdaptiveOptimizer):
         if sigma2 not in ("average", "sample"):
             raise UserError(f"sigma2: expected average or sample, got {sigma2!r}")
         defaults = {"lr": lambda_eta, "K": K, "lambda_B": lambda_B, "eps": eps, "sigma2": sigma2}
-        # Bstar counts single samples, so that is the reference which the walk over the groups asks for.
+        # Bstar counts single samples, so the reference batch that `AdaptiveOptimizer` requires is one sample.
         super().__init__(params, {**defaults, "weight_decay": weight_decay, "reference_batch_size": 1})
 
     def update(
@@ -178,7 +178,7 @@ class Quench(AdaptiveOptimizer):
         moment: Moment,
         seen: float,
     ) -> None:
-        """Take the tracked squares into the average of sigma2."""
+        """Add the tracked squares to the average of sigma2."""
         if moment.squares is None:
             raise UserError(
                 "sigma2: 'sample' needs the parameter groups of a tracked model: call largebatch.track first"
@@ -192,7 +192,7 @@ class Quench(AdaptiveOptimizer):
         torch._foreach_mul_(estimates, group["batch_size"] / (group["num_units"] - 1.0))
         torch._foreach_sub_(estimates, variances)
         torch._foreach_addcmul_(variances, weights, estimates)
-        # Squares of a share of the samples may be smaller than ghat^2.
+        # The mean square of some of the samples may be smaller than ghat^2.
         torch._foreach_clamp_min_(variances, 0.0)
 
     def critical_batch_sizes_and_rates(self) -> dict[Tensor, tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""By how much a gradient moves its element at once, for the optimizers whose steps can be damped."""
+"""Responses A = -dp/dg, the immediate step of an element per unit of gradient, of the optimizers that can be damped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def require_response(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer whose steps cannot be damped.
 
     Raises:
-        UserError: naming it.
+        UserError: if it is such an optimizer; the message names it.
     """
     if type(optimizer) not in KNOWN:
         raise UserError(
@@ -37,21 +37,21 @@ def momentum_of(group: dict[str, Any]) -> float:
 def lookahead_of(group: dict[str, Any]) -> float:
     """Return the factor by which the largest stable A h is smaller than 2 (1+b), its value for heavy-ball momentum.
 
-    A, -dp/dg of one step, is lr (1+b) with Nesterov's momentum, and that step is stable for lr h < 2 (1+b)/(1+2b).
+    With Nesterov's momentum the response A is lr (1+b), and the step is stable for lr h < 2 (1+b)/(1+2b).
     """
     b = momentum_of(group)
     return (1.0 + 2.0 * b) / (1.0 + b) if group.get("nesterov") else 1.0
 
 
 def gain_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    """Return what a gradient moves its element at once, times the denominator, in the long run.
+    """Return A times the denominator, as it is after many updates.
 
     Args:
         optimizer: one of `KNOWN`.
-        group: with the values of this update.
+        group: the group, with the values of this update.
     """
     lr = float(group["lr"])
-    if isinstance(optimizer, torch.optim.SGD):  # ours too, in each of its forms
+    if isinstance(optimizer, torch.optim.SGD):  # and its subclass in this package, in each of its forms
         gain = (1.0 - float(group.get("dampening", 0.0))) * lr
         return gain * (1.0 + float(group["momentum"])) if group.get("nesterov") else gain
     return lr * (1.0 - float(group["betas"][0])) if isinstance(optimizer, ADAM) else lr
@@ -60,13 +60,13 @@ def gain_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
 def denominators(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], states: Sequence[dict[str, Any]], updates: Sequence[float]
 ) -> list[Any]:
-    """Return D of each parameter, after its step: what its gradients are divided by; tensors of its shape, or 1 for SGD.
+    """Return D of each parameter, the denominator of its last step: tensors of the parameter's shape, or 1 for SGD.
 
     Args:
         optimizer: one of `KNOWN`.
-        group: with the values of this update.
-        states: of the parameters.
-        updates: of each parameter, this one included; read for torch's Adam and AdamW alone.
+        group: the group, with the values of this update.
+        states: the optimizer's state of each parameter.
+        updates: number of each parameter's updates, including this one; used only for torch's Adam and AdamW.
     """
     if isinstance(optimizer, torch.optim.SGD):
         return [1.0] * len(states)
@@ -78,7 +78,7 @@ def denominators(
 def responses(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], states: Sequence[dict[str, Any]], updates: Sequence[float]
 ) -> list[Any]:
-    """Return A of each parameter, after its step: -dp/dg, numbers or tensors of its shape; arguments as `denominators`."""
+    """Return A of each parameter's last step: numbers, or tensors of its shape; the arguments are those of `denominators`."""
     gain, found = gain_of(optimizer, group), denominators(optimizer, group, states, updates)
     if not isinstance(optimizer, ADAM):
         return [gain / divisor for divisor in found]
@@ -87,11 +87,11 @@ def responses(
 
 
 def _first_moment_begun(group: dict[str, Any], state: dict[str, Any], updates: float) -> float:
-    """Return c1, by which the newest gradient weighs more than in the long run."""
+    """Return c1, by whose inverse the newest gradient weighs more than after many updates."""
     beta1 = float(group["betas"][0])
     if group.get("bias_correction") == "running_mean":
         return (1.0 - beta1) * float(state["first_moment_count"])
-    if "bias_correction" in group:  # the product of the coefficients that were used
+    if "bias_correction" in group:  # the count is the product of the coefficients that were used
         return 1.0 - float(state["first_moment_count"])
     return float(1.0 - beta1**updates)
 

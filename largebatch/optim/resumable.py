@@ -22,7 +22,7 @@ KEY = "batch_size_invariant"  # in the first group of a state dict
 
 
 class Resumable(Around):
-    """The part of `BatchSizeInvariant` that is saved, loaded and copied."""
+    """The methods of `BatchSizeInvariant` that save, load and copy it."""
 
     reference_batch_size: int
     micro_batch_size: int
@@ -38,7 +38,7 @@ class Resumable(Around):
     def _parameters(self) -> Iterator[tuple[str, Tensor]]: ...
 
     def to_torch(self) -> torch.optim.Optimizer:
-        """Return the plain optimizer with its groups and state, for training at the reference batch size; this one ends."""
+        """Return the plain optimizer with its groups and state, for the reference batch size; this one can no longer step."""
         self._squares.require_idle()
         for group in self.param_groups:
             for p in group["params"]:
@@ -51,10 +51,10 @@ class Resumable(Around):
         return self.base
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state dict; in its first group, under ``batch_size_invariant``, what is needed to go on exactly.
+        """Return the base's state dict, whose first group has under ``batch_size_invariant`` all else that a resume needs.
 
-        It is in a group because torch.distributed.checkpoint saves groups and the state of parameters alone. A state that went
-        through it lacks the last gradient: where updates have one backward pass alone, the first estimate is less accurate.
+        It is in a group because torch.distributed.checkpoint saves only groups and the state of parameters. A state saved by it
+        lacks the last gradient: if updates have a single backward pass, the first estimate after a resume is less accurate.
         """
         if self._damping is not None:
             self._damping.make_templates()
@@ -70,15 +70,15 @@ class Resumable(Around):
             **self._progress.state_dict(parameters),
             "noise": self._noise.state_dict(),
             "limit": self._watch.meter.state_dict(),
-            # Where updates have one backward pass: the gradient before, half of the next estimate.
+            # If updates have one backward pass: the previous gradient, from which the next change is computed.
             "previous": {index: slot.region for index, slot in enumerate(slots) if slot.holds == "previous"},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned, or the state of the plain optimizer, trained at the reference.
+        """Restore the state that `state_dict` returned, or that of a plain optimizer which was trained at the reference.
 
         Raises:
-            UserError: if it was saved with another reference batch size.
+            UserError: if the state was saved with another reference batch size.
         """
         first, *others = state_dict["param_groups"]
         own = first.get(KEY)
@@ -108,7 +108,7 @@ class Resumable(Around):
         else:
             forget_damping(list(self.state.values()))
         self._noise.load_state_dict(own["noise"])
-        if "limit" in own:  # not before this was measured
+        if "limit" in own:  # missing in states of earlier versions
             self._watch.meter.load_state_dict(own["limit"])
         self._squares.take_previous({parameters[index]: tensor for index, tensor in own["previous"].items()})
 

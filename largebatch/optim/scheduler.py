@@ -1,4 +1,4 @@
-"""torch's scheduler interface over schedules of samples, for a loop of one's own."""
+"""Schedules in samples behind torch's scheduler interface, for a training loop of your own."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class SampleScheduler(torch.optim.lr_scheduler.LRScheduler):
 
         lr = lr_ref * schedule(samples_seen) * warmup(samples_seen)
 
-    in the groups, and `BatchSizeInvariant.step` multiplies it by the batch size over the reference. So a schedule means the
-    same at any batch size, and while the batch grows. Calling `step` more than once between updates changes nothing.
+    is written into the groups, and `BatchSizeInvariant.step` multiplies it by B / B_ref. So a schedule means the same at any
+    batch size, and while the batch grows. Calling `step` more than once between updates has no effect.
 
     Args:
-        optimizer: what `batch_size_invariant` returned.
-        schedule: of `largebatch.scaling.schedules`, in samples.
-        warmup: of the learning rate, in samples. Its ``start`` is a factor of the scaled rate: B_ref/B starts from the
-            reference's. With ``realize="batch"`` it is applied to the batch size.
+        optimizer: the optimizer that `batch_size_invariant` returned.
+        schedule: a schedule of `largebatch.scaling.schedules`, in samples.
+        warmup: warm-up of the learning rate, in samples. Its ``start`` is a factor of the scaled rate: at B_ref/B the run
+            starts from the reference's rate. With ``realize="batch"`` it applies to the batch size (`batch_size`).
 
     Example:
         >>> import largebatch
@@ -58,10 +58,10 @@ class SampleScheduler(torch.optim.lr_scheduler.LRScheduler):
     def batch_size(
         self, batch_size: int, realize: Realization = "lr", max_batch_size: int | None = None, multiple_of: int = 1
     ) -> int:
-        """Return the batch size of the coming update, as `schedules.batch_size_at`; the learning rate follows it."""
+        """Return the batch size of the coming update by `schedules.batch_size_at`; the learning rate follows from it."""
         seen = self.optimizer.samples_seen  # type: ignore[attr-defined]
         return batch_size_at(seen, batch_size, self.schedule, self.warmup, realize, max_batch_size, multiple_of)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what torch's schedulers keep; schedule and warm-up are given anew."""
+        """Return the state of torch's scheduler, without schedule and warm-up, which a new scheduler is given again."""
         return {name: value for name, value in super().state_dict().items() if name not in ("schedule", "warmup")}

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent with momentum, in the three forms that papers write it."""
+"""Stochastic gradient descent with momentum, in the three forms that are common in papers."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ MomentumForm = Literal["sum", "velocity", "average"]
 
 
 def _torchs_step() -> Callable[..., Any]:
-    """Return torch's step without the hooks that it calls once a torch.optim.SGD was made: this class calls them itself."""
+    """Return torch's step without the hooks that torch adds with the first torch.optim.SGD: this class calls them itself."""
     step: Any = torch.optim.SGD.step
     inner: Callable[..., Any] = step.__wrapped__ if getattr(step, "hooked", False) else step
     return inner
 
 
 class SGD(torch.optim.SGD):
-    """torch.optim.SGD, and momentum's two other forms.
+    """torch.optim.SGD, with two further forms of momentum.
 
         sum        v = mu*v + g;                 p -= eta*v        torch.optim.SGD
         velocity   v = mu*v + eta*g;             p -= v            the lectures and most papers
         average    v = (1-1/N)*v + g/N;          p -= N*eta*v      N = 1/(1-mu), a running average of gradients
 
-    With constant eta and mu all three follow one trajectory. They part when the two change during a run. In ``velocity`` a
-    gradient's total effect, eta/(1-mu), is fixed when it arrives; in ``sum`` a later learning rate multiplies gradients
-    already in the buffer (Goyal et al.'s momentum correction is the difference between these two); in ``average`` the buffer
-    keeps the gradient's unit whatever the momentum.
+    With constant eta and mu all three have the same trajectory; they differ when eta or mu changes during a run. In
+    ``velocity`` a gradient's total effect, eta/(1-mu), is fixed when it is added to the buffer; in ``sum`` a later learning
+    rate multiplies the gradients that are already in the buffer (Goyal et al.'s momentum correction is the difference between
+    these two); in ``average`` the buffer has the gradient's unit for any momentum.
 
     Args:
-        params: parameters or groups; shadow groups are passed over.
+        params: parameters or groups; groups of shadows are skipped.
         lr: eta, >= 0.
         momentum: mu in [0, 1).
         weight_decay: L2 coefficient, added to the gradient.
@@ -63,11 +63,11 @@ class SGD(torch.optim.SGD):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles keep: what torch.optim does, and the form."""
+        """Return torch.optim's state for copies and pickles, and the form."""
         return super().__getstate__() | {"form": self.form}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch.optim; one of shadows has to say so."""
+        """Add a group, as in torch.optim; a group of shadows needs the key ``role: shadow``."""
         super().add_param_group(param_group)
         refuse_stray_shadows(self.param_groups[-1])
 
@@ -81,7 +81,7 @@ class SGD(torch.optim.SGD):
         groups = self.param_groups
         trained = [group for group in groups if not is_shadow_group(group)]
         if self.form == "sum":
-            self.param_groups = trained  # all that torch's step walks over
+            self.param_groups = trained  # the groups that torch's step iterates over
             try:
                 _torchs_step()(self)
             finally:

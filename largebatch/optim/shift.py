@@ -1,11 +1,11 @@
-"""The second moment of the reference batch, for an optimizer that takes it from the batch's own gradient.
+"""The second moment of the reference batch, for an optimizer that computes it from the batch's own gradient.
 
-An optimizer that does s = beta*s + w*x^2 arrives at beta*s + w*s_ref if s is moved by (w/beta) * (s_ref - x^2) before its step:
-so torch's own update runs, with all its options. With V without bias the variance of the mean gradient, sigma^2/B,
+An optimizer that computes s = beta*s + w*x^2 arrives at beta*s + w*s_ref if s is shifted by (w/beta) * (s_ref - x^2) before its
+step. So torch's own update runs, with all its options. With V an unbiased estimate of the mean gradient's variance, sigma^2/B,
 
     s_ref = ghat^2 + sigma^2 * (1/B_ref - 1/B) = ghat^2 + (kappa - 1) * V
 
-which is ghat^2 at B = B_ref: there nothing is moved, and at a larger B the move is upwards.
+which is ghat^2 at B = B_ref: there the shift is zero, and at a larger B it is not negative.
 """
 
 from __future__ import annotations
@@ -26,30 +26,31 @@ from largebatch.optim.averages import smallest_ratio, smallest_with_mean
 from largebatch.optim.carry import carry, is_carried, pieces, roots, roots_before, uncarried_share
 from largebatch.scaling.rules import second_moment_coefficient
 
-# A coefficient by which an average keeps nothing of what was before.
+# A coefficient so small that an average keeps almost nothing of its previous value.
 FORGOTTEN = 1e-4
-# What the rounding of ghat^2 may add to a second moment, as a share of the newest square in it.
+# Largest error by the rounding of ghat^2 in a second moment, relative to the newest square in it.
 ROUNDED = 0.01
 
 
 @dataclass(frozen=True)
 class Shift:
-    """How a second moment s is moved before the optimizer makes s = beta*s + weight*x^2 of it.
+    """How a second moment s is shifted before the optimizer computes beta*s + weight*x^2.
 
-        s = keep*s + of_square * x^2 + of_variance * V,  and at the least such that beta*s + weight*x^2 >= least * u^2
+        s = keep*s + of_square * x^2 + of_variance * V,  raised if necessary so that beta*s + weight*x^2 >= least * u^2
 
-    or, where the root of a variance beta*s + weight*x^2 - m^2 is taken, such that it is ``least`` times the batch's own.
+    or, for a centered optimizer, so that the variance beta*s + weight*x^2 - m^2 is ``least`` times that of the batch's own
+    gradients or more.
 
     Args:
-        keep: factor of what has been averaged so far.
-        of_square: of the squared gradient x, as the optimizer takes it.
-        of_variance: of V.
+        keep: factor of the average so far.
+        of_square: factor of x^2, where x is the gradient as the optimizer uses it, with weight decay.
+        of_variance: factor of V.
         beta: coefficient of the optimizer's average.
-        weight: of its newest square.
-        least: see above; 0 where no bound is needed.
-        beta1: coefficient of the average of gradients u that the root of s divides; 0 where that is x itself.
-        older: what s is divided by before the move, where the average of gradients is to be carried along; 0 where not.
-        newer: the same for beta*s + weight*x^2.
+        weight: weight of its newest square.
+        least: factor of the bound; 0 where no bound is needed.
+        beta1: coefficient of the average of gradients u that is divided by the root of s; 0 if u is x itself.
+        older: divisor of s before the shift, if the average of gradients is carried (`largebatch.optim.carry`); else 0.
+        newer: divisor of beta*s + weight*x^2.
     """
 
     keep: float = 1.0
@@ -64,20 +65,20 @@ class Shift:
 
     @property
     def moves(self) -> bool:
-        """Whether it changes anything."""
+        """Whether the shift changes s."""
         return (self.keep, self.of_square, self.of_variance) != (1.0, 0.0, 0.0)
 
 
 @dataclass
 class Count:
-    """How far the second moment of one parameter has come, where its bias is corrected by a count of updates.
+    """The count of a parameter's updates, for a second moment whose bias is corrected by that count.
 
     Args:
-        updates: k, of torch's own count.
-        log_decay: log of the product of the coefficients used, whose 1 - exp() is what the average is to be divided by.
-        stretch: (1 - beta^k) / (1 - exp(log_decay)): by what torch, which divides by 1 - beta^k with the last beta, finds the
-            average multiplied. 1 while the batch size is constant.
-        moment: the second moment; None where it has not been looked at.
+        updates: k, as torch counts.
+        log_decay: log of the product of the coefficients that were used; 1 - exp(log_decay) corrects the average's bias.
+        stretch: (1 - beta^k) / (1 - exp(log_decay)), the factor by which the stored average is multiplied, because torch
+            divides it by 1 - beta^k with the last beta. 1 while the batch size is constant.
+        moment: the second moment that the count belongs to; None if not determined yet.
     """
 
     updates: float = 0.0
@@ -95,11 +96,11 @@ class Count:
 
     @property
     def divisor(self) -> float:
-        """What the average as it is kept, multiplied by the stretch, is to be divided by; 0 before the first update."""
+        """The divisor that corrects the bias of the stored average, which includes the stretch; 0 before the first update."""
         return -math.expm1(self.log_decay) * self.stretch if self.updates else 0.0
 
     def at(self, beta: float) -> float:
-        """Return what the stretch is for an optimizer that divides by 1 - beta^k."""
+        """Return the stretch for an optimizer that divides by 1 - beta^k."""
         if not self.updates or self.log_decay == 0.0:
             return 1.0
         stretch = -math.expm1(self.updates * math.log(beta)) / -math.expm1(self.log_decay)
@@ -107,7 +108,7 @@ class Count:
 
 
 def coefficient_at(group: dict[str, Any], kappa: float, shortest: float) -> float:
-    """Return a group's beta2 or alpha at kappa times the reference batch; not zero, as torch's is divided by it."""
+    """Return a group's beta2 or alpha at kappa times the reference batch; not 0, because the shift is divided by it."""
     beta = float(group["betas"][1] if "betas" in group else group["alpha"])
     return max(second_moment_coefficient(beta, kappa, shortest), min(beta, FORGOTTEN))
 
@@ -121,18 +122,18 @@ def shift_of(
     count: Count,
     shortest: float,
 ) -> Shift:
-    """Return how the second moment of a parameter is moved in the coming update, and count the update.
+    """Return how the second moment of a parameter is shifted in the coming update, and count the update.
 
     Args:
-        optimizer: of torch.optim, with a second moment.
-        group: the parameter's, with the values of the reference.
+        optimizer: an optimizer of torch.optim, with a second moment.
+        group: the parameter's group, with the values of the reference.
         kappa: B / B_ref.
         bounded: whether single estimates may be negative.
-        count: of the parameter; counts are kept for Adam and AdamW alone.
-        shortest: as `second_moment_coefficient`.
+        count: the parameter's count; updates are counted only for Adam and AdamW.
+        shortest: as in `second_moment_coefficient`.
     """
     at_most = min(1.0, kappa) if bounded else 0.0
-    if isinstance(optimizer, torch.optim.Adagrad):  # an update stands for kappa of the reference
+    if isinstance(optimizer, torch.optim.Adagrad):  # an update stands for kappa updates at the reference
         return Shift(of_square=kappa - 1.0, of_variance=kappa * (kappa - 1.0), least=kappa * at_most)
     beta = coefficient_at(group, kappa, shortest)
     weight = 1.0 - beta
@@ -142,7 +143,7 @@ def shift_of(
     carries = is_carried(kappa, beta)
     older = count.divisor if carries else 0.0
     keep = count.advance(beta)
-    # An average that is carried is one of quotients: each is to be bounded.
+    # A carried average is an average of quotients, each of which has to be bounded.
     beta1 = 0.0 if carries else float(group["betas"][0])
     return Shift(
         keep=keep,
@@ -162,15 +163,15 @@ class Row:
     """One parameter of an update.
 
     Args:
-        slot: its squares.
+        slot: the parameter's slot, with its squares.
         moment: the second moment s.
-        shift: how s is moved.
+        shift: how s is shifted.
         weight_decay: L2 coefficient of the gradient that the optimizer squares.
-        maximize: whether the optimizer takes the negative gradient.
-        average: the running average of gradients, where there is one.
-        largest: the largest second moment so far, of AMSGrad.
-        mean: the running average of gradients whose square is subtracted from s, where the optimizer is centered.
-        eps: what the optimizer adds to the root.
+        maximize: whether the optimizer uses the negative gradient.
+        average: the running average of gradients, if there is one.
+        largest: AMSGrad's largest second moment so far.
+        mean: for a centered optimizer, the running average of gradients whose square is subtracted from s.
+        eps: number that the optimizer adds to the root.
     """
 
     slot: Slot
@@ -185,7 +186,7 @@ class Row:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What is equal for parameters that are moved together."""
+        """The values that are equal for all parameters that are shifted together."""
         optional = self.average is None, self.largest is None, self.mean is None
         numbers = self.shift, self.weight_decay, self.maximize, self.eps
         return *numbers, *optional, self.slot.holds, self.moment.dtype
@@ -193,12 +194,12 @@ class Row:
 
 @torch.no_grad()
 def move_second_moments(rows: Iterable[Row], units: Units, spread: float, kappa: float) -> None:
-    """Move the second moments of an update, and carry the averages that their roots divide.
+    """Shift the second moments of an update, and carry the averages of gradients that are divided by their roots.
 
     Args:
         rows: the parameters with a gradient.
         units: n, and the scale of the squares.
-        spread: with one unit alone, V = spread * (g_t - g_{t-1})^2.
+        spread: for a single unit, V = spread * (g_t - g_{t-1})^2.
         kappa: B / B_ref.
     """
     alike: dict[tuple[object, ...], list[Row]] = {}
@@ -234,7 +235,7 @@ class _Piece:
     means: list[Tensor]
 
     def taken(self, row: Row) -> list[Tensor]:
-        """Return x, the gradients as the optimizer takes them."""
+        """Return x, the gradients as the optimizer uses them: negative under maximize, and with L2 weight decay."""
         found = list(torch._foreach_neg(self.gradients)) if row.maximize else self.gradients
         return list(torch._foreach_add(found, self.parameters, alpha=row.weight_decay)) if row.weight_decay else found
 
@@ -266,8 +267,8 @@ def _add_variances(piece: _Piece, is_change: bool, units: Units, spread: float, 
     weight = shift.of_variance
     moments, regions, grads = piece.moments, piece.regions, piece.gradients
     if units.num_units <= 1:
-        # The variance of a difference of two is the sum of theirs; without an older gradient all of this one counts as noise.
-        if is_change:  # the gradient replaces it afterwards
+        # The variance of a difference is the sum of both variances; without an older gradient all of this one counts as noise.
+        if is_change:  # `Slot.keep_gradient` overwrites the region afterwards
             torch._foreach_mul_(regions, -units.clip)
             torch._foreach_add_(regions, grads)
             grads, weight = regions, weight * spread
@@ -279,8 +280,8 @@ def _add_variances(piece: _Piece, is_change: bool, units: Units, spread: float, 
         torch._foreach_add_(moments, regions, alpha=weight * units.scale)
         torch._foreach_addcmul_(moments, grads, grads, value=-weight)
         return
-    # What the squares exceed ghat^2 by is lost in its rounding where there is no noise; it cannot be negative. Nor are narrow
-    # moments rounded twice. The squares are used up.
+    # Without noise, the excess of the squares over ghat^2 is lost in rounding, and must not become negative. Computed in the
+    # region, which is overwritten, it also does not round narrow moments twice.
     torch._foreach_mul_(regions, units.scale)
     torch._foreach_addcmul_(regions, grads, grads, value=-1.0)
     if units.equal:
@@ -289,12 +290,12 @@ def _add_variances(piece: _Piece, is_change: bool, units: Units, spread: float, 
 
 
 def _drop_rounding(moments: list[Tensor], shift: Shift) -> None:
-    """Raise to zero what is below it for want of digits.
+    """Set moments that are negative by rounding to zero.
 
-    Where the square of a unit's gradient is too small for its type, and ghat^2 is not, V comes out negative; a root of such
-    a moment would be NaN. Zero is what plain Adam has there.
+    Where the squares of the units' gradients underflow and ghat^2 does not, V is negative, and the root of such a moment would
+    be NaN. Plain Adam's moment is zero there.
     """
-    if not shift.least and shift.of_square >= 0.0:  # no other moment is below zero
+    if not shift.least and shift.of_square >= 0.0:  # only rounding makes a moment negative
         torch._foreach_clamp_min_(moments, 0.0)
         return
     smallest = torch.finfo(moments[0].dtype).tiny / torch.finfo(moments[0].dtype).eps
@@ -304,19 +305,19 @@ def _drop_rounding(moments: list[Tensor], shift: Shift) -> None:
 
 @torch.no_grad()
 def variances_of(slots: list[Slot], units: Units) -> list[Tensor]:
-    """Return V of each parameter, of gradients before clipping; n > 1."""
+    """Return V of each parameter's gradient before clipping; n > 1."""
     scale = 1.0 / (units.num_units - 1.0) / (units.clip**2 or 1.0)
     variances = torch._foreach_mul([slot.region for slot in slots], units.scale * scale)
     grads = [slot.gradient() for slot in slots]
     torch._foreach_addcmul_(variances, grads, grads, value=-scale)
-    if units.equal:  # but for rounding
+    if units.equal:  # then only rounding makes V negative
         torch._foreach_clamp_min_(variances, 0.0)
     return list(variances)
 
 
 @torch.no_grad()
 def sampled_noise(slots: list[Slot], units: Units) -> tuple[list[Tensor], list[Tensor]]:
-    """Return a sample of each gradient before clipping, and of V there; n > 1."""
+    """Return a sample of the elements of each gradient before clipping, and V of these elements; n > 1."""
     of_mean = 1.0 / (units.num_units - 1.0)
     scale = units.scale * of_mean / units.clip**2
     grads = [slot.sample(slot.gradient()) / units.clip for slot in slots]
@@ -333,7 +334,7 @@ def noise_sums(slots: list[Slot], units: Units, spread: float) -> tuple[float, f
     if units.num_units > 1:
         variance = (units.scale * power_sums(regions, 1).sum() - signal) / (units.num_units - 1.0)
     elif all(slot.holds == "previous" for slot in slots):
-        pairs = zip(grads, regions, strict=True)  # one after the other: no second copy of all gradients
+        pairs = zip(grads, regions, strict=True)  # one at a time, to avoid a copy of all gradients
         changes = [power_sums([torch.add(g, region, alpha=-units.clip)], 2) for g, region in pairs]
         variance = spread * torch.cat(changes).sum()
     else:
@@ -343,16 +344,16 @@ def noise_sums(slots: list[Slot], units: Units, spread: float) -> tuple[float, f
 
 
 def _lowest_variances(piece: _Piece, taken: list[Tensor], shift: Shift) -> list[Tensor]:
-    """Return the least that beta*s + weight*x^2 may come to where the square of a mean is subtracted from it."""
+    """Return the lower bound of beta*s + weight*x^2 for an optimizer that subtracts the square of a mean from it."""
     rows = zip(piece.moments, piece.means, taken, strict=True)
     return [smallest_with_mean(shift.beta * s.to(x), m.to(x), x, shift.weight, shift.least) for s, m, x in rows]
 
 
 def _bound(piece: _Piece, taken: list[Tensor], lowest_variances: list[Tensor], shift: Shift) -> None:
-    """Keep second moments above what an average of squares cannot fall below.
+    """Keep second moments above the lower bound of an average of squares.
 
-    Below the reference batch s_ref is a difference, and so it is where units differ in size: single estimates may be
-    negative, and their average come near zero, by which the update would be divided.
+    Below the reference batch, and where units differ in size, s_ref is a difference: single estimates may be negative, and the
+    update would be divided by an average near zero.
     """
     for index, (moment, newest) in enumerate(zip(piece.moments, taken, strict=True)):
         direction = newest
