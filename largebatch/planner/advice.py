@@ -1,4 +1,4 @@
-"""What does not stop a run, but should be known before it is paid for."""
+"""Warnings about a run that do not prevent it but that a user should know before the run starts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from largebatch.config.optimizers import AdaptiveBase, LARSConfig, QuenchConfig,
 from largebatch.config.schedules import InverseSqrtConfig, RobbinsMonroConfig
 from largebatch.planner.run import Run
 
-# Scaled learning rate up to which RMSProp and Adam with second moments of the reference batch followed its curve within the
-# spread of the seeds: 1e-3 at 16 times the batch (Fashion-MNIST; docs/results.md).
+# Scaled learning rate up to which RMSProp and Adam with second moments of the reference batch followed the reference's curve
+# within the spread of the seeds: 1e-3 at 16 times the batch (Fashion-MNIST; docs/results.md).
 MEASURED_LR = 0.016
-# Multiple of the reference batch from which on a GPT that began at it did not follow its reference, and did where the batch
-# rose to it (docs/results.md).
+# Multiple of the reference batch from which on a GPT did not follow its reference if it began at that batch size, but did
+# follow it if the batch size rose to it (docs/results.md).
 MEASURED_START = 4
 
 
 def advice(run: Run) -> Iterator[str]:
-    """Yield a line for each thing that a user would want to know of a run before it starts."""
+    """Yield a line for each warning about a run."""
     yield from _unused(run)
     yield from _on_the_batch(run)
     yield from _on_averages(run)
@@ -27,7 +27,7 @@ def advice(run: Run) -> Iterator[str]:
 
 
 def _unused(run: Run) -> Iterator[str]:
-    """Yield what the config sets and nothing reads."""
+    """Yield a warning for each key of the config that is set but not used."""
     config, plan = run.config, run.plan
     if config.batch.max_size is not None and config.schedule.realize == "lr" and config.batch.growth == "schedule":
         yield "batch.max_size is not used: schedule.realize is lr, so the batch does not grow"
@@ -62,7 +62,7 @@ def _unused(run: Run) -> Iterator[str]:
 
 
 def _on_the_batch(run: Run) -> Iterator[str]:
-    """Yield where the batch size, or the learning rate that follows it, is known to carry less far."""
+    """Yield warnings about the batch size, the learning rate that follows it, and the length of warm-up and schedule."""
     config, plan, largest = run.config, run.plan, run.largest_batch
     kappa, num_train, optimizer = largest / config.batch.reference_size, plan.samples_per_epoch, config.optimizer
     if config.warmup.name != "none" and config.warmup.epochs >= config.schedule.epochs:
@@ -110,7 +110,7 @@ def _on_the_batch(run: Run) -> Iterator[str]:
 
 
 def _on_noise(run: Run) -> Iterator[str]:
-    """Yield where the noise is not measured as it should be, or what follows it cannot."""
+    """Yield warnings where the measured noise is wrong or missing, or where its use is limited."""
     config, largest, group_size, num_train = run.config, run.largest_batch, run.group_size, run.plan.samples_per_epoch
     if group_size > 1 and run.tracked == "sample":
         yield (
@@ -138,7 +138,7 @@ def _on_noise(run: Run) -> Iterator[str]:
 
 
 def _on_averages(run: Run) -> Iterator[str]:
-    """Yield where a running average does not do what it was tuned for."""
+    """Yield warnings about running averages that span too few updates or weight samples unequally."""
     config, largest = run.config, run.largest_batch
     optimizer, reference = config.optimizer, run.plan.reference
     averages = _averages(vars(reference))

@@ -1,4 +1,4 @@
-"""What is refused of a config whose sections do not go together; rules of one section stand in its validator."""
+"""Checks that the sections of a config fit together. The validator of a section checks the section by itself."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from largebatch.planner.run import Run
 from largebatch.scaling.plan import Plan
 from largebatch.task import Task
 
-# At a thousand updates a second a run of more would take 31 years.
+# At a thousand updates per second, a run with more updates would take over 31 years.
 MOST_UPDATES = 10**12
 
 
 def check_config(config: Config, num_train: int, world_size: int, group_size: int) -> None:
-    """Refuse what does not go together, before there is a plan.
+    """Refuse a config whose sections do not fit together, before its plan is made.
 
     Args:
         config: the config.
-        num_train: samples in the training set.
-        world_size: ranks.
-        group_size: samples that a normalisation layer takes its statistics over.
+        num_train: number of samples in the training set.
+        world_size: number of ranks.
+        group_size: number of samples over which a normalisation layer takes its statistics.
 
     Raises:
-        UserError: that says what was expected, and what to do.
+        UserError: with what was expected and what the user can do.
     """
     check_engine(config.backend, config.precision)
     reference(config)
@@ -58,10 +58,10 @@ def check_plan(config: Config, plan: Plan, least: int) -> None:
     Args:
         config: the config.
         plan: its plan.
-        least: samples of the smallest batch that the ranks can share.
+        least: size in samples of the smallest batch that the ranks can share.
 
     Raises:
-        UserError: that says what was expected, and what to do.
+        UserError: with what was expected and what the user can do.
     """
     fewest = plan.total_samples // max(1, max(config.batch.size, config.batch.max_size or config.batch.size))
     if fewest > MOST_UPDATES:
@@ -73,7 +73,7 @@ def check_plan(config: Config, plan: Plan, least: int) -> None:
 
 
 def _check_rule(config: Config) -> None:
-    """Refuse a square-root rule where no square root is taken."""
+    """Refuse the square-root rule for an optimizer that does not divide by the root of a running average of squares."""
     if config.scaling.rule == "sqrt" and (
         config.optimizer.name == "adagrad"
         or (isinstance(config.optimizer, RMSPropConfig) and config.optimizer.exponent != 0.5)
@@ -85,7 +85,7 @@ def _check_rule(config: Config) -> None:
 
 
 def _check_growth(config: Config, num_train: int) -> None:
-    """Refuse a batch that grows in place of a falling rate where it cannot."""
+    """Refuse a batch that grows instead of a falling learning rate if it cannot grow."""
     realize, size = config.schedule.realize, config.batch.size
     if realize == "lr":
         return
@@ -102,7 +102,7 @@ def _check_growth(config: Config, num_train: int) -> None:
 
 
 def _check_optimizer(config: Config, num_train: int) -> None:
-    """Refuse an optimizer that would take no step, or one that turns weights around."""
+    """Refuse an optimizer that would take no step, or whose steps would be too large for its weights."""
     optimizer, total = config.optimizer, config.schedule.total_samples(num_train)
     if isinstance(optimizer, QuenchConfig) and total <= optimizer.K:
         raise UserError(
@@ -111,16 +111,16 @@ def _check_optimizer(config: Config, num_train: int) -> None:
         )
     lr, size = reference(config).at(config.batch.size)["lr"], config.batch.size
     if isinstance(optimizer, LARSConfig | LAMBConfig):
-        length = lr * getattr(optimizer, "trust_coefficient", 1.0)  # of a layer's step, relative to the layer
+        length = lr * getattr(optimizer, "trust_coefficient", 1.0)  # of a layer's step, as a share of the layer's norm
         if length >= 1:
             raise UserError(
                 f"optimizer.lr: with the learning rate of batch size {size:,} {optimizer.name} would move each layer by "
                 f"{length:.3g} of its own length in every update; expected less than 1"
             )
-        # So long is a layer's decay at most; norms and biases are decayed where that is asked for, and have no such bound.
+        # This bounds the decay of a layer's weights. Norms and biases are decayed only on request, and without such a bound.
         of = "norm and bias" if optimizer.decay_norm_and_bias and not optimizer.adapt_norm_and_bias else None
     else:
-        of = "weight" if optimizer.name in ("sgd", "adamw") else None  # elsewhere it is part of a normalised gradient
+        of = "weight" if optimizer.name in ("sgd", "adamw") else None  # in others it is part of a normalised gradient
     step = lr * optimizer.weight_decay
     if of is not None and step >= 1:
         raise UserError(
@@ -130,9 +130,9 @@ def _check_optimizer(config: Config, num_train: int) -> None:
 
 
 def _check_units(config: Config, group_size: int) -> None:
-    """Refuse an update of one sample, or one micro-batch, where its squares are to tell the noise."""
+    """Refuse an update of a single sample or micro-batch if squares are tracked, because one unit does not show the noise."""
     size = config.batch.size
-    # At the reference batch itself the squares have no part in Adam's second moment; Quench's sigma2 has no reference.
+    # At the reference batch size, Adam's second moment does not use the squares; Quench's sigma2 has no reference.
     has_part = config.batch.reference_size > 1 or not config.optimizer.takes_rule
     if second_moment(config) == "sample" and size < 2 and has_part:
         key, plain = ("second_moment", "batch") if config.optimizer.takes_rule else ("sigma2", "average")
@@ -152,10 +152,10 @@ def _check_units(config: Config, group_size: int) -> None:
 
 
 def check_single_samples(run: Run, task: Task) -> None:
-    """Refuse batch norms of a model from elsewhere, left as they are, that would meet a forward pass of one sample.
+    """Refuse batch norms of a user's model, left unchanged, if a forward pass of a single sample would reach them.
 
     Raises:
-        UserError: naming the size of the update's batch.
+        UserError: with the size of the update's batch.
     """
     model, plan, world_size = run.config.model, run.plan, run.world_size
     if not isinstance(model, FactoryModel) or model.norm_group_size is not None:
@@ -172,7 +172,7 @@ def check_single_samples(run: Run, task: Task) -> None:
         return
     except Exception as error:
         if "more than 1 value per channel" not in str(error):
-            return  # it does more than a model without values can: the run will show
+            return  # the model cannot run without values; an error will show in the run
     raise UserError(
         f"model.norm_group_size: null leaves batch norms that need two samples a forward pass, and an update of {size:,} "
         f"samples has one of a single sample on {world_size} rank{'s' if world_size > 1 else ''}; set a norm_group_size, or "
@@ -181,7 +181,7 @@ def check_single_samples(run: Run, task: Task) -> None:
 
 
 def _check_squares_every(config: Config) -> None:
-    """Refuse what needs the squares of every update."""
+    """Refuse backend.squares_every above 1 together with an option that needs the squares of every update."""
     why = ""
     if measures_noise(config) or damps(config):
         why = "the damping is of every update" if damps(config) else "the measured noise is of every update"
@@ -195,7 +195,7 @@ def _check_squares_every(config: Config) -> None:
 
 
 def _check_damping(config: Config) -> None:
-    """Refuse to damp steps that are not the linear rule's, or where the noise is not known."""
+    """Refuse to damp steps that do not follow the linear rule, or for which the noise is not known."""
     optimizer = config.optimizer
     expected, got = "", ""
     if optimizer.optimizer_class not in KNOWN:
@@ -215,7 +215,7 @@ def _check_damping(config: Config) -> None:
 
 
 def _check_noise(config: Config) -> None:
-    """Refuse what cannot be had of the measured noise."""
+    """Refuse options that need the measured noise and do not fit it."""
     if not measures_noise(config):
         return
     why = "noise.measure"
@@ -241,7 +241,7 @@ def _check_noise(config: Config) -> None:
 
 
 def _check_batch_warmup(config: Config, plan: Plan, least: int) -> None:
-    """Refuse a batch size that cannot rise from where it is to begin."""
+    """Refuse a warm-up of the batch size that cannot rise from its start."""
     if not config.warmup.grows_batch():
         return
     if config.warmup.name != "gradual":
@@ -257,7 +257,7 @@ def _check_batch_warmup(config: Config, plan: Plan, least: int) -> None:
 
 
 def _check_batches(config: Config, num_train: int, world_size: int, group_size: int) -> None:
-    """Refuse batch sizes that do not fit, with the nearest that does."""
+    """Refuse batch sizes that do not fit the ranks or the data; the error gives the nearest size that does."""
     step = group_size
     for key, size in (("batch.size", config.batch.size), ("batch.max_size", config.batch.max_size)):
         if size is None:

@@ -1,4 +1,4 @@
-"""What follows from a config's sections together: the reference, the squares that are tracked and for what, the sizes."""
+"""Values that follow from several sections of a config: the reference, the tracked squares, and batch sizes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from largebatch.scaling.plan import Plan
 from largebatch.scaling.rules import Reference
 
 Unit: TypeAlias = Literal["sample", "micro_batch"]
-"""Squares of what: of the gradients of single samples, or of micro-batches."""
+"""Unit whose gradients are squared: a single sample, or a micro-batch."""
 
 
 def reference(config: Config) -> Reference:
-    """Return the tuned hyper-parameters with the rules that carry them to another batch size.
+    """Return the tuned hyper-parameters with the rules that scale them to another batch size.
 
     Raises:
-        UserError: if a rule is set for something that the optimizer does not have.
+        UserError: if a rule is set for a coefficient that the optimizer does not have, or for an optimizer that takes no rule.
     """
     optimizer, scaling = config.optimizer, config.scaling
     if not optimizer.takes_rule and scaling.rule != "none":
@@ -55,15 +55,15 @@ def grows(config: Config) -> bool:
 
 
 def measures_noise(config: Config) -> bool:
-    """Return whether the gradient noise is measured: to log it, or because something follows it."""
+    """Return whether the gradient noise is measured, for the log or because the batch size or the learning rate uses it."""
     return config.noise.measure or config.batch.growth == "adaptive" or config.scaling.rule == "adascale"
 
 
 def second_moment(config: Config) -> Unit | None:
-    """Return what squares the second moment (Quench: the variance) is taken from; None where it is plain, or not there.
+    """Return the unit of the squares in the second moment (Quench: the variance), or None if it uses no tracked squares.
 
     Raises:
-        UserError: if the scaling rule does not go with what was asked for.
+        UserError: if the scaling rule does not fit optimizer.second_moment.
     """
     optimizer, rule = config.optimizer, config.scaling.rule
     if isinstance(optimizer, QuenchConfig) and optimizer.sigma2 == "sample":
@@ -85,12 +85,12 @@ def second_moment(config: Config) -> Unit | None:
 
 
 def damps(config: Config) -> bool:
-    """Return whether steps are damped: never at the reference batch size, where nothing is to be damped."""
+    """Return whether steps are damped; they never are if the batch size always is the reference, which needs no damping."""
     return config.optimizer.damping and (config.batch.size != config.batch.reference_size or grows(config))
 
 
 def tracked(config: Config) -> Unit | None:
-    """Return what squares are tracked, for the second moment, the noise or the damping; None for none."""
+    """Return the unit of the squares that are tracked for the second moment, noise or damping; None if none are."""
     measured = config.noise.per if measures_noise(config) else None
     return second_moment(config) or measured or ("micro_batch" if damps(config) else None)
 
@@ -103,9 +103,9 @@ def clips_reference(config: Config) -> bool:
 
 
 def largest_batch(config: Config, plan: Plan) -> int:
-    """Return the largest batch size that a run may come to.
+    """Return the largest batch size that a run may reach.
 
-    An adaptive batch doubles up to batch.max_size, and never past a tenth of the training set (Smith et al. 2018).
+    An adaptive batch doubles up to batch.max_size, and never grows past a tenth of the training set (Smith et al. 2018).
     """
     size = config.batch.size
     if config.batch.growth != "adaptive":

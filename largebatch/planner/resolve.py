@@ -1,4 +1,4 @@
-"""A config, resolved: everything that follows from it for a data set and a number of ranks, derived once."""
+"""Resolution of a config for a data set and a number of ranks: all derived values are computed once, here."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from largebatch.planner.run import Run
 from largebatch.scaling.plan import Plan
 from largebatch.scaling.schedules import Warmup
 
-# Multiple of the reference batch from the first update on, above which two micro-batches an update are too few at first, when
-# the average has hardly begun: an element whose two gradients happen to agree takes too large a step (docs/results.md).
+# If the first batch is a larger multiple of the reference than this, two micro-batches per update are too few at the beginning:
+# the average has few values, and an element whose two gradients happen to agree takes too large a step (docs/results.md).
 TWO_SUFFICE, EARLY_UNITS = 16, 4
 
 
 def resolve(config: Config, num_train: int, world_size: int = 1, group_size: int = 1) -> Run:
-    """Resolve a config.
+    """Return the run that a config describes.
 
     Args:
         config: the config.
-        num_train: samples in the training set.
-        world_size: ranks.
-        group_size: samples that a normalisation layer takes its statistics over; batches are multiples of it.
+        num_train: number of samples in the training set.
+        world_size: number of ranks.
+        group_size: number of samples over which a normalisation layer takes its statistics; batch sizes are multiples of it.
 
     Raises:
-        UserError: if the config's sections do not go together, or the batch sizes cannot be had on these ranks.
+        UserError: if the config's sections do not fit together, or the batch sizes do not fit the ranks.
     """
     check_config(config, num_train, world_size, group_size)
     plan = _plan(config, num_train, group_size)
@@ -76,12 +76,12 @@ def _plan(config: Config, num_train: int, group_size: int) -> Plan:
 
 
 def _warmup(config: Config, num_train: int) -> Warmup:
-    """Return the warm-up; where its start is not given, from the reference's learning rate or the batch next to its own."""
+    """Return the warm-up. Its default start is the reference's learning rate, or for the batch, a size near the reference's."""
     tuned, size, warmup = reference(config), config.batch.size, config.warmup
     start = warmup.start
     if start is None and warmup.grows_batch():
         kappa = max(1.0, size / tuned.batch_size)
-        start = 0.5 ** int(math.log2(kappa))  # from the halving of the batch next above the reference's
+        start = 0.5 ** int(math.log2(kappa))  # the most halvings that do not go below the reference's batch
     elif start is None:
         start = min(1.0, tuned.lr / tuned.at(size)["lr"])
     return Warmup(warmup.name, round(warmup.epochs * num_train), start, "batch" if warmup.grows_batch() else "lr")
@@ -92,7 +92,7 @@ def _wants_units(config: Config) -> bool:
 
 
 def _least_units(config: Config, plan: Plan) -> int:
-    """Return the micro-batches that an update is to have at the least."""
+    """Return the minimum number of micro-batches in an update."""
     if tracked(config) != "micro_batch":
         return 1
     begins_at = plan.full_batch_size(0) / config.batch.reference_size

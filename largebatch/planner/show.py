@@ -1,4 +1,4 @@
-"""What `largebatch plan` and the head of a run print."""
+"""Output of `largebatch plan`, and the first lines of a run."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from largebatch.task import Task
 
 
 def print_plan(console: Console, run: Run, model: nn.Module, data: str) -> None:
-    """Print what is trained on what, and the plan's two tables.
+    """Print the model and data of a run, and the two tables of its plan.
 
     Args:
-        console: where to.
-        run: what is trained.
+        console: the console to print to.
+        run: the resolved config.
         model: its model.
-        data: the data set's size, and what else the first line says.
+        data: the size of the data set, and other text for the first line.
     """
     config, plan, world_size = run.config, run.plan, run.world_size
     parameters = sum(p.numel() for p in model.parameters() if not is_shadow(p))
@@ -80,7 +80,7 @@ def print_plan(console: Console, run: Run, model: nn.Module, data: str) -> None:
 
 
 def _say_decay(config: Config, model: nn.Module) -> str:
-    """Return a line that says which parameters the weight decay is of."""
+    """Return a line with the number of parameters to which the weight decay applies, and of those without it."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and not is_shadow(p)}
     roles = {} if config.optimizer.decay_norm_and_bias else undecayed(model)
     decayed = [p for name, p in trained.items() if name not in roles]
@@ -105,7 +105,7 @@ def _counted(parameters: list[nn.Parameter], role: str = "") -> str:
 
 
 def _say_units(run: Run) -> str:
-    """Return a line that says what the squares of an update are of, at the first batch size and at the largest."""
+    """Return a line with the number of micro-batches whose gradients are squared, at the first and largest batch size."""
     plan, micro_size, largest = run.plan, run.config.batch.micro_size, run.largest_batch
     first, last = (
         f"{effective_micro_batches(size, run.world_size, micro_size, run.group_size, plan.units(size)):.3g}"
@@ -130,16 +130,16 @@ def _squared_for(run: Run) -> str:
 
 
 def print_warnings(console: Console, warnings: Iterable[str]) -> None:
-    """Print what a user should know."""
+    """Print warnings for the user, a line each."""
     for warning in warnings:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
 
 
 def _data_sizes(config: Config) -> tuple[int, Task, str]:
-    """Return training samples, task, and a word on where they come from: the data, or what is published of it.
+    """Return the number of training samples, the task, and a note if both are published values because the data is missing.
 
     Raises:
-        UserError: if the data is not there, and nothing is known of it.
+        UserError: if the data is missing and its published size is not known.
     """
     try:
         with within_memory("data"):
@@ -156,9 +156,9 @@ def describe_plan(config: Config, world_size: int, console: Console) -> None:
     """Print the plan of a config without training it.
 
     Raises:
-        UserError: for what the user can mend.
+        UserError: for any problem that the user can correct.
     """
-    if config.backend.name != "accelerate":  # whose launcher is not here
+    if config.backend.name != "accelerate":  # the launcher of Accelerate is not used here
         resolve_backend(config.backend, config.precision)
     num_train, task, where = _data_sizes(config)
     with torch.device("meta"), within_memory("model"):

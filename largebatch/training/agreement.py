@@ -1,4 +1,4 @@
-"""What every rank of a run must have alike, and the one line that says in what they differ."""
+"""Comparison of what all ranks of a run must have in common, with a one-line description of the first difference."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from largebatch.section import leaves
 
 Shown = dict[str, Any]
 
-# Where a node keeps the data and how many workers read it is its own affair.
+# Each node may choose where it keeps the data and how many workers read it.
 OF_THE_NODE = ("data.path", "loader.num_workers", "loader.prefetch")
-# Libraries that decide what a model is and what a sample looks like, by the module that shows whether they are in use.
+# Libraries that determine what a model is and what a sample looks like, named by the module that is loaded if they are in use.
 LIBRARIES = ("torch", "numpy", "torchvision", "timm", "transformers", "deepspeed", "accelerate", "PIL")
-# What is compared, in this order: a difference explains those that follow from it.
+# The sections that are compared, in this order, because a difference in one section can cause differences in later ones.
 SECTIONS = {
     "config": ("the ranks were given different configs", "start every rank with one config and the same flags"),
     "versions": ("the ranks run different versions", "install the same ones on every node"),
@@ -44,15 +44,15 @@ SECTIONS = {
 
 
 def show_run(config: Config, resume: str, folder: Path | None) -> Shown:
-    """Return the config with what was decided elsewhere, and the versions and the code that are in use.
+    """Return the resolved config, and the versions and the code that are in use.
 
     Args:
         config: the config.
-        resume: what was asked for; where to is rank 0's to say.
-        folder: the run folder, of which the same holds.
+        resume: the value of ``--resume``. Only whether it is ``never`` is compared, because rank 0 chooses the checkpoint.
+        folder: the run folder. Only whether it is given is compared, for the same reason.
 
     Raises:
-        UserError: for what `largebatch.distributed.resolve` refuses.
+        UserError: if `largebatch.distributed.resolve` refuses the backend or the precision.
     """
     shown = dict(leaves(config.model_dump(mode="json") | {"backend": None}))
     shown |= leaves({"backend": resolve(config.backend, config.precision).model_dump(mode="json")})
@@ -61,7 +61,7 @@ def show_run(config: Config, resume: str, folder: Path | None) -> Shown:
 
 
 def show_model(model: nn.Module) -> Shown:
-    """Return the names, shapes and types of a model's tensors, and the code that is in use now."""
+    """Return the names, shapes and types of a model's tensors, and the versions and the code that are in use now."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     described = [f"{name} {list(t.shape)} {t.dtype} {t.requires_grad}" for name, t in tensors]
     shown = {
@@ -72,10 +72,10 @@ def show_model(model: nn.Module) -> Shown:
 
 
 def show_checkpoint(path: Path) -> Shown:
-    """Return what tells a checkpoint from another of the same name, as each node may have on a disk of its own.
+    """Return a hash of a checkpoint's manifest, because nodes may have different checkpoints of the same name on local disks.
 
     Raises:
-        UserError: if it is not there.
+        UserError: if the checkpoint does not exist on this rank.
     """
     manifest = path / MANIFEST
     if not manifest.is_file():
@@ -84,7 +84,7 @@ def show_checkpoint(path: Path) -> Shown:
 
 
 def _show_code() -> Shown:
-    """Return the versions of libraries and hashes of the other modules that are loaded, by name."""
+    """Return library versions, and hashes of the loaded modules that are largebatch's or not installed, by name."""
     known = {name: sys.modules[name] for name in LIBRARIES if name in sys.modules}
     versions = {name: str(getattr(module, "__version__", "unknown")) for name, module in known.items()}
     code = {}
@@ -117,11 +117,11 @@ def _hash(contents: bytes) -> str:
 
 
 def difference(shown: list[Shown]) -> str | None:
-    """Return what differs between ranks in one line, None for nothing.
+    """Return one line that describes the difference between ranks, or None if there is none.
 
     Args:
-        shown: of each rank, as `show_run` and `show_model` return it, with a digest of its data; a section that a rank lacks,
-            because it failed before, is left out.
+        shown: for each rank, the result of `show_run` and `show_model`, with a digest of its data. A section that a rank lacks,
+            because the rank failed earlier, is not compared.
     """
     for section, (what, advice) in SECTIONS.items():
         found = _differences(section, {rank: dict(leaves(s[section])) for rank, s in enumerate(shown) if section in s})
@@ -134,7 +134,7 @@ def _differences(section: str, values: dict[int, Shown]) -> list[str]:
     if len(values) < 2:
         return []
     first, *others = values
-    # A module that one rank alone has loaded, or a library, or what there was no time for, says nothing.
+    # Except in the config, compare only keys that all ranks have: a rank may load other modules, or run out of time for a hash.
     keys = dict.fromkeys(key for own in values.values() for key in own)
     if section != "config":
         keys = {key: None for key in keys if all(key in own for own in values.values())}

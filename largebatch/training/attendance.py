@@ -1,4 +1,4 @@
-"""Which samples of an update came: some may turn out to be unreadable, and all ranks have to know before its last pass."""
+"""Count of the samples of an update that could be read, on which all ranks agree before the last pass of the update."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from largebatch.errors import SharedError, UnreadableError, first_few
 
 @dataclass
 class Attendance:
-    """The samples of an update: how many came, and which did not.
+    """The samples of an update: how many could be read, and which could not.
 
     Args:
-        num_samples: samples announced, over all ranks; after `call` those that came.
-        num_units: units of the squares, as announced; after `call` those of the samples that came.
-        of_samples: whether each sample is a unit; else each micro-batch.
+        num_samples: number of samples announced, over all ranks; after `call`, number of samples that could be read.
+        num_units: number of units of the squares, as announced; after `call`, that of the samples that could be read.
+        of_samples: whether each sample is a unit; if False, each micro-batch is one.
     """
 
     num_samples: int
@@ -34,13 +34,13 @@ class Attendance:
         self.missing += filter(None, micro_batch.missing.values())
 
     def call(self, backend: Backend) -> list[str]:
-        """Count the micro-batches of all ranks, before the last pass of an update; return what is missing, and why.
+        """Count the micro-batches of all ranks before the last pass of an update; return a line for each missing sample.
 
-        Every rank takes part, and comes to the same.
+        Every rank calls it and gets the same result.
 
         Raises:
-            UnreadableError: if nothing is left of the update.
-            SharedError: if nothing of it has a target.
+            UnreadableError: if no sample of the update could be read.
+            SharedError: if every target of the update is ignored.
         """
         mine = [sum(self.sizes), sum(size**2 for size in self.sizes)]
         num_samples, of_squares = map(int, backend.sum(torch.tensor(mine, dtype=torch.float64)).tolist())
@@ -58,15 +58,15 @@ class Attendance:
 
 
 def everyones(missing: Iterable[str], backend: Backend) -> list[str]:
-    """Return what any rank says is missing, each once. A collective."""
+    """Return the lines of all ranks about missing samples, each line once. This is a collective."""
     return sorted({line for lines in backend.gather(list(missing)) for line in lines})
 
 
 def note(missing: Sequence[str], known: list[str], stops: bool) -> str | None:
-    """Return what to tell of samples that are left out, None where it was told before; ``known`` takes them in.
+    """Return the message about missing samples, or None if all of them are in ``known``; add the new ones to ``known``.
 
     Raises:
-        UnreadableError: where the run stops at the first.
+        UnreadableError: if samples are missing and ``stops`` is true.
     """
     if missing and stops:
         raise UnreadableError(f"data.path: {first_few(missing)}")

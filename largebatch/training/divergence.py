@@ -1,4 +1,4 @@
-"""What a run does at a gradient that is NaN or infinite, and what it says of it."""
+"""Response of a run to a gradient that is NaN or infinite, and the messages about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from largebatch.reporting.progress import Progress
 
 Choice = Literal["stop", "skip", "roll_back"]
 
-# Updates skipped in a row, and returns to a checkpoint in a run, after which it is not bad luck.
+# Numbers of updates skipped in a row, and of returns to a checkpoint in a run, after which the run stops.
 MOST_SKIPS, MOST_ROLLBACKS = 20, 10
 
 
@@ -19,14 +19,14 @@ class Diverged(Exception):
 
 
 def choose(choice: Choice, progress: Progress) -> Choice:
-    """Return what to do at the next such gradient: what the config says, until it has been done too often."""
+    """Return the response to a non-finite gradient: the config's choice, or "stop" once that was taken too often."""
     if choice == "skip" and progress.skipped_in_a_row >= MOST_SKIPS:
         return "stop"
     return "stop" if choice == "roll_back" and progress.rollbacks >= MOST_ROLLBACKS else choice
 
 
 def describe(error: NonFiniteError, progress: Progress) -> str:
-    """Return which update it was, and whose loss."""
+    """Return a line with the number of the update and the ranks whose loss was not finite."""
     ranks = f"the loss was not finite on rank {', '.join(map(str, error.ranks))}"
     cause = ranks if error.ranks else "every loss was finite"
     return (
@@ -35,13 +35,13 @@ def describe(error: NonFiniteError, progress: Progress) -> str:
 
 
 def last_words(what: str, choice: Choice, progress: Progress, checkpoint: Path | None) -> str:
-    """Return why the run stops, and what to do.
+    """Return a line that says why the run stops and what the user can do.
 
     Args:
-        what: from `describe`.
-        choice: what the config says.
-        progress: where the run stands.
-        checkpoint: holds the state before the update; None where nothing is saved.
+        what: the line from `describe`.
+        choice: the choice in the config.
+        progress: the progress of the run.
+        checkpoint: the checkpoint with the state before the update; None if nothing is saved.
     """
     tried = {
         "stop": "",

@@ -18,32 +18,31 @@ from largebatch.training.attendance import everyones
 def evaluate(
     model: nn.Module, source: Source, backend: Backend, batch_size: int, loader: LoaderConfig, dtype: torch.dtype
 ) -> tuple[dict[str, float], list[str]]:
-    """Return the exact mean loss, and accuracy, over the whole validation set, and what of it could not be read.
+    """Return the exact mean loss and accuracy over the whole validation set, and the samples that could not be read.
 
-    Every rank takes part.
-
-    Sums and counts are reduced, not means, so that it does not matter how samples fall on ranks.
+    Every rank takes part. Sums and counts are reduced rather than means, so the result does not depend on which rank evaluates
+    which sample.
 
     Args:
-        model: the model that the engine prepared, not its wrapper; in training mode before and after.
+        model: the module that the engine prepared, not the engine's wrapper; it is in training mode before and after.
         source: the validation set, and the task.
         backend: the engine.
-        batch_size: samples of one forward pass on one rank.
-        loader: workers and prefetch.
-        dtype: of floating-point inputs, and of the outputs that the loss is taken of.
+        batch_size: number of samples in one forward pass on one rank.
+        loader: the workers and the prefetch.
+        dtype: dtype of floating-point inputs, and of the outputs from which the loss is computed.
 
     Returns:
-        ``val_loss``, and ``val_accuracy`` in [0, 1] where the task has one, means over the samples whose targets are not all
-        ignored; why samples are missing from them, a line each.
+        ``val_loss``, and ``val_accuracy`` in [0, 1] if the task has one: means over the samples with a target that is not
+        ignored. Then one line for each sample that could not be read, with the reason.
 
     Raises:
-        UnreadableError: if all of them are.
+        UnreadableError: if no sample with a target that is not ignored is left because samples could not be read.
         UserError: if no sample has a target that is not ignored.
     """
     task = source.task
     totals = torch.zeros(
         4, dtype=torch.float64, device=backend.device
-    )  # loss, correct, samples with a target, missing ones
+    )  # loss, correct, samples with a target, missing samples
     missing: list[str] = []
     batches = evaluation_batches(
         source.val,

@@ -1,4 +1,4 @@
-"""The rows of a run: what an update, an evaluation or an event tells the loggers."""
+"""The rows that a run writes to its loggers about updates, evaluations and events."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from largebatch.training.step import Update
 
 
 class Stopwatch:
-    """Wall time between rows, without what is paused."""
+    """Measures the wall time between rows, without the time spent in `paused`."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time of the block."""
+        """Exclude the time spent in the block."""
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
@@ -34,12 +34,12 @@ class Stopwatch:
 
 
 class RunLog:
-    """Writes rows that begin with where the run stands.
+    """Writes rows, each of which begins with the progress of the run.
 
     Args:
-        logger: takes the rows.
-        meter: the noise of the gradient, where it is measured.
-        samples_per_epoch: samples of an epoch.
+        logger: the logger that receives the rows.
+        meter: the meter of the gradient noise; None if the noise is not measured.
+        samples_per_epoch: number of samples in an epoch.
     """
 
     def __init__(self, logger: Logger, meter: NoiseMeter | None, samples_per_epoch: int) -> None:
@@ -54,18 +54,18 @@ class RunLog:
         return row if clock is None else {**row, "clock_samples": clock}
 
     def event(self, progress: Progress, text: str, samples: int | None = None) -> None:
-        """Write what happened.
+        """Write a row about an event.
 
         Args:
-            progress: where the run stands.
-            text: a sentence.
-            samples: samples that the row is counted with, where they are not those seen: a run that resumes before them
-                forgets the row with the rest.
+            progress: the progress of the run.
+            text: a sentence that describes the event.
+            samples: number of samples to write in the row, if not the number seen. A run that resumes from a checkpoint before
+                that number removes the row.
         """
         self.logger.log({**self._place(progress, samples), "event": text})
 
     def evaluation(self, progress: Progress, scores: Row) -> None:
-        """Write what an evaluation found."""
+        """Write a row with the scores of an evaluation."""
         if self.meter is not None:
             scores = {**scores, "noise_scale_by_layer": self.meter.by_layer()}
             if shares := self.meter.shares_by_layer():
@@ -73,12 +73,12 @@ class RunLog:
         self.logger.log({**self._place(progress), **scores})
 
     def update(self, progress: Progress, losses: float, update: Update) -> None:
-        """Write a row about the updates since the last one, and begin to count the next.
+        """Write a row about the updates since the last row, and begin to count for the next.
 
         Args:
-            progress: where the run stands.
+            progress: the progress of the run.
             losses: sum of the losses of all samples since the last row, over all ranks.
-            update: the last one.
+            update: the last of these updates.
         """
         batch_size, values = update.batch_size, update.values
         seconds = self.stopwatch.lap()

@@ -1,4 +1,4 @@
-"""What a run measures of its gradient noise, and what it draws from it: rows, AdaScale's gain, the next batch size."""
+"""Measurement of a run's gradient noise, and its uses: metrics, AdaScale's gain, and the next batch size."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from largebatch.optim.limit import LimitMeter
 from largebatch.planner.run import Run
 from largebatch.reporting.loggers import Row
 
-# Of an averaging length: how often it is asked whether another batch size is due.
+# Number of times in an averaging length that the batch size may change.
 DECISIONS = 10
-# Updates that an averaging length spans at least, by default: fewer than five leave the band open for good.
+# Default minimum number of updates in an averaging length. With fewer than five updates the band would stay infinite.
 LEAST_UPDATES = 10
-# Share of the largest stable step above which is warned, and measurements that it rests on at the least. It is a mean over
-# directions; where it was measured beside the steepest one, that one's share was up to five times as large (docs/limit.md).
+# Share of the largest stable step above which the user is warned, and the minimum number of measurements for a warning. The
+# share is a mean over directions. Where the steepest direction was measured too, its share was up to five times as large
+# (docs/limit.md).
 LARGE_SHARE, LEAST_MEASUREMENTS = 0.2, 4
 
 
 def layer_of(name: str) -> str:
-    """Return the module a parameter belongs to, by the parameter's name; the name itself for one of the root."""
+    """Return the name of the module that a parameter belongs to, or the parameter's own name if it belongs to the root."""
     return name.rpartition(".")[0] or name
 
 
 class NoiseMeter:
-    """Measures the gradient noise of every update; alike on every rank, as the sums it is given are.
+    """Measures the gradient noise of every update. The results are the same on every rank, as the sums are over all ranks.
 
     Args:
-        run: what is trained.
-        names: of the trained parameters, in the order of the sums.
-        limit: measures how near the steps are to the largest stable ones, where the engine does.
+        run: the resolved config.
+        names: names of the trained parameters, in the order of the sums.
+        limit: meter of the steps as shares of the largest stable ones; None if the engine does not measure them.
     """
 
     def __init__(self, run: Run, names: Sequence[str], limit: LimitMeter | None = None) -> None:
@@ -55,19 +56,19 @@ class NoiseMeter:
 
     @property
     def clock(self) -> float | None:
-        """Samples that the reference run would have seen, where AdaScale counts them."""
+        """Number of samples that the reference run would have seen; None without AdaScale, which counts them."""
         return None if self.adascale is None else self.adascale.samples
 
     def update(self, sums: Tensor, batch_size: int, num_units: float, world_size: int) -> float:
-        """Take in one update's sums; return what its learning rate is multiplied by: AdaScale's gain, or 1.
+        """Add the sums of one update; return the factor of its learning rate, which is AdaScale's gain or 1.
 
         Args:
             sums: (2, P), as `Backend.noise_sums` returns them.
             batch_size: B.
-            num_units: n, independent units whose squares were tracked.
-            world_size: ranks over which the engine averaged gradients.
+            num_units: n, number of independent units whose squares were tracked.
+            world_size: number of ranks over which the engine averaged gradients.
 
-        An update of one unit (a small last batch) says nothing of noise and enters no average.
+        An update of one unit (a small last batch) does not show the noise and enters no average.
         """
         if num_units <= 1:
             return 1.0 if self.adascale is None else self.adascale.advance(batch_size)
@@ -80,7 +81,7 @@ class NoiseMeter:
         return self.adascale.update(float(trace), float(signal), batch_size)
 
     def row(self, batch_size: int) -> Row:
-        """Return what a row of metrics says of the noise, and of a batch size in it; infinities as JSON's null."""
+        """Return the noise metrics of a row, and those of a batch size in this noise; an infinity is logged as null."""
         whole = self.noise.whole
         row = {
             "noise_scale": whole.noise_scale,
@@ -97,19 +98,19 @@ class NoiseMeter:
         return row | ({} if self.adascale is None else {"gain": self.adascale.gain})
 
     def shares_by_layer(self) -> dict[str, float]:
-        """Return of each layer the share of the largest stable step in use; nothing before it was measured."""
+        """Return, for each layer, the share of the largest stable step in use; an empty dict before the first measurement."""
         return {} if self.limit is None else self.limit.limit(layer_of).by_name
 
     def by_layer(self) -> dict[str, float | None]:
-        """Return the noise scale of each layer, in samples; None where it is infinite."""
+        """Return the noise scale of each layer in samples, or None where it is infinite."""
         scales = {name: noise.noise_scale for name, noise in self.noise.by_name.items()}
         return {name: scale if math.isfinite(scale) else None for name, scale in scales.items()}
 
     def warnings(self, batch_size: int, samples_seen: int) -> Iterator[str]:
-        """Yield, once each, that the batch is larger than the critical batch size, and that its steps are near the limit.
+        """Yield, once each, warnings that the batch exceeds its critical size, and that its steps are near their limit.
 
-        Of noise not in the first quarter of the run, where it is small and that of the averages out of date, and of an
-        adaptive batch only where it can fall no further and lies above what it aims at.
+        The first warning is not given in the first quarter of the run, where the noise is small and its averages are out of
+        date. An adaptive batch gets it only when it cannot shrink further and is still above its target.
         """
         whole, share = self.noise.whole, self.share if self.is_adaptive else 1.0
         can_fall = self.is_adaptive and batch_size > self.smallest
@@ -122,7 +123,7 @@ class NoiseMeter:
             )
         if self.limit is None or self.warned_of_limit or self.limit.count < LEAST_MEASUREMENTS:
             return
-        if self.limit.share > LARGE_SHARE:  # asked at every update
+        if self.limit.share > LARGE_SHARE:  # checked at every update
             self.warned_of_limit, found = True, self.limit.limit()
             yield (
                 f"a step of batch size {batch_size:,} takes {found.share:.2f} of the largest stable one, of batch size "
@@ -131,15 +132,15 @@ class NoiseMeter:
             )
 
     def next_batch_size(self, batch_size: int, samples_seen: int, last: int) -> int:
-        """Return the batch size from here on: doubled or halved once the whole confidence band speaks for it.
+        """Return the next batch size, doubled or halved once the whole confidence band supports the change.
 
-        A batch is doubled where twice its size is below the band of critical_share * B_simple, halved where half its size
-        is above; in between it stays, so that it does not go back and forth.
+        The band is that of critical_share * B_simple. A batch is doubled if twice its size is at most the lower end, and halved
+        if half its size is at least the upper end. In between it is kept, so that it does not alternate.
 
         Args:
             batch_size: B of the last update.
-            samples_seen: samples used so far.
-            last: samples seen before the last update.
+            samples_seen: number of samples used so far.
+            last: number of samples seen before the last update.
         """
         every = max(1, self.length_samples // DECISIONS)
         if not self.is_adaptive or samples_seen // every == last // every:
@@ -152,22 +153,22 @@ class NoiseMeter:
         return batch_size
 
     def start_at(self, samples_seen: int) -> None:
-        """Begin in the middle of a run that had no clock: AdaScale's stands where the run does."""
+        """Set AdaScale's clock to the number of samples seen, for a run that continues from one without a clock."""
         if self.adascale is not None:
             self.adascale.updates = samples_seen / self.adascale.reference_batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages and the clock, as JSON takes them."""
+        """Return the averages and the clock in a form that JSON can hold."""
         clock = None if self.adascale is None else self.adascale.state_dict()
         limit = None
         if self.limit is not None:
-            self.limit.drop()  # half a measurement is not saved, and the run that goes on goes on as one that is resumed
+            self.limit.drop()  # a partial measurement is not saved; dropping it keeps this run equal to a resumed one
             limit = self.limit.state_dict()
         warned = {"warned": self.warned, "warned_of_limit": self.warned_of_limit}
         return {"noise": self.noise.state_dict(), "adascale": clock, "limit": limit} | warned
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.noise.load_state_dict(state["noise"])
         self.warned, self.warned_of_limit = state["warned"], state.get("warned_of_limit", False)
         if self.limit is not None and state.get("limit"):

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and whether it may."""
+"""Choice of the checkpoint that a run continues from, and the checks that it may."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from largebatch.errors import UserError
 from largebatch.section import leaves, user_path
 from largebatch.training.run_folder import CHECKPOINTS, CONFIG, METRICS, WEIGHTS, config_of, is_run
 
-# What may differ from the run that wrote a checkpoint: who computes a sample and where, what is shown and kept; never
-# which samples enter an update and what they do to the weights.
+# Keys that may differ from the run that wrote a checkpoint: they decide where samples are computed, and what is shown and kept,
+# but not which samples enter an update or how these change the weights.
 FREE = (
     "backend", "loader", "log", "checkpoint", "evaluate", "batch.micro_size", "data.path", "data.corrupt", "data.train_samples",
     "optimizer.non_finite",
 )  # fmt: skip
 BOUND = ("backend.squares_every", "backend.squares_dtype")
 BATCH = ("batch.size", "batch.max_size", "batch.growth", "batch.critical_share")
-# What a run that branches off into a folder of its own may change besides.
+# Keys that a run that branches off into its own folder may change as well.
 BRANCH = ("optimizer", "scaling", "schedule", "warmup", "noise", *BATCH)
 SAME_IN_A_BRANCH = ("optimizer.name",)
 
@@ -43,7 +43,7 @@ ALLOWED_CHANGES = (
 
 
 def run_folder_of(resume: str) -> Path:
-    """Return the run folder that ``--resume PATH`` speaks of: PATH, or that of the checkpoint PATH.
+    """Return the run folder for ``--resume PATH``: PATH itself, or the folder of the run that wrote the checkpoint PATH.
 
     Raises:
         UserError: if the checkpoint does not lie in the folder of the run that wrote it.
@@ -53,7 +53,7 @@ def run_folder_of(resume: str) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"--resume: {path} does not exist")
-    # As it was named first: checkpoints may be a link to another disk. Or it is itself a link to a run's.
+    # Try the path as given first, because checkpoints may be a link to another disk; or PATH may link to a run's checkpoint.
     for place in (path.absolute(), path.resolve()):
         folder = place.parent.parent
         if place.parent.name == CHECKPOINTS and is_run(folder) and _wrote(folder, path):
@@ -65,21 +65,21 @@ def run_folder_of(resume: str) -> Path:
 
 
 def _wrote(folder: Path, checkpoint: Path) -> bool:
-    """Return whether the run of a folder wrote a checkpoint, as far as their configs tell."""
+    """Return whether the run of a folder wrote a checkpoint, judged by their configs."""
     config = config_of(folder)
     if config is None:
         return False
     try:
         state = read_run_state(checkpoint)
-    except UserError:  # damaged: who reads it says so
+    except UserError:  # damaged: the error is raised where the checkpoint is read
         return True
     return not _differing(config, state["config"])
 
 
 def _differing(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Return the keys in which two configs are of different runs.
+    """Return the keys by which two configs belong to different runs.
 
-    A key that only one of them has is of another version, or of another kind of section, whose name differs too.
+    A key that only one of them has is ignored: it belongs to another version, or to another kind of section with another name.
     """
     ours, theirs = dict(leaves(own)), dict(leaves(saved))
     keys = [key for key in ours if key in theirs and theirs[key] != ours[key]]
@@ -87,15 +87,15 @@ def _differing(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
 
 
 def find_checkpoint(resume: str, folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """Return where a run continues, or None where it begins, and what its user should know.
+    """Return the checkpoint that a run continues from, or None if it begins anew, and notes for the user.
 
     Args:
-        resume: ``auto`` for the newest whole checkpoint of the run folder, if it has one; a run folder, whose newest is
-            meant; or a checkpoint.
+        resume: ``auto`` for the newest whole checkpoint of the run folder, if it has one; another run folder, for its newest
+            whole checkpoint; or a checkpoint.
         folder: the run folder.
 
     Raises:
-        UserError: if the named one is missing or damaged, or a run has checkpoints and all are damaged.
+        UserError: if the named checkpoint is missing or damaged, or if a run has checkpoints and all of them are damaged.
     """
     path = folder if resume == "auto" else user_path(resume, "--resume")
     if samples_of(path) is not None:
@@ -123,16 +123,16 @@ def _is_under(key: str, sections: Sequence[str]) -> bool:
 
 
 def check_same_run(config: Config, begun_with: Mapping[str, Any], where: Path, is_branch: bool = False) -> list[str]:
-    """Refuse to continue a run of another model, optimizer, plan or data set; return the keys in which a branch differs.
+    """Refuse to continue a run of another model, optimizer, plan or data set; return the keys that a branch changes.
 
     Args:
         config: the config to continue with.
-        begun_with: the config it was begun with, as a mapping.
-        where: whose that is.
+        begun_with: the config that the run was begun with, as a mapping.
+        where: the folder or checkpoint with that config.
         is_branch: whether the run branches off from it.
 
     Raises:
-        UserError: naming each key that differs, and what may.
+        UserError: with each key that differs, and the keys that may differ.
     """
     saved, own = dict(leaves(begun_with)), dict(leaves(config.model_dump(mode="json")))
     differing = _differing(own, saved)
@@ -146,10 +146,10 @@ def check_same_run(config: Config, begun_with: Mapping[str, Any], where: Path, i
 
 
 def _check_data(config: Config, found: Checkpoint, data: Mapping[str, Any]) -> tuple[str, ...]:
-    """Refuse to continue on other data, or return what to tell of it where the config says so.
+    """Refuse to continue on other data, or return notes about it if checkpoint.same_data is false.
 
     Raises:
-        UserError: naming what differs.
+        UserError: with the differences.
     """
     num_here, num_there = data["train"]["samples"], found.state["num_train"]
     if num_there != num_here:
@@ -164,7 +164,7 @@ def _check_data(config: Config, found: Checkpoint, data: Mapping[str, Any]) -> t
                 f"be read the name is enough, with --data.corrupt skip), or go on so, --checkpoint.same_data false: {then}"
             )
         return (f"continues on another data set: {counts}; {then}",)
-    changed = changed_parts(data, found.state.get("data"))  # of an old checkpoint nothing is known
+    changed = changed_parts(data, found.state.get("data"))  # an old checkpoint has no digest
     if not changed:
         return ()
     line = f"{found.path} was written with other data, which differs in {', '.join(changed)}"
@@ -176,10 +176,10 @@ def _check_data(config: Config, found: Checkpoint, data: Mapping[str, Any]) -> t
 
 
 def _begun_again(folder: Path) -> tuple[str, ...]:
-    """Say that a run begins again, whose checkpoints are gone.
+    """Return a note if a run that has rows but no checkpoint begins again.
 
     Raises:
-        UserError: if it had finished: its weights would be replaced.
+        UserError: if the run had finished, because its weights would be replaced.
     """
     if os.path.lexists(folder / WEIGHTS):
         raise UserError(
@@ -196,27 +196,27 @@ def _begun_again(folder: Path) -> tuple[str, ...]:
 def choose_checkpoint(
     config: Config, resume: str, folder: Path, data: Mapping[str, Any]
 ) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """Return `find_checkpoint` for a run that may continue from it, in a folder that may take it.
+    """Return the result of `find_checkpoint`, after checking that the run may continue from it in its folder.
 
     Args:
         config: the config.
-        resume: as `find_checkpoint` takes it.
+        resume: see `find_checkpoint`.
         folder: the run folder.
         data: the digest of the run's data.
 
     Raises:
-        UserError: if it may not.
+        UserError: if the run may not continue from it.
     """
     found, notes = find_checkpoint(resume, folder)
     own = CheckpointFolder(folder / CHECKPOINTS)
     if found is None:
-        # Begun, but dead before its first checkpoint: it begins again, if it is this run.
+        # A run that ended before its first checkpoint begins again if its config is the same.
         if (folder / CONFIG).exists():
             check_same_run(config, read_mapping(folder / CONFIG, "config of a run"), folder)
         return None, (*notes, *_begun_again(folder))
     is_own = found.path.resolve().parent == own.path.resolve()
     changed = check_same_run(config, found.state["config"], found.path, is_branch=not is_own)
-    if is_own and (folder / CONFIG).exists():  # a checkpoint that was put there is not the run's
+    if is_own and (folder / CONFIG).exists():  # refuse a checkpoint of another run that was put there
         check_same_run(config, read_mapping(folder / CONFIG, "config of a run"), folder)
     if changed:
         notes = (*notes, f"branches off at {found.path} with {', '.join(changed)}")
@@ -230,7 +230,7 @@ def choose_checkpoint(
     if not is_own and ((folder / CONFIG).exists() or own.saved()):
         if not (folder / CONFIG).exists():
             raise UserError(f"--out: {folder} already has checkpoints; name another folder")
-        # It branched off before, and was restarted with the same command.
+        # The run branched off earlier and was restarted with the same command.
         check_same_run(config, read_mapping(folder / CONFIG, "config of a run"), folder)
         begun, more = find_checkpoint("auto", folder)
         if begun is not None:

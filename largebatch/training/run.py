@@ -1,4 +1,4 @@
-"""From a config to a result."""
+"""Training of a run from its config to its results."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ from largebatch.training.trainer import Trainer
 
 
 def build_model(config: Config, task: Task) -> nn.Module:
-    """Return the model with initial weights that depend on the seed alone, the same on every rank.
+    """Return the model with initial weights that depend only on the seed, and so are the same on every rank.
 
     Raises:
-        UserError: if there is nothing to train, or a tensor that is complex, which no precision of a run has room for,
-            sparse, or without values.
+        UserError: if no parameter is trainable, or a tensor is sparse, has no values, was made in inference mode, or is
+            complex, for which a run has no precision.
     """
     seed_generators(config.seed)
     with within_memory("model"):
@@ -95,21 +95,21 @@ def train(
     resume: str = "never",
     may_rename: bool = False,
 ) -> Result:
-    """Train a run; everything that can be refused is refused before anything is written.
+    """Train a run. All checks of the arguments are made before anything is written.
 
     Args:
         config: the config.
-        folder: run folder; None writes nothing.
-        console: where tables and progress go; None prints nothing.
-        ranks: this process among all; None reads the environment that torchrun sets.
-        source: the data, where the caller has loaded it already.
-        warnings: what to tell beside the run's own warnings.
-        resume: ``never``; ``auto`` continues the run in the folder, or begins it where there is none; or the path of a
-            checkpoint or of a run folder to continue from.
-        may_rename: whether a new folder may get a number behind its name where another run has taken it.
+        folder: the run folder; None to write nothing.
+        console: the console for tables and progress; None to print nothing.
+        ranks: the rank of this process and the number of ranks; None to read the environment that torchrun sets.
+        source: the data, if the caller has already loaded it.
+        warnings: warnings to print in addition to the run's own.
+        resume: ``never``; ``auto`` to continue the run in the folder, or begin it if there is none; or the path of a checkpoint
+            or of a run folder to continue from.
+        may_rename: whether to append a number to the name of a new folder if another run has taken the name.
 
     Raises:
-        UserError: for what the user can mend.
+        UserError: for any problem that the user can correct.
     """
     ranks = launched_ranks() if ranks is None else ranks
     ranks = replace(ranks, timeout_seconds=config.backend.timeout_seconds)
@@ -117,18 +117,18 @@ def train(
     meeting = Meeting(ranks)
     ready = _prepare(config, folder, source, resume, may_rename, ranks, meeting)
     backend = ready.open_backend()
-    # Random layers (dropout) draw other numbers on every rank; the weights were drawn alike.
+    # Random layers (dropout) draw different numbers on every rank; the initial weights are the same.
     seed_generators(int(np.random.SeedSequence([config.seed, ranks.rank + 1]).generate_state(1)[0]))
     loggers = Loggers()
     with ExitStack() as held:
         with _told(backend, lambda: _what_is_kept(folder)) as opened:
             opened.callback(loggers.close)
-            folder = backend.broadcast(folder)  # one by the clock may differ by rank
+            folder = backend.broadcast(folder)  # a name with the time may differ between ranks
             mine = folder if ranks.rank == 0 else None
             is_new = mine is not None and (may_rename or not mine.exists())
             if mine is not None and not is_new:
                 held.enter_context(locked(mine, lock_wait()))
-                check_folder(mine, resume != "never")  # again: another run may have come and gone
+                check_folder(mine, resume != "never")  # again: another run may have begun and ended since
             found, notes = _agree_on_checkpoint(config, folder, resume, ready.digest, backend, meeting)
             if found is None:
                 notes += _verify_squares(ready, backend)
@@ -145,13 +145,13 @@ def train(
                 found=found,
                 data=ready.digest,
             )
-            opened.callback(trainer.step.loader.close)  # the workers, before anything else is closed
+            opened.callback(trainer.step.loader.close)  # close the workers before anything else
             _open_loggers(loggers, folder if ranks.rank == 0 else None, console, trainer, found)
             summary = trainer.train()
-            plan = trainer.plan  # with the changes of an adaptive batch
+            plan = trainer.plan  # includes the changes of an adaptive batch
             del trainer
         folder = folder if ranks.rank == 0 else None
-        with StopRequest():  # the results of a run that has ended take less time than to begin it again for them
+        with StopRequest():  # a signal does not interrupt the writing of results
             notes = () if folder is None else _write_results(folder, config, summary, plan)
     if console is not None:
         print_warnings(console, notes)
@@ -160,7 +160,7 @@ def train(
 
 
 def _print_head(console: Console, ready: _Ready, backend: Backend, warnings: tuple[str, ...]) -> None:
-    """Print the plan and what its user should know."""
+    """Print the plan and the warnings for the user."""
     sizes = f"{len(ready.source.train):,} training and {len(ready.source.val):,} validation samples"
     print_plan(console, ready.run, ready.model, f"{sizes}; {backend.describe()}")
     print_warnings(console, warnings)
@@ -169,7 +169,7 @@ def _print_head(console: Console, ready: _Ready, backend: Backend, warnings: tup
 def _open_loggers(
     loggers: Loggers, folder: Path | None, console: Console | None, trainer: Trainer, found: Checkpoint | None
 ) -> None:
-    """Open what takes the rows, on rank 0: the config and metrics.jsonl of the folder, trackers, the progress."""
+    """Open the outputs of rank 0: the config and metrics.jsonl in the folder, trackers, and the progress display."""
     config = trainer.config
     if folder is not None:
         _write_config(folder, config)
@@ -183,7 +183,7 @@ def _open_loggers(
 
 @dataclass(frozen=True)
 class _Ready:
-    """What the ranks have agreed on before any of them opens its engine."""
+    """The data, model and plan that the ranks have agreed on before any of them opens its engine."""
 
     source: Source
     digest: dict[str, Any]
@@ -201,10 +201,10 @@ def _prepare(
     ranks: Ranks,
     meeting: Meeting,
 ) -> _Ready:
-    """Load the data, build the model and the plan, and see that all ranks have the same.
+    """Load the data, build the model and the plan, and check that all ranks have the same ones.
 
     Raises:
-        UserError: for what the user can mend; on every rank.
+        UserError: on every rank, for any problem that the user can correct.
     """
     with meeting.agree("config", difference) as shown:
         shown.update(show_run(config, resume, folder))
@@ -227,9 +227,9 @@ def _prepare(
 
 @contextmanager
 def _told(backend: Backend, what_is_kept: Callable[[], str]) -> Iterator[ExitStack]:
-    """Tell the other ranks what ends this one, and say of a lost rank or worker what is kept.
+    """Report the error that ends this rank to the others, and add the last checkpoint to the error of a lost rank or worker.
 
-    Yields a stack of what to close at the end, the last first; the engine is closed after all of it.
+    It yields a stack of resources that is closed at the end, in reverse order, before the engine is closed.
     """
     is_lost, opened = False, ExitStack()
     try:
@@ -237,13 +237,13 @@ def _told(backend: Backend, what_is_kept: Callable[[], str]) -> Iterator[ExitSta
     except SharedError:
         raise
     except UserError as error:
-        error.everywhere = False  # a broken sample, say, which one rank alone has met
+        error.everywhere = False  # for example a broken sample that only one rank has read
         backend.watch.report(str(error), is_own=True, is_mistake=True)
         raise
     except LostWorkerError as error:
         backend.watch.report(str(error), is_own=True)
         raise LostWorkerError(f"{error}; {what_is_kept()}") from error
-    except SystemExit as error:  # of the model's or the data's own code
+    except SystemExit as error:  # raised by the code of the model or the data
         backend.watch.report(f"its code exits (code {error.code})", is_own=True, is_mistake=True)
         raise
     except Exception as error:
@@ -256,17 +256,17 @@ def _told(backend: Backend, what_is_kept: Callable[[], str]) -> Iterator[ExitSta
         raise lost from error
     finally:
         opened.close()
-        if not is_lost:  # a group that has lost a rank cannot be left in good order
+        if not is_lost:  # a group that has lost a rank cannot be closed properly
             backend.close()
 
 
 def _teller(console: Console | None) -> Callable[[str], None]:
-    """Return what prints a warning."""
+    """Return a function that prints a warning."""
     return lambda line: None if console is None else print_warnings(console, (line,))
 
 
 def _verify_squares(ready: _Ready, backend: Backend) -> tuple[str, ...]:
-    """Hold the squares of a model from elsewhere against single samples; return what to tell where that cannot be done.
+    """Verify the squares of a user's model against single samples; return a warning if this is not possible.
 
     Raises:
         UserError: if they are wrong.
@@ -289,7 +289,7 @@ def _verify_squares(ready: _Ready, backend: Backend) -> tuple[str, ...]:
 
 
 def _write_results(folder: Path, config: Config, summary: Summary, plan: Plan) -> tuple[str, ...]:
-    """Write summary.json, the weights of a finished run, and curve.png; return what to tell of the picture.
+    """Write summary.json, the weights of a finished run, and curve.png; return a warning if the figure was not drawn.
 
     Raises:
         UserError: if the weights or the summary cannot be written.
@@ -298,7 +298,7 @@ def _write_results(folder: Path, config: Config, summary: Summary, plan: Plan) -
         if summary.status == "finished":
             last = CheckpointFolder(folder / "checkpoints").place(summary.samples)
             export_weights(last, folder / "model.safetensors")
-        # After the weights: who reads "finished" finds them.
+        # Write the weights first, so that they exist once the summary says "finished".
         replace_text(folder / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
     except OSError as error:
         raise UserError(
@@ -308,10 +308,10 @@ def _write_results(folder: Path, config: Config, summary: Summary, plan: Plan) -
     largest = plan.largest_batch()
     title = f"{folder.resolve().name}:  batch {config.batch.reference_size:,} → {largest:,}, {config.optimizer.name}"
     try:
-        from largebatch.reporting.plots import plot_run  # matplotlib takes its time, and every rank comes by here
+        from largebatch.reporting.plots import plot_run  # imported here because matplotlib loads slowly
 
         plot_run(folder, title, plan.samples_per_epoch)
-    except Exception as error:  # a picture fails no run
+    except Exception as error:  # a failed plot does not fail the run
         return (f"{folder / 'curve.png'} was not drawn: {cause_of(error)}",)
     return ()
 
@@ -326,10 +326,10 @@ def _what_is_kept(folder: Path | None) -> str:
 def _agree_on_checkpoint(
     config: Config, folder: Path | None, resume: str, data: dict[str, Any], backend: Backend, meeting: Meeting
 ) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """Return the checkpoint that rank 0 chose, on every rank, and what it noticed.
+    """Return, on every rank, the checkpoint that rank 0 chose and its notes about it.
 
     Raises:
-        UserError: if there is none to continue from, or it is of another run, or a rank does not see the same one.
+        UserError: if there is none to continue from, it belongs to another run, or a rank sees a different one.
     """
     if resume == "never" or folder is None:
         return None, ()
@@ -353,7 +353,7 @@ def _agree_on_checkpoint(
 
 
 def _resume_lines(found: Checkpoint | None, trainer: Trainer) -> list[str]:
-    """Return what a resumed run says before it goes on."""
+    """Return the lines that a resumed run prints before it continues."""
     if found is None:
         return []
     progress, saved, run = trainer.progress, found.state, trainer.run
@@ -374,10 +374,10 @@ def _resume_lines(found: Checkpoint | None, trainer: Trainer) -> list[str]:
 def _agree_on_folder(
     folder: Path | None, is_new: bool, may_rename: bool, held: ExitStack, backend: Backend
 ) -> Path | None:
-    """Make a new run folder on rank 0 and hold it; return it on every rank.
+    """Make and lock a new run folder on rank 0; return its path on every rank.
 
     Raises:
-        UserError: if another run has made it meanwhile, or it cannot be made.
+        UserError: if another run has made it in the meantime, or it cannot be made.
     """
     error: UserError | None = None
     if is_new and folder is not None:
@@ -393,7 +393,7 @@ def _agree_on_folder(
 
 def _write_config(folder: Path, config: Config) -> None:
     try:
-        (folder / "summary.json").unlink(missing_ok=True)  # of the part of the run that ended
+        (folder / "summary.json").unlink(missing_ok=True)  # from the earlier part of the run
         replace_text(folder / "config.yaml", config.to_yaml())
     except OSError as error:
         raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error

@@ -1,4 +1,4 @@
-"""The run folder: where a run writes, and whose what lies there is. Nothing that no run wrote is overwritten."""
+"""The run folder: checks of who wrote its files, so that a run overwrites only files that a run wrote."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from largebatch.checkpoint.folder import (
 from largebatch.errors import UserError
 
 CHECKPOINTS, CONFIG, METRICS, WEIGHTS = "checkpoints", "config.yaml", "metrics.jsonl", "model.safetensors"
-# What a run writes as a whole, so that it would replace what has the name.
+# Files that a run writes as a whole, and so would replace.
 WRITTEN = (CONFIG, METRICS, "summary.json", "curve.png", WEIGHTS, "wandb_id")
 SECTIONS = ("data", "model", "batch", "optimizer", "schedule")
 
 
 def default_folder(name: str) -> Path:
-    """Return runs/NAME-DATE-TIME."""
+    """Return the path runs/NAME-DATE-TIME."""
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -43,8 +43,8 @@ def check_folder(folder: Path, resume: bool = False) -> None:
         resume: whether a run in it is to be continued.
 
     Raises:
-        UserError: if it is a checkpoint or no folder, holds something that a run would overwrite and no run wrote, or a run
-            that is not to be continued.
+        UserError: if the folder is a checkpoint or not a folder, if it holds something that no run wrote and that a run would
+            overwrite, or if it holds a run that is not to be continued.
     """
     try:
         _check(folder, resume)
@@ -81,10 +81,10 @@ def _check(folder: Path, resume: bool) -> None:
 
 
 def _refuse_pipes(folder: Path) -> None:
-    """Refuse a pipe, a socket or a device under a name that a run reads or writes, which would make it wait for ever.
+    """Refuse a pipe, socket or device that has the name of a run's file, because the run would wait for it forever.
 
     Raises:
-        UserError: naming it.
+        UserError: with the name.
     """
     for name in (LOCK, *WRITTEN):
         for path in (folder / name, folder / (name + PART)):
@@ -96,7 +96,7 @@ def _refuse_pipes(folder: Path) -> None:
 
 
 def _held(folder: Path) -> list[str]:
-    """Return the names in a folder that a run would write to."""
+    """Return the names in a folder that a run would overwrite."""
     held = [name for name in WRITTEN if os.path.lexists(folder / name)]
     checkpoints = folder / CHECKPOINTS
     held += [f"{CHECKPOINTS}/{name}" for name in (LATEST, BEST) if os.path.lexists(checkpoints / name)]
@@ -104,10 +104,10 @@ def _held(folder: Path) -> list[str]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a run wrote the files of a folder that have the names of a run's.
+    """Return whether a run wrote the files of a folder that have the names of a run's files.
 
-    Its config has to be one, and beside it a lock or rows of a run. Checkpoints that were copied without the rest are a
-    run's too, as long as nothing else is there.
+    A folder with a config also needs the lock or the rows of a run. A folder without one needs a checkpoint, and either the
+    lock or rows, or none of the other files that a run writes: its checkpoints were copied there alone.
     """
     saved = CheckpointFolder(folder / CHECKPOINTS).saved()
     has_traces = _locked_by(folder) is not None or _has_rows(folder / METRICS)
@@ -118,7 +118,7 @@ def is_run(folder: Path) -> bool:
 
 
 def config_of(folder: Path) -> dict[str, Any] | None:
-    """Return the config of a run in a folder; None where there is none, or a file of that name which is none."""
+    """Return the config of the run in a folder, or None if there is none or the file is not a valid config."""
     try:
         config = read_mapping(folder / CONFIG, "config of a run")
     except UserError:
@@ -127,7 +127,7 @@ def config_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _locked_by(folder: Path) -> str | None:
-    """Return what a run wrote into the lock of a folder; None where there is no lock of a run."""
+    """Return the beginning of what a run wrote into the lock of a folder, or None if no run's lock is there."""
     try:
         with (folder / LOCK).open("rb") as file:
             text = file.read(8)
@@ -154,27 +154,27 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def lock_wait() -> float:
-    """Return how long to wait for a run folder: what a launcher ended may still be dying when it starts the job again."""
+    """Return the seconds to wait for a run folder; longer after a restart, when the previous processes may still be exiting."""
     counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return 30.0 if any(count not in ("0", "") for count in counts) else 2.0
 
 
 def claim(folder: Path, may_rename: bool, held: ExitStack) -> Path:
-    """Make a new run folder, and lock it; return it.
+    """Make a new run folder and lock it; return its path.
 
     Args:
         folder: the run folder.
-        may_rename: whether it may get a number behind its name where another run has taken it.
-        held: takes the lock, and removes the folder at the end if nothing was written into it.
+        may_rename: whether to append a number to its name if another run has taken the name.
+        held: stack that holds the lock and, when it closes, removes the folder if nothing was written into it.
 
     Raises:
-        UserError: if another run has made it, or it cannot be made.
+        UserError: if another run has made the folder, or it cannot be made.
     """
     place, number = folder, 1
     while True:
         try:
             _make_parents(place)
-            place.mkdir()  # of two runs that begin together, one alone makes it
+            place.mkdir()  # if two runs begin together, only one of them makes it
             break
         except FileExistsError as error:
             if not may_rename:
@@ -185,13 +185,13 @@ def claim(folder: Path, may_rename: bool, held: ExitStack) -> Path:
             raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from error
     held.callback(_remove_unused, place)
     held.enter_context(locked(place, 0.0))
-    if (place / "config.yaml").exists():  # begun and ended by a run that came between
+    if (place / "config.yaml").exists():  # another run began and ended in between
         raise UserError(f"--out: {place} was begun by another run just now; name another folder")
     return place
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove a run folder into which nothing was written."""
+    """Remove a run folder that holds only the lock."""
     with suppress(OSError):
         if [path.name for path in folder.iterdir()] == [LOCK]:
             (folder / LOCK).unlink()

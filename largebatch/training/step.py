@@ -34,12 +34,12 @@ from largebatch.training.metering import NoiseMeter
 
 @dataclass(frozen=True)
 class Update:
-    """What an update was done with.
+    """The values that an update used.
 
     Args:
         batch_size: B.
-        values: the optimizer's arguments, with AdaScale's gain in the learning rate.
-        grad_norm: the gradient's norm before any clipping; NaN for an update that was skipped.
+        values: the optimizer's arguments, with AdaScale's gain included in the learning rate.
+        grad_norm: the gradient's norm before clipping; NaN for an update that was skipped.
     """
 
     batch_size: int
@@ -48,18 +48,18 @@ class Update:
 
 
 class TrainStep:
-    """Holds what an update needs: the model and its optimizer on their engine, and the loader of samples.
+    """Computes updates with the model and its optimizer, as prepared by the engine, and the loader of samples.
 
     Args:
-        run: what is trained.
-        source: training samples, and the task.
+        run: the resolved config.
+        source: the training samples, and the task.
         model: the model, built on every rank from the same seed.
         backend: the engine.
-        note_missing: is told, before an update's last pass, which of its samples cannot be read; may raise to stop at them.
+        note_missing: called before an update's last pass with the samples that cannot be read; it may raise to stop the run.
 
     Attributes:
         losses: float64 scalar, the sum of the samples' losses on this rank since the last row of the log.
-        meter: the noise of the gradient, where it is measured.
+        meter: the meter of the gradient noise; None if the noise is not measured.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TrainStep:
             backend.damp_steps(self.optimizer, run.config.batch.reference_size)
         self.losses = torch.zeros((), dtype=torch.float64, device=backend.device)
         device, dtype, timeout = backend.device, backend.dtype, backend.timeout_seconds
-        # The library's own sets give every sample a target.
+        # The library's own data sets give every sample a target.
         known = source.task.known if isinstance(run.config.data, FactoryData) and source.task.can_ignore else None
         self._counts_samples = known is not None or may_miss(source.train)
         self.loader = TrainLoader(source.train, run.config.loader, device, dtype, timeout, source.task.check, known)
@@ -98,15 +98,15 @@ class TrainStep:
         return config.build(groups, self.run.config.batch.reference_size)
 
     def begin(self, plan: Plan, progress: Progress, micro_size: int | None) -> None:
-        """Begin to load samples at where the run stands.
+        """Begin to load samples at the current progress of the run.
 
         Args:
-            plan: batch sizes from there on.
-            progress: where the run stands.
-            micro_size: most samples of a forward pass; None for a rank's whole part of the batch.
+            plan: the batch sizes from there on.
+            progress: the progress of the run.
+            micro_size: maximum number of samples in a forward pass; None for a rank's whole share of the batch.
         """
         seed = self.run.config.seed
-        if progress.rollbacks:  # other samples than those that led to where the run came back from
+        if progress.rollbacks:  # use other samples than those that led to the rollback
             seed = int(np.random.SeedSequence([seed, progress.rollbacks]).generate_state(1, np.uint64)[0] >> 1)
         self.sampler = PlanSampler(
             plan,
@@ -126,12 +126,12 @@ class TrainStep:
 
         Args:
             batch_size: B.
-            values: the optimizer's arguments by the plan.
-            progress: where the run stands; takes the number of samples whose losses were counted.
+            values: the optimizer's arguments according to the plan.
+            progress: the progress of the run; its count of samples with a loss is increased.
 
         Raises:
-            NonFiniteError: if the gradient was not finite; no weight was changed then.
-            UnreadableError: at samples that cannot be read, where the run stops at them or none is left; likewise.
+            NonFiniteError: if the gradient is not finite; no weight has changed.
+            UnreadableError: if samples cannot be read and the run stops at them, or no sample is left; no weight has changed.
         """
         losses = self.losses.clone()
         try:
@@ -154,7 +154,7 @@ class TrainStep:
             idle = micro_batch.num_samples == 0
             with backend.accumulate(sync=is_last, idle=idle), self._choice(micro_batch, batch_size, squared):
                 backend.backward(self.loss_sum(micro_batch) / batch_size)
-        num_samples, num_units = attendance.num_samples, attendance.num_units  # what came
+        num_samples, num_units = attendance.num_samples, attendance.num_units  # without missing samples
         self._announce(num_samples, num_units, all_squared=squared == batch_size)
         limit = run.config.optimizer.max_grad_norm
         of_reference = limit is not None and run.clips_reference
@@ -174,29 +174,29 @@ class TrainStep:
         return Update(batch_size, values, grad_norm)
 
     def _announce(self, num_samples: int, num_units: float, all_squared: bool) -> None:
-        """Set the batch size of the coming step, and check the squares at the first ones of whose samples all were squared."""
-        if hasattr(self.optimizer, "set_batch"):  # Quench needs it without squares too
+        """Set the batch size of the coming step, and check the squares in the first updates that square all samples."""
+        if hasattr(self.optimizer, "set_batch"):  # Quench needs it even without squares
             self.optimizer.set_batch(num_samples, num_units, self.backend.world_size)
         if isinstance(self.optimizer, AdaptiveOptimizer):
             self.optimizer.squares_all = all_squared
-        if self.run.tracked is not None and all_squared:  # or squares may be zero beside a gradient that is not
+        if self.run.tracked is not None and all_squared:  # otherwise squares may be zero where the gradient is not
             self._check(partial(self.backend.check_statistics, self.bare_model, num_units))
 
     def _choice(self, micro_batch: MicroBatch, batch_size: int, count: int) -> AbstractContextManager[None]:
-        """Choose the samples of a micro-batch that are squared: the same of an update whatever ranks and micro-batches."""
+        """Choose the samples of a micro-batch to square; an update's choice does not depend on ranks or micro-batches."""
         if count == batch_size:
             return nullcontext()
         chosen = micro_batch.rows(evenly_spaced(batch_size, count, micro_batch.places))
         return chosen_samples(chosen, batch_size / count)
 
     def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
-        """Return the sum of the samples' losses, for the backward pass, and count it for the log."""
+        """Return the sum of the samples' losses for the backward pass, and add it to `losses` for the log."""
         if micro_batch.num_samples == 0:
             return self._idle_loss(micro_batch)
         with self.backend.autocast():
             outputs = self.model(micro_batch.inputs)
             losses = self.source.task.losses(outputs, micro_batch.targets)
-            # Autocast may leave a loss of one's own in 16 bits, of which a sum keeps three digits, or overflows.
+            # Autocast may leave a user's loss in 16 bits, whose sum would keep three digits or overflow.
             loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
         if not loss.requires_grad:
             raise UserError(
@@ -207,9 +207,9 @@ class TrainStep:
         return loss
 
     def _idle_loss(self, micro_batch: MicroBatch) -> Tensor:
-        """Return a loss of zero with a gradient of zero: the rank has no sample, but takes part in the reduction.
+        """Return a loss of zero with a zero gradient, for a rank that has no sample but takes part in the reduction.
 
-        In evaluation mode, so that the stand-in sample enters no batch statistics.
+        The model runs in evaluation mode, so that the stand-in sample does not enter batch statistics.
         """
         self.model.eval()
         with self.backend.autocast():

@@ -26,17 +26,17 @@ from largebatch.training.step import TrainStep, Update
 
 
 class Trainer:
-    """Trains a model along a plan on whatever backend it is given.
+    """Trains a model along a plan on any backend.
 
     Args:
-        run: what is trained: the config and its plan.
-        source: training and validation samples, and the task.
+        run: the config and its plan.
+        source: the training and validation samples, and the task.
         model: the model, built on every rank from the same seed.
         backend: the engine.
-        logger: takes the rows; on every rank, which may ignore them.
-        folder: run folder, for checkpoints; None writes none.
-        found: checkpoint to continue from; None begins.
-        data: digest of the source, for checkpoints; None keeps none.
+        logger: receives the rows; given on every rank, where it may ignore them.
+        folder: the run folder for checkpoints; None to write none.
+        found: the checkpoint to continue from; None to begin anew.
+        data: the digest of the source, saved in checkpoints; None to save none.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Trainer:
             self.restore(found)
 
     def train(self) -> Summary:
-        """Run the plan to its end, or to where it is stopped; return what it came to."""
+        """Run the plan until it ends or is stopped; return a summary of the run."""
         status, checkpoints = "finished", self.checkpoints
         with StopRequest(self.config.checkpoint.time_limit_minutes) as self.stop:
             try:
@@ -93,7 +93,7 @@ class Trainer:
                 checkpoints.interrupt()
             except Exception as error:
                 if not is_communication(error):
-                    checkpoints.wait()  # a checkpoint that was begun is still worth having
+                    checkpoints.wait()  # a checkpoint that is being written is still useful
                 raise
             if checkpoints.stopped_by is not None:
                 status = "interrupted" if checkpoints.stopped_by == "interrupted" else "preempted"
@@ -104,7 +104,7 @@ class Trainer:
                 self.message = self._stop_message(is_saved)
             if failure is not None:
                 status = "unsaved" if status == "finished" and not is_saved else status
-                if is_saved:  # an earlier one failed, or a name could not be moved
+                if is_saved:  # an earlier checkpoint failed, or `latest` or `best` could not be written
                     self.log.event(self.progress, failure)
                 else:
                     self.message = f"{self.message or 'the last state is lost'}: {failure}"
@@ -123,7 +123,7 @@ class Trainer:
                 update = self.step(batch_size, values, progress)
             except NonFiniteError as error:
                 if not self._skips(error, batch_size):
-                    progress = self.progress  # of the checkpoint that the run went back to
+                    progress = self.progress  # that of the checkpoint to which the run returned
                     log.stopwatch.lap()
                     continue
                 update = Update(batch_size, values, math.nan)
@@ -146,13 +146,13 @@ class Trainer:
                     self.checkpoints.maybe_save(progress.step, progress.samples_seen, self.stop.reason(), at_epoch)
 
     def _take_losses(self) -> float:
-        """Return the sum of the losses of all ranks since the last row, and begin the next. A collective."""
+        """Return the sum of the losses of all ranks since the last row, and reset it. This is a collective."""
         total = float(self.backend.sum(self.step.losses))
         self.step.losses.zero_()
         return total
 
     def _note_troubles(self) -> None:
-        """Write what went wrong beside the training, which goes on."""
+        """Write rows about problems that do not stop the training."""
         if (failure := self.checkpoints.failure()) is not None:
             self.log.event(self.progress, f"{failure}; training goes on")
         if (shortage := self.step.loader.shortage()) is not None:
@@ -160,7 +160,7 @@ class Trainer:
 
     @property
     def clock(self) -> float:
-        """Samples that count towards the end of the run: those seen, or AdaScale's where it has a clock of its own."""
+        """Number of samples that counts towards the end of the run: the samples seen, or AdaScale's count if it is used."""
         clock = None if self.meter is None else self.meter.clock
         return self.progress.samples_seen if clock is None else clock
 
@@ -168,13 +168,13 @@ class Trainer:
         return self.clock >= self.plan.total_samples
 
     def _note_missing(self, missing: list[str], samples: int) -> None:
-        """Tell of samples that are left out of what is done after so many, or raise where the run stops at them."""
+        """Log the samples that are left out in the update or evaluation at ``samples``; raise if the run stops at them."""
         event = note(missing, self.progress.unreadable, self._stops_at_missing)
         if event is not None:
             self.log.event(self.progress, event, samples)
 
     def _follow_noise(self, meter: NoiseMeter, batch_size: int) -> None:
-        """Change the batch size where the measured noise asks for it, on every rank alike."""
+        """Change the batch size if the measured noise calls for it; the result is the same on every rank."""
         progress = self.progress
         full = self.plan.full_batch_size(progress.samples_seen - batch_size)
         size = meter.next_batch_size(full, progress.samples_seen, progress.samples_seen - batch_size)
@@ -194,13 +194,13 @@ class Trainer:
         self.plan = replace(self.plan, growth=(*self.plan.growth, (self.progress.samples_seen, size)))
 
     def evaluate(self) -> tuple[Row, list[str]]:
-        """Return the exact mean loss, and accuracy, over the whole validation set, and what of it could not be read."""
+        """Return the exact mean loss and accuracy over the whole validation set, and the samples that could not be read."""
         size, loader, backend = self.config.evaluate.batch_size, self.config.loader, self.backend
         backend.align_buffers(self.bare_model, search=True)
         return evaluate(self.bare_model, self.source, backend, size, loader, backend.dtype)
 
     def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what a checkpoint holds beside the weights and the optimizer's state."""
+        """Return what a checkpoint stores besides the weights and the optimizer's state."""
         now = time.perf_counter()
         self.progress.seconds += now - self._started
         self._started = now
@@ -218,11 +218,11 @@ class Trainer:
         }
 
     def restore(self, found: Checkpoint, rollbacks: int | None = None) -> None:
-        """Continue from a checkpoint, whatever number of ranks wrote it; every rank takes part.
+        """Continue from a checkpoint written by any number of ranks. This is a collective.
 
         Args:
             found: the checkpoint.
-            rollbacks: number of the return to it that this is; None for a resumed run.
+            rollbacks: number of rollbacks in this run, including this one; None for a resumed run.
         """
         state = found.state
         known = {field.name for field in fields(Progress)}
@@ -238,15 +238,15 @@ class Trainer:
             self.plan = replace(self.plan, growth=tuple((samples, size) for samples, size in state.get("growth", ())))
             size = self.plan.full_batch_size(self.progress.samples_seen)
             within = min(max(size, self.meter.smallest), self.meter.largest)
-            if size != within:  # a branch has other limits
+            if size != within:  # a branch may have other limits
                 self._change_batch(within)
         if self.config.batch.micro_size is None and self.backend.world_size < state["world_size"]:
-            self.micro_size = state["micro_size"]  # what is known to fit a rank
+            self.micro_size = state["micro_size"]  # a size known to fit on a rank
         self.step.begin(self.plan, self.progress, self.micro_size)
         self.checkpoints.load_random_state(found)  # after the loader, which draws a seed for its workers
 
     def _skips(self, error: NonFiniteError, batch_size: int) -> bool:
-        """Deal with a non-finite gradient as the config says: True skips the update, False went back to a checkpoint.
+        """Apply the config's choice for a non-finite gradient; return True to skip the update, False after a rollback.
 
         Raises:
             Diverged: if the run cannot go on.
@@ -256,7 +256,7 @@ class Trainer:
         if choice == "skip":
             progress.skipped += 1
             progress.skipped_in_a_row += 1
-            # With the samples that it is counted with: a run that resumes before them forgets the row with the rest.
+            # Log it with the samples of the skipped update: a run that resumes before them removes the row.
             samples = progress.samples_seen + batch_size
             self.log.event(progress, f"{what}; skipped, {progress.skipped} in all", samples)
             return True
@@ -266,14 +266,14 @@ class Trainer:
         raise Diverged(last_words(what, configured, progress, place)) from error
 
     def _roll_back(self, what: str) -> bool:
-        """Continue from the newest checkpoint with other samples; return whether there is one."""
+        """Continue from the newest checkpoint with other samples; return whether there is such a checkpoint."""
         found = self.checkpoints.latest()
         if found is None:
             return False
         seconds = self.progress.seconds
         self.restore(found, self.progress.rollbacks + 1)
         self.progress.seconds = seconds
-        self.optimizer.zero_grad()  # squares that were still adding up, and are NaN
+        self.optimizer.zero_grad()  # discard accumulated squares, which may be NaN
         self.logger.rewind(self.progress.samples_seen)
         self.log.event(
             self.progress,
@@ -282,7 +282,7 @@ class Trainer:
         return True
 
     def _crossed(self, every_epochs: float, batch_size: int) -> bool:
-        """Return whether the last update passed a multiple of so many epochs."""
+        """Return whether the last update passed a multiple of ``every_epochs`` epochs."""
         every = every_epochs * self.plan.samples_per_epoch
         return self.progress.samples_seen // every > (self.progress.samples_seen - batch_size) // every
 
@@ -302,7 +302,7 @@ class Trainer:
         self.log.evaluation(progress, scores)
 
     def _saved_at_a_stop(self) -> str:
-        """Save where the run stands, and say how it goes on from samples that cannot be read. A collective."""
+        """Save the state, and return advice on how to continue after samples that cannot be read. This is a collective."""
         advice = (
             "put whole files in their places (and add --checkpoint.same_data false), or leave them out "
             "with --data.corrupt skip"
