@@ -1,17 +1,17 @@
-"""Checkpoints on disk: each is whole or not there, newest first, checked against its manifest.
+"""Checkpoints on disk. A checkpoint folder is either complete or absent, and is checked against its manifest.
 
     RUN/checkpoints/
-        latest                      name of the newest one, for people and scripts
-        best                        name of the one with the lowest validation loss (checkpoint.keep_best)
-        samples-000000012800/       one checkpoint, named by the samples seen
+        latest                      name of the newest checkpoint, for people and scripts
+        best                        name of the checkpoint with the lowest validation loss (checkpoint.keep_best)
+        samples-000000012800/       one checkpoint, named by the number of samples seen
             *.distcp .metadata      tensors, as torch.distributed.checkpoint writes them
-            state.json              where the run stood, its config, versions
+            state.json              progress of the run, its config, and versions
             manifest.json           bytes and SHA-256 of every other file
-        samples-000000025600.part/  one being written
+        samples-000000025600.part/  a checkpoint that is being written
 
-A checkpoint is written beside its place, complete with its manifest, and renamed into it; `latest` moves last. Whatever
-moment a process dies at, every folder without `.part` is whole, as far as the disk keeps its promise; the manifest says
-whether it did.
+A checkpoint is written, with its manifest, into a folder with the suffix `.part`, which is then renamed; `latest` is updated
+last. So whenever a process ends, every folder without `.part` is complete, unless the disk loses data, which the manifest
+shows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from largebatch.section import Count, Epochs, Minutes, Section
 PREFIX, PART = "samples-", ".part"
 STATE, MANIFEST, LATEST, BEST, LOCK = "state.json", "manifest.json", "latest", "best", ".lock"
 FORMAT = 1
-READERS = 8  # files of a checkpoint that are read at a time to check it
+READERS = 8  # number of files read in parallel to check a checkpoint
 
 Entry = dict[str, Any]
 
@@ -65,7 +65,7 @@ class CheckpointConfig(Section):
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file beside its place and rename it: readers see the old text or the new."""
+    """Replace a small file by writing a temporary file and renaming it, so that readers see the old text or the new."""
     beside = path.with_name(path.name + PART)
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -80,7 +80,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return what a file holds; a pipe of that name, which nobody may ever write to, is empty.
+    """Return the contents of a file. A pipe that nobody writes to is read as empty instead of waiting.
 
     Raises:
         OSError: if it cannot be read.
@@ -94,20 +94,20 @@ def read_text(path: Path) -> str:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is no text.
+        ValueError: if it is not UTF-8 text.
     """
     return read_bytes(path).decode()
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """Return what a small YAML or JSON file holds.
+    """Return the contents of a small YAML or JSON file.
 
     Args:
         path: the file.
-        what: what it is said to be, for the message.
+        what: the name of its expected contents, for the message.
 
     Raises:
-        UserError: if it cannot be read, or holds no mapping.
+        UserError: if it cannot be read, or does not hold a mapping.
     """
     try:
         values = yaml.safe_load(read_text(path))
@@ -121,19 +121,19 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
 
 
 def describe_file(path: Path) -> Entry:
-    """Return bytes and SHA-256 of a file, as the manifest has them."""
+    """Return the size in bytes and the SHA-256 of a file, as a manifest entry."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def samples_of(path: Path) -> int | None:
-    """Return the samples seen at a checkpoint by its folder's name, as `CheckpointFolder.place` has it; None for any other."""
+    """Return the number of samples seen at a checkpoint from its folder's name, or None if it is not a checkpoint's name."""
     name = re.fullmatch(f"{PREFIX}([0-9]{{12,}})", path.name)
     return int(name[1]) if name else None
 
 
 def find_problems(path: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, one line each; an empty list for a whole one."""
+    """Return the problems of a checkpoint, one line each; an empty list if it is complete and undamaged."""
     try:
         manifest = json.loads(read_text(path / MANIFEST))
         files = {name: {"bytes": int(e["bytes"]), "sha256": e["sha256"]} for name, e in manifest["files"].items()}
@@ -154,15 +154,15 @@ def find_problems(path: Path) -> list[str]:
         except OSError as error:
             return f"{name}: {error.strerror}"
 
-    with ThreadPoolExecutor(READERS) as readers:  # hashing leaves Python to the other threads
+    with ThreadPoolExecutor(READERS) as readers:  # hashing releases the GIL
         problems += filter(None, readers.map(problem, files))
     return problems or _renamed(path)
 
 
 def _renamed(path: Path) -> list[str]:
-    """Return a line where a whole checkpoint has the name of another one: it would be taken for newer or older than it is."""
+    """Return a line if an undamaged checkpoint has the name of another one, and so would count as newer or older than it is."""
     named = samples_of(path)
-    with suppress(UserError, KeyError, TypeError, ValueError):  # damaged or of another format: who reads it says so
+    with suppress(UserError, KeyError, TypeError, ValueError):  # damaged or of another format: reported elsewhere
         seen = read_state(path)["progress"]["samples_seen"]
         if named is not None and seen != named:
             return [f"it was renamed: {STATE} is of {seen} samples, so its name is {PREFIX}{seen:012d}"]
@@ -170,10 +170,10 @@ def _renamed(path: Path) -> list[str]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return the state.json of a checkpoint: where the run stood, its config, versions.
+    """Return the state.json of a checkpoint: the progress of the run, its config, and versions.
 
     Raises:
-        UserError: if this is no checkpoint, or one of a later format.
+        UserError: if it is not a checkpoint, or has another format.
     """
     try:
         state = json.loads(read_text(path / STATE))
@@ -190,10 +190,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_run_state(path: Path) -> dict[str, Any]:
-    """Return what `read_state` does of a run's checkpoint, whose values are of their kinds.
+    """Return the result of `read_state`, after checking the types of a run's values.
 
     Raises:
-        UserError: see `read_state`; or naming the value that is missing or of another kind.
+        UserError: see `read_state`; also if a value is missing or of the wrong type.
     """
     state = read_state(path)
     problem = _problem_of(state)
@@ -202,7 +202,7 @@ def read_run_state(path: Path) -> dict[str, Any]:
     return state
 
 
-# What a state.json has, and of what kind.
+# The keys of a state.json, and the types of their values.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "progress": dict, "config": dict, "num_train": int, "world_size": int, "micro_size": int, "engine": str, "groups": list,
     "versions": dict, "date": str,
@@ -210,7 +210,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def _problem_of(state: dict[str, Any]) -> str | None:
-    """Return what is wrong with the values of a state.json, None for nothing."""
+    """Return the first problem in the values of a state.json, or None if there is none."""
     for key, kind in _KINDS.items():
         if not isinstance(state.get(key), kind):
             return f"'{key}' is {'missing' if key not in state else 'of another kind'}"
@@ -231,14 +231,14 @@ def _problem_of(state: dict[str, Any]) -> str | None:
 
 @contextmanager
 def locked(folder: Path, wait_seconds: float = 30.0) -> Iterator[None]:
-    """Hold a run folder for this process: what an earlier launcher left running must not write beside a resumed run.
+    """Lock a run folder for this process, so that processes of an earlier launch cannot write beside a resumed run.
 
     Args:
-        folder: the run folder, which exists.
-        wait_seconds: how long to wait for a process that is on its way out.
+        folder: the run folder, which must exist.
+        wait_seconds: time to wait for a process that is still exiting.
 
     Raises:
-        UserError: if another process holds it, or it cannot be written; where the file system has no locks, nothing is held.
+        UserError: if another process holds the lock, or it cannot be written. Without locks in the file system, none is held.
     """
     try:
         opened = (folder / LOCK).open("a+b", buffering=0)
@@ -258,7 +258,7 @@ def locked(folder: Path, wait_seconds: float = 30.0) -> Iterator[None]:
                 time.sleep(0.2)
             except OSError:
                 break
-        with suppress(OSError):  # a full disk: the lock holds without a name in it
+        with suppress(OSError):  # on a full disk the lock is held without a name in it
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
@@ -268,18 +268,18 @@ class CheckpointFolder:
     """The checkpoints of one run.
 
     Args:
-        path: the folder, ``RUN/checkpoints``; made when the first one is written.
+        path: the folder, ``RUN/checkpoints``, which is made when the first checkpoint is written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def place(self, samples_seen: int) -> Path:
-        """Return where the checkpoint after so many samples belongs."""
+        """Return the path of the checkpoint after ``samples_seen`` samples."""
         return self.path / f"{PREFIX}{samples_seen:012d}"
 
     def part(self, samples_seen: int) -> Path:
-        """Return where the checkpoint after so many samples is written before it is committed."""
+        """Return the path where that checkpoint is written before it is committed."""
         return self.place(samples_seen).with_name(self.place(samples_seen).name + PART)
 
     def saved(self) -> list[Path]:
@@ -288,7 +288,7 @@ class CheckpointFolder:
         return sorted(found, key=lambda p: samples_of(p) or 0)
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """Return the newest checkpoint that its manifest bears out, and a line for each newer one that is damaged."""
+        """Return the newest undamaged checkpoint by its manifest, and a line for each newer one that is damaged."""
         damaged: list[str] = []
         for path in reversed(self.saved()):
             problems = find_problems(path)
@@ -298,25 +298,25 @@ class CheckpointFolder:
         return None, damaged
 
     def begin(self, samples_seen: int) -> Path:
-        """Make the folder `part` anew and return it."""
+        """Make the folder `part`, empty, and return it."""
         part = self.part(samples_seen)
         _discard(part)
         part.mkdir(parents=True)
         return part
 
     def commit(self, part: Path, state: Mapping[str, Any], files: Mapping[str, Entry]) -> Path:
-        """Give a written checkpoint its state and manifest, and its place; return that. `mark_latest` comes after it.
+        """Write a checkpoint's state and manifest, rename it to its place, and return that; call `mark_latest` next.
 
         Args:
-            part: from `begin`, with the tensors in it.
-            state: what `read_state` gives back.
-            files: manifest entries of the tensors' files.
+            part: the folder from `begin`, with the tensors in it.
+            state: the values that `read_state` will return.
+            files: the manifest entries of the tensors' files.
         """
         replace_text(part / STATE, json.dumps({"format": FORMAT, **state}, indent=2) + "\n")
         entries = {**files, STATE: describe_file(part / STATE)}
         replace_text(part / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
         place = part.with_name(part.name.removesuffix(PART))
-        if os.path.lexists(place):  # a damaged one that the run has come past again
+        if os.path.lexists(place):  # a damaged one, which the run has reached again
             _remove(place)
         _sync_folder(part)
         part.rename(place)
@@ -324,15 +324,15 @@ class CheckpointFolder:
         return place
 
     def mark_latest(self, place: Path) -> None:
-        """Say which checkpoint is the newest."""
+        """Write the name of the newest checkpoint to `latest`."""
         replace_text(self.path / LATEST, place.name + "\n")
 
     def mark_best(self, place: Path) -> None:
-        """Say which checkpoint has the lowest validation loss."""
+        """Write the name of the checkpoint with the lowest validation loss to `best`."""
         replace_text(self.path / BEST, place.name + "\n")
 
     def best(self) -> Path | None:
-        """Return the checkpoint with the lowest validation loss, where one was marked."""
+        """Return the checkpoint with the lowest validation loss, or None if none was marked."""
         try:
             return self.path / read_text(self.path / BEST).strip()
         except (OSError, ValueError):
@@ -342,10 +342,10 @@ class CheckpointFolder:
         """Remove all but the best checkpoint, the last few, and the first after each multiple of ``keep_every`` samples.
 
         Args:
-            newest: the one just committed. Those that follow it are damaged, or the run had not come back before them;
-                they go too, lest they be counted among the last few.
-            keep_last: how many of the newest are kept, at least 1.
-            keep_every: samples; None keeps none for good.
+            newest: the checkpoint that was just committed. Later ones are damaged, or from before the run went back; they are
+                removed too, so that they do not count among the last few.
+            keep_last: number of the newest checkpoints to keep, at least 1.
+            keep_every: number of samples; None to keep none permanently.
         """
         everything = self.saved()
         saved = [path for path in everything if path.name <= newest.name]
@@ -361,14 +361,14 @@ class CheckpointFolder:
                 _remove(path)
 
     def clean(self) -> None:
-        """Remove what was being written when a process died, as far as that can be done."""
-        names = (PREFIX + "*" + PART, LATEST + PART, BEST + PART)  # what else is there is somebody's
+        """Remove files and folders that were being written when a process ended, if possible."""
+        names = (PREFIX + "*" + PART, LATEST + PART, BEST + PART)  # leave other files alone
         for part in (part for name in names for part in self.path.glob(name)):
             _discard(part)
 
 
 def _discard(path: Path) -> None:
-    """Remove a folder, a file or a link, as far as that can be done; of a link not what it points to."""
+    """Remove a folder, a file or a link, but not the target of a link; ignore errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -377,7 +377,7 @@ def _discard(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; out of the way first, as a half-removed folder must not look like one."""
+    """Remove a checkpoint, after renaming it, so that a partly removed folder is not taken for a checkpoint."""
     doomed = path.with_name(f"{path.name}.old{PART}")
     _discard(doomed)
     path.rename(doomed)
@@ -385,7 +385,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make renames in a folder last through a power cut, where the file system can."""
+    """Make renames in a folder survive a power failure, if the file system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when one is due, what is in it, and how the run goes on from it; alike on every rank."""
+"""Management of a run's checkpoints: when they are due, their contents, and continuing from them, on every rank alike."""
 
 from __future__ import annotations
 
@@ -39,22 +39,23 @@ class Checkpoint:
 
 
 class CheckpointManager:
-    """Saves a run and loads it, and decides with the other ranks when to save and when to stop.
+    """Saves and loads the state of a run, and decides with the other ranks when to save and when to stop.
 
-    Every rank has one and calls it alike: all methods but `failure`, `interrupt` and `note_best` may be collectives.
+    Every rank has a manager and calls it in the same way: all methods but `failure`, `interrupt` and `note_best` may be
+    collectives.
 
     Args:
-        config: when to save, and what to keep.
+        config: when to save, and which checkpoints to keep.
         backend: the engine.
         model: the bare model.
         optimizer: the optimizer.
-        snapshot: returns what is saved beside the weights and the optimizer's state: tensors by name, and values for
+        snapshot: returns the state to save besides the weights and the optimizer's state: tensors by name, and values for
             state.json.
-        samples_per_epoch: samples between multiples of an epoch.
-        folder: run folder; None writes nothing, so that only stopping is left.
+        samples_per_epoch: number of samples in an epoch.
+        folder: the run folder; None to write nothing, so that the manager only decides when to stop.
 
     Attributes:
-        stopped_by: why the run is to stop; None while it is not.
+        stopped_by: the reason why the run is to stop; None if it is to continue.
     """
 
     def __init__(
@@ -93,10 +94,10 @@ class CheckpointManager:
         """Save if a checkpoint is due, and set ``stopped_by`` if the run is to stop after it.
 
         Args:
-            step: updates done.
-            samples_seen: samples of these updates.
-            stop: why this rank should stop, if it should.
-            at_epoch: whether the last update passed one of the epochs to save at.
+            step: number of updates done.
+            samples_seen: number of samples in these updates.
+            stop: the reason why this rank should stop; None if it should continue.
+            at_epoch: whether the last update passed one of the epochs at which to save.
         """
         every = self.config.every_minutes
         overdue = every is not None and time.monotonic() - self._saved_time >= 60.0 * every
@@ -106,7 +107,7 @@ class CheckpointManager:
             self.save(samples_seen)
 
     def save(self, samples_seen: int) -> Path | None:
-        """Begin to write a checkpoint of the state after so many samples, unless there is one; return its place."""
+        """Begin to write a checkpoint of the current state, unless it exists; return its path, or None without a folder."""
         if self.writer is None or self.folder is None:
             return None
         if self._saved_samples != samples_seen:
@@ -127,35 +128,35 @@ class CheckpointManager:
         return self.folder.place(samples_seen)
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest whole checkpoint of the run, once nothing is being written; None where there is none."""
+        """Return the newest undamaged checkpoint of the run after pending writes, or None if there is none."""
         if self.folder is None:
             return None
         self.wait()
         self.backend.barrier()
         found: Checkpoint | None = None
         if self.backend.rank == 0 and (newest := self.folder.newest_whole()[0]) is not None:
-            with suppress(UserError):  # of a version to come
+            with suppress(UserError):  # written by a later version
                 found = Checkpoint(newest, read_run_state(newest))
         return self.backend.broadcast(found)
 
     def load(self, found: Checkpoint, step: int, samples_seen: int) -> Tensor:
-        """Load weights and the optimizer's state, whatever number of ranks wrote them.
+        """Load weights and the optimizer's state, written by any number of ranks.
 
         Args:
             found: the checkpoint.
-            step: updates that it was written after.
-            samples_seen: samples that it was written after.
+            step: number of updates done at the checkpoint.
+            samples_seen: number of samples seen at the checkpoint.
 
         Returns:
-            The sum of the losses since the last row of the log: each rank's own, or, where ranks came or went, that of all
-            of them on the first rank and zero on the others; float64 scalar.
+            The sum of the losses since the last row of the log, a float64 scalar: each rank's own sum, or, if the number of
+            ranks changed, the sum over all of them on rank 0 and zero on the others.
         """
         path, backend = found.path, self.backend
         backend.load_state(path, self.model, self.optimizer)
         load_group_state(self.optimizer, found.state["groups"])
         is_own = self.folder is not None and path.resolve().parent == self.folder.path.resolve()
         self._saved_samples = samples_seen if is_own else -1
-        self._due = not is_own  # a branch has a checkpoint of its own from its beginning
+        self._due = not is_own  # a branch writes its own checkpoint at its beginning
         self.coordinator.restart(step)
         losses = read_tensors(path, [name for name in tensor_metadata(path) if name.startswith("loss_sum.")])
         if backend.world_size == found.state["world_size"]:
@@ -164,28 +165,28 @@ class CheckpointManager:
         return whole if backend.rank == 0 else torch.zeros_like(whole)
 
     def load_random_state(self, found: Checkpoint) -> None:
-        """Load the random state of this rank; after everything else that draws random numbers."""
+        """Load the random state of this rank; call it after everything else that draws random numbers."""
         load_random_state(found.path, self.backend.rank)
 
     def interrupt(self) -> None:
-        """Note a second Ctrl-C: the update is half done, so what was saved before it is no longer where the run stands."""
+        """Record a second Ctrl-C: the update is incomplete, so no saved checkpoint counts as the current state."""
         self.stopped_by, self._saved_samples = "interrupted", -1
 
     def note_best(self) -> None:
-        """Note that the validation loss is the lowest so far."""
+        """Record that the validation loss is the lowest so far."""
         self._best_due = self._best_due or self.config.keep_best
 
     def failure(self) -> str | None:
-        """Return what went wrong with a checkpoint, once."""
+        """Return the error of a checkpoint, once; None if there is none."""
         return None if self.writer is None else self.writer.failure()
 
     def wait(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait until no checkpoint is being written."""
         if self.writer is not None:
             self.writer.wait()
 
     def close(self, samples_seen: int) -> tuple[str | None, bool]:
-        """Finish; return what went wrong, and whether the state after so many samples is saved."""
+        """Finish writing; return the error or None, and whether the state after ``samples_seen`` samples is saved."""
         if self.writer is None:
             return None, False
         self.writer.close()

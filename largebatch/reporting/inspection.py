@@ -1,4 +1,4 @@
-"""What ``largebatch inspect`` shows: what is in a run or a checkpoint, whether it is whole, where it stands."""
+"""Output of ``largebatch inspect``: the contents of a run or a checkpoint, its progress, and whether it is damaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from largebatch.reporting.tables import duration, number
 
 
 def size_text(count: float) -> str:
-    """Return bytes as a person writes them: 512 B, 1.5 kB, 2.0 GB."""
+    """Return a number of bytes as text with a unit: 512 B, 1.5 kB, 2.0 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -29,10 +29,10 @@ def _bytes(path: Path) -> int:
 
 
 def inspect(path: Path, console: Console) -> bool:
-    """Print what a run folder or a checkpoint holds; return whether all of it is whole.
+    """Print the contents of a run folder or a checkpoint; return whether no checkpoint in it is damaged.
 
     Raises:
-        UserError: if it is neither.
+        UserError: if it is neither, or its values are not those of a run.
     """
     if not path.is_dir():
         raise UserError(f"inspect: {path} is no folder; name a run folder or one of its checkpoints")

@@ -1,4 +1,4 @@
-"""What `largebatch limit` shows: a table, and one sentence."""
+"""Output of `largebatch limit`: a table and a sentence."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from largebatch.noise.estimator import Noise
 
 @dataclass(frozen=True)
 class Place:
-    """What was measured at one place in training.
+    """Results of the measurement at one point of training.
 
     Args:
-        samples: seen before it.
-        epoch: the same in epochs.
+        samples: number of samples seen before it.
+        epoch: the same number in epochs.
         batch_size: B of the next update.
         reference_size: B_ref.
-        eigenvalue: between which two the largest eigenvalue lies.
-        shares: r of the next update: at the lower eigenvalue, between the two, and at the higher one.
-        noise: the noise scale there.
+        eigenvalue: lower and upper bound of the largest eigenvalue.
+        shares: r of the next update, at the lower bound of the eigenvalue, between the bounds, and at the upper bound.
+        noise: the noise scale at this point.
     """
 
     samples: int
@@ -35,12 +35,12 @@ class Place:
 
     @property
     def stable(self) -> tuple[float, ...]:
-        """The batch size at which r would be 1 by the linear rule: lower end, between, upper end; infinite where r is 0."""
+        """Batch size at which r would be 1 by the linear rule: lower bound, between, upper bound; infinite where r is 0."""
         return tuple(self.batch_size / share if share > 0 else math.inf for share in reversed(self.shares))
 
 
 def _samples(value: float, most: int) -> str:
-    """Return a number of samples in three digits; beyond those that there are, that it is."""
+    """Return a number of samples rounded to three digits, or "> most" if it is larger than ``most``."""
     if value > most:
         return f"> {most:,}"
     digits = max(0, len(str(int(value))) - 3)
@@ -54,12 +54,12 @@ def _band(value: float, low: float, high: float, most: int) -> str:
 
 
 def limit_table(places: Sequence[Place], optimizer: str, num_train: int) -> Table:
-    """Return the table: a row for each place in training.
+    """Return the table, with a row for each point of training.
 
     Args:
-        places: of one run.
-        optimizer: its name.
-        num_train: samples of the training set, beyond which no batch size is told.
+        places: the points of one run.
+        optimizer: the name of the optimizer.
+        num_train: number of samples in the training set; larger batch sizes are not given.
     """
     table = Table(title=f"Up to which batch size the steps of {optimizer} are stable", title_justify="left")
     for heading in ("epoch", "batch", "λ", "r", "stable to a batch of", "over B_ref", "critical batch (99 %)"):
@@ -80,11 +80,11 @@ def limit_table(places: Sequence[Place], optimizer: str, num_train: int) -> Tabl
 
 
 def describe_limit(places: Sequence[Place], num_train: int) -> str:
-    """Return one sentence: up to which batch size a run would hold, at the narrowest of some places.
+    """Return a sentence with the batch size up to which a run's steps are stable, at the point where it is smallest.
 
     Args:
-        places: of one run, in their order.
-        num_train: samples of the training set, beyond which no batch size is told.
+        places: the points of one run, in their order.
+        num_train: number of samples in the training set; larger batch sizes are not given.
     """
     place = min(places, key=lambda place: place.stable[1])
     low, middle, high = place.stable

@@ -1,4 +1,4 @@
-"""Where the rows of a run go: metrics.jsonl always, Weights & Biases and TensorBoard by config."""
+"""Loggers for the rows of a run: metrics.jsonl is always written, Weights & Biases and TensorBoard if configured."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Row = dict[str, Any]
 
 
 class JsonLines:
-    """Appends each row to a file, one JSON object a line; a reader can follow it.
+    """Appends each row to a file as one line of JSON, which can be read while the run continues.
 
     Args:
-        path: the file; rows that are there stay, but see `rewind`.
+        path: the file; existing rows are kept until `rewind`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,7 +34,7 @@ class JsonLines:
         self._open()
 
     def _open(self) -> None:
-        # Unbuffered: a line is in the file or not, and a full disk says so at once.
+        # The file is unbuffered, so that a row is in the file once it is written, and a full disk raises an error at once.
         try:
             self.file = self.path.open("ab", buffering=0)
         except OSError as error:
@@ -50,7 +50,7 @@ class JsonLines:
         Raises:
             UserError: if the file cannot be written.
         """
-        # JSON has no word for NaN and infinity, which an fp16 gradient's norm may be.
+        # JSON has no NaN or infinity, which the norm of an fp16 gradient may be.
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         line = (json.dumps(known) + "\n").encode()
         opened = os.fstat(self.file.fileno())
@@ -69,16 +69,16 @@ class JsonLines:
                 line = line[self.file.write(line) :]
         except OSError as error:
             with suppress(OSError):
-                os.ftruncate(self.file.fileno(), size)  # no half row
+                os.ftruncate(self.file.fileno(), size)  # remove the incomplete row
             raise self._cannot("written", error) from error
 
     def sync(self) -> None:
-        """See that the rows so far outlast a power cut."""
-        with suppress(OSError):  # a pipe, say
+        """Make the rows written so far survive a power failure."""
+        with suppress(OSError):  # for example a pipe
             os.fsync(self.file.fileno())
 
     def rewind(self, samples: int) -> None:
-        """Remove the rows after so many samples, and a last line that was cut short."""
+        """Remove the rows after ``samples`` samples, and an incomplete last line."""
         self.file.close()
         kept = []
         try:
@@ -108,7 +108,7 @@ class JsonLines:
 
 
 def _scalars(row: Row) -> dict[str, float]:
-    """Return a row as flat numbers; betas become beta1 and beta2."""
+    """Return the numbers of a row in a flat dict; betas become beta1 and beta2."""
     flat = {name: value for name, value in row.items() if isinstance(value, int | float)}
     flat |= {f"noise_scale/{name}": value for name, value in row.get("noise_scale_by_layer", {}).items() if value}
     flat |= {f"stability_share/{name}": value for name, value in row.get("stability_share_by_layer", {}).items()}
@@ -118,10 +118,10 @@ def _scalars(row: Row) -> dict[str, float]:
 
 
 class WandB:
-    """Weights & Biases, with samples seen as the horizontal axis and as the step of a row.
+    """Logs to Weights & Biases, with samples seen as the horizontal axis and as the step of a row.
 
-    What it kept of a run that was killed is known to itself alone: it writes beside the run, some seconds late. So a resumed
-    run sends the rows behind the last one that was kept, from metrics.jsonl what was lost of them, and none twice.
+    Only Weights & Biases knows which rows of a killed run it has kept, because it writes in its own process, some seconds late.
+    A resumed run therefore sends only the rows after the last one kept, including those in metrics.jsonl that were lost.
     """
 
     def __init__(self, config: Config, folder: Path, name: str) -> None:
@@ -151,12 +151,12 @@ class WandB:
         if config.log.wandb_mode == "online":
             self.kept = self.run.starting_step - 1
             samples = dict(self.run.summary).get("samples", self.kept)
-        # Steps only rise: after a return to a checkpoint they are more than the samples.
+        # Steps may only increase, so after a rollback they are larger than the number of samples.
         self.step, self.shift = self.kept, self.kept - samples
         self.has_begun = False
 
     def log(self, row: Row) -> None:
-        """Send a row, unless it was kept."""
+        """Send a row, unless it was already kept."""
         self.has_begun = True
         step = row["samples"] + self.shift
         if step > self.kept:
@@ -164,10 +164,10 @@ class WandB:
             self.step = step
 
     def sync(self) -> None:
-        """Do nothing: it writes by itself."""
+        """Do nothing, because Weights & Biases writes by itself."""
 
     def rewind(self, samples: int) -> None:
-        """Go on after so many samples: a resumed run behind what is kept, one that has returned behind what it has sent."""
+        """Continue after ``samples`` samples: resend lost rows in a resumed run, or shift the steps after a rollback."""
         if self.has_begun:
             self.shift = self.step - samples
             return
@@ -180,7 +180,7 @@ class WandB:
 
 
 def _wandb_id(folder: Path) -> str:
-    """Return the one id of a run folder, so that a resumed run goes on in its own page."""
+    """Return the id of a run folder, which stays the same so that a resumed run continues on its page."""
     path = folder / "wandb_id"
     known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
     if not known:
@@ -190,10 +190,10 @@ def _wandb_id(folder: Path) -> str:
 
 
 def _kept_offline(folder: Path, run_id: str) -> tuple[int, int]:
-    """Return step and samples of the last row that Weights & Biases kept in this folder, (-1, -1) for none."""
+    """Return the step and samples of the last row that Weights & Biases kept in this folder, or (-1, -1) if there is none."""
     for path in sorted(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"), reverse=True):
         last = (-1, -1)
-        with suppress(Exception):  # a file of another version: what was read of it counts
+        with suppress(Exception):  # in a file of another version, the rows read so far count
             for row in _wandb_rows(path):
                 last = max(last, (int(row["_step"]), int(row["samples"])))
         if last[0] >= 0:
@@ -202,17 +202,17 @@ def _kept_offline(folder: Path, run_id: str) -> tuple[int, int]:
 
 
 def _wandb_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a .wandb file: protocol buffers in LevelDB's log, blocks of 32 KiB of pieces with a header each."""
+    """Yield the rows of a .wandb file: protocol buffers in a LevelDB log, whose 32 KiB blocks hold records with headers."""
     record_of = import_module("wandb.proto.wandb_internal_pb2").Record.FromString
     block, header, whole, last = 32768, struct.Struct("<IHB"), 1, 4
     data, at, piece = path.read_bytes(), 7, b""
     while at + header.size <= len(data):
-        if block - at % block < header.size:  # a block's end has no room for a header
+        if block - at % block < header.size:  # the rest of a block is too small for a header
             at += block - at % block
             continue
         _, length, kind = header.unpack_from(data, at)
         at += header.size + length
-        if at > len(data):  # cut short
+        if at > len(data):  # the file is incomplete
             return
         piece += data[at - length : at]
         if kind in (whole, last):
@@ -223,7 +223,7 @@ def _wandb_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class TensorBoard:
-    """TensorBoard, with samples seen as the horizontal axis."""
+    """Logs to TensorBoard, with samples seen as the horizontal axis."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -238,11 +238,11 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, row["samples"])
 
     def sync(self) -> None:
-        """Write what is buffered."""
+        """Write the buffered rows."""
         self.writer.flush()
 
     def rewind(self, samples: int) -> None:
-        """Hide what was written after so many samples, as TensorBoard does from a new file on."""
+        """Open a new file that makes TensorBoard hide the values after ``samples`` samples."""
         self.writer.close()
         self.writer = type(self.writer)(str(self.writer.log_dir), purge_step=samples + 1)
 
@@ -252,7 +252,7 @@ class TensorBoard:
 
 
 def _without_tensorboard(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a hook that is silent on what TensorBoard's thread raises, which its next call raises again."""
+    """Return a hook that ignores exceptions of TensorBoard's thread, because its next call raises them again."""
 
     def hook(arguments: Any) -> None:
         if not type(arguments.thread).__module__.startswith("tensorboard."):
@@ -262,15 +262,15 @@ def _without_tensorboard(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class Lenient:
-    """A tracker that ends no run: where it fails, that is told once, and the run goes on without it.
+    """Wraps a tracker so that its failure does not stop the run: the failure is reported once, and the tracker is dropped.
 
     Args:
-        name: of the tracker.
-        create: returns it.
-        tell: takes the line.
+        name: the name of the tracker.
+        create: returns the tracker.
+        tell: receives the line about a failure.
 
     Raises:
-        UserError: from ``create``, for what the user can mend before the run begins.
+        UserError: from ``create``, for any problem that the user can correct before the run begins.
     """
 
     def __init__(self, name: str, create: Callable[[], Any], tell: Callable[[str], None]) -> None:
@@ -291,44 +291,44 @@ class Lenient:
             return None
 
     def log(self, row: Row) -> None:
-        """Hand a row on."""
+        """Pass a row to the tracker."""
         if self.tracker is not None:
             self._try(self.tracker.log, row)
 
     def sync(self) -> None:
-        """See that its rows are on the disk."""
+        """Make the tracker write its rows to the disk."""
         if self.tracker is not None:
             self._try(self.tracker.sync)
 
     def rewind(self, samples: int) -> None:
-        """Let it forget the rows after so many samples."""
+        """Make the tracker remove the rows after ``samples`` samples."""
         if self.tracker is not None:
             self._try(self.tracker.rewind, samples)
 
     def close(self) -> None:
-        """Finish."""
+        """Close the tracker."""
         if self.tracker is not None:
             self._try(self.tracker.close)
 
 
 class Loggers:
-    """Hands each row to several loggers."""
+    """Passes each row to several loggers."""
 
     def __init__(self, loggers: Iterable[Any] = ()) -> None:
         self.loggers = list(loggers)
 
     def log(self, row: Row) -> None:
-        """Pass a row on."""
+        """Pass a row to every logger."""
         for logger in self.loggers:
             logger.log(row)
 
     def sync(self) -> None:
-        """Let every logger see that its rows are on the disk."""
+        """Make every logger write its rows to the disk."""
         for logger in self.loggers:
             logger.sync()
 
     def rewind(self, samples: int) -> None:
-        """Let every logger forget the rows after so many samples."""
+        """Make every logger remove the rows after ``samples`` samples."""
         for logger in self.loggers:
             logger.rewind(samples)
 
@@ -352,7 +352,7 @@ def check_trackers(config: LogConfig) -> None:
 
 
 def create_trackers(config: Config, folder: Path, tell: Callable[[str], None]) -> list[Any]:
-    """Return metrics.jsonl and the trackers of the config; ``tell`` takes a line where one of these fails."""
+    """Return loggers for metrics.jsonl and the configured trackers; ``tell`` receives a line if a tracker fails."""
     name = displayable(folder.resolve().name)
     known = {"wandb": lambda: WandB(config, folder, name), "tensorboard": lambda: TensorBoard(folder)}
     return [
@@ -362,10 +362,10 @@ def create_trackers(config: Config, folder: Path, tell: Callable[[str], None]) -
 
 
 def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
-    """Return the rows of updates and the rows of evaluations in a metrics.jsonl, which may still be written to.
+    """Return the rows of updates and the rows of evaluations in a metrics.jsonl that may still be written to.
 
     Raises:
-        UserError: if it cannot be read, or a line of it is no row.
+        UserError: if it cannot be read, or one of its lines is not a row.
     """
     rows = []
     try:

@@ -1,4 +1,4 @@
-"""The picture of a run: loss, learning rate and batch size against samples seen."""
+"""Figures of runs, studies and limits; that of a run shows loss, learning rate and batch size against epochs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.dpi": 130,
     "savefig.bbox": "tight",
-    "text.parse_math": False,  # names hold dollar signs
-    "text.usetex": False,  # whatever the user's own style
+    "text.parse_math": False,  # names may contain dollar signs
+    "text.usetex": False,  # regardless of the user's matplotlib style
 }
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Return a centred moving average; the window shrinks at both ends so that no value is invented."""
+    """Return a centred moving average, whose window shrinks at both ends so that it averages only existing values."""
     half = window // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     left = np.maximum(np.arange(len(values)) - half, 0)
@@ -49,7 +49,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _set_log(axis: Any) -> None:
-    """Give a low axis a logarithmic scale with a few plain numbers, where the library's would lie on one another."""
+    """Set a logarithmic scale with few, plain tick labels, because the default labels overlap on a low axis."""
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,)))
@@ -58,7 +58,7 @@ def _set_log(axis: Any) -> None:
 
 
 def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
-    """Draw curve.png from a run's metrics.jsonl; return its path, or None where there is nothing to draw yet."""
+    """Draw curve.png from a run's metrics.jsonl; return its path, or None if there is no update to draw yet."""
     updates, evaluations = read_metrics(folder / "metrics.jsonl")
     if not updates:
         return None
@@ -96,7 +96,7 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
             lr_axis.set_ylim(0, lrs.max() * 1.1)
         lr_axis.set_ylabel("learning rate")
 
-        # The smaller last batch of a run or an epoch is no change of the plan: show the largest since the row before.
+        # The smaller last batch of a run is not a change of the plan, so it is drawn with the size of the row before it.
         sizes = column(updates, "batch_size")
         if len(sizes) > 1 and sizes[-1] < sizes[-2]:
             sizes[-1] = sizes[-2]
@@ -115,10 +115,10 @@ def plot_run(folder: Path, title: str, samples_per_epoch: int) -> Path | None:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    """Write a figure beside its place and rename it."""
+    """Write a figure to a temporary file and rename it; return its path."""
     beside = path.with_name(path.name + ".part")
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of letters that the font does not have
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # about letters missing in the font
             figure.savefig(beside, format="png")
         beside.replace(path)
     finally:
@@ -130,9 +130,10 @@ def _save(figure: Any, path: Path) -> Path:
 def _draw_noise(
     axis: Any, epochs: np.ndarray, stable: list[float | None], scale: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> None:
-    """Draw the critical batch size and its band beside the batch size, and the batch size of the largest stable step.
+    """Draw the critical batch size with its band, and the batch size of the largest stable step, beside the batch size.
 
-    Where the band is open there is no line, and none so far away that it leaves the others no room.
+    The critical batch size is not drawn where its band is infinite or reaches 0. The stable batch size is not drawn where it is
+    100 times the axis limit or more, which would leave no room for the other curves.
     """
     largest = axis.get_ylim()[1]
     known = np.isfinite(scale) & np.isfinite(high) & (low > 0)
@@ -147,16 +148,16 @@ def _draw_noise(
     axis.autoscale(axis="y")
     _set_log(axis)
     axis.set_ylabel("samples")
-    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, fontsize=8)  # above: a band may fill the axis
+    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, fontsize=8)  # above: a band may fill the axes
 
 
 def plot_limit(places: Sequence[Place], path: Path, num_train: int) -> Path:
-    """Draw the batch sizes to which steps are stable, the critical ones and those in use, against epochs; return the path.
+    """Draw the largest stable, critical and used batch sizes against epochs; return the path.
 
     Args:
-        places: of one run, in their order.
-        path: of the picture.
-        num_train: samples of the training set, where the axis ends.
+        places: the points of one run, in their order.
+        path: the path of the figure.
+        num_train: number of samples in the training set, which is the upper limit of the axis.
     """
     epochs, most = np.array([place.epoch for place in places]), 10.0 * num_train
     bands = {
@@ -181,7 +182,7 @@ def plot_limit(places: Sequence[Place], path: Path, num_train: int) -> Path:
 
 
 class Curves(Protocol):
-    """What `plot_study` needs of a variant: its place, and its validation loss by seed (seeds, p) at epochs (p,)."""
+    """Data of a variant that `plot_study` draws: its cell, and each seed's validation loss (seeds, p) at epochs (p,)."""
 
     cell: Any
     epochs: np.ndarray
@@ -191,8 +192,8 @@ class Curves(Protocol):
 def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
     """Draw curves.png: mean validation loss with a band of one standard deviation over seeds.
 
-    Without methods there is a panel for each group, with all its variants. With methods there is a panel for each group
-    and variant: the reference in black, and a line for each method.
+    Without methods there is a panel for each group, with all its variants. With methods there is a panel for each combination
+    of group and variant, with the reference in black and a line for each method.
     """
     panels = _panels(variants, title)
     by_method = any(variant.cell.method for variant in variants)
@@ -209,7 +210,7 @@ def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
             colors = ["#111418", *(METHOD_COLORS if by_method else shades)]
             for number, (label, variant) in enumerate(lines):
                 mean, deviation = variant.val_loss.mean(axis=0), variant.val_loss.std(axis=0)
-                # The reference's colour is its own.
+                # Only the reference has the first colour.
                 color = colors[0] if number == 0 else colors[1 + (number - 1) % (len(colors) - 1)]
                 width = 2.4 if number == 0 else 1.5
                 axis.plot(variant.epochs, mean, color=color, linewidth=width, label=_label(label))
@@ -232,12 +233,12 @@ def plot_study(variants: Sequence[Curves], folder: Path, title: str) -> Path:
 
 
 def _label(name: str) -> str:
-    """Return a name for a legend, which leaves out those that begin with an underscore."""
+    """Return a name for a legend, with a leading space if it begins with an underscore, because legends omit such names."""
     return f" {displayable(name)}" if name.startswith("_") else displayable(name)
 
 
 def _panels(variants: Sequence[Curves], title: str) -> dict[str, list[tuple[str, Curves]]]:
-    """Return {panel: [(label, variant)]}, the reference first in each."""
+    """Return {panel: [(label, variant)]}, with the reference first in each panel."""
     references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
     panels: dict[str, list[tuple[str, Curves]]] = {}
     by_method = any(variant.cell.method for variant in variants)

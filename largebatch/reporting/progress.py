@@ -1,4 +1,4 @@
-"""Where a run stands, what it came to, and who is told."""
+"""The progress and the summary of a run, and the protocol of its loggers."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from largebatch.reporting.loggers import Row
 
 
 class Logger(Protocol):
-    """Whoever wants to see the rows of a run: metrics.jsonl, a progress bar, a tracker."""
+    """Receives the rows of a run: a metrics.jsonl file, a progress bar, or a tracker."""
 
     def log(self, row: Row) -> None:
-        """Take a row: an update's (it has a loss), an evaluation's (a val_loss), or what happened (an event)."""
+        """Log the row of an update (with ``loss``), of an evaluation (with ``val_loss``), or of an event (with ``event``)."""
         ...
 
     def sync(self) -> None:
-        """See that the rows so far are on the disk."""
+        """Write the rows so far to the disk."""
         ...
 
     def rewind(self, samples: int) -> None:
-        """Forget the rows after so many samples: the run continues from there."""
+        """Remove the rows after ``samples`` samples, from where the run continues."""
         ...
 
     def close(self) -> None:
-        """Finish."""
+        """Close the logger."""
         ...
 
 
 @dataclass(kw_only=True)
 class RunMetrics:
-    """What a running and an ended run both say of themselves.
+    """Fields that the progress and the summary of a run have in common.
 
     Args:
-        seconds: wall time, evaluation included, over all parts of a resumed run.
-        skipped: updates left out at a non-finite gradient.
-        unreadable: samples that were left out of updates and evaluations because they cannot be read, and why, each once.
-        rollbacks: returns to a checkpoint at a non-finite gradient; each continues with another order of the samples.
-        loss: training loss of the last logged updates.
-        val_loss: of the last evaluation.
-        val_accuracy: of the last evaluation, in [0, 1]; None where there is no such thing.
-        best_val_accuracy: of all evaluations.
+        seconds: wall time including evaluation, over all parts of a resumed run.
+        skipped: number of updates skipped because of a non-finite gradient.
+        unreadable: a line for each sample left out because it cannot be read, with the reason; each line once.
+        rollbacks: number of returns to a checkpoint after a non-finite gradient; the order of the samples then changes.
+        loss: mean training loss in the last row of the log.
+        val_loss: validation loss of the last evaluation.
+        val_accuracy: accuracy of the last evaluation, in [0, 1]; None if the task has none.
+        best_val_accuracy: highest accuracy of all evaluations.
     """
 
     seconds: float = 0.0
@@ -57,18 +57,18 @@ class RunMetrics:
 
 @dataclass(kw_only=True)
 class Summary(RunMetrics):
-    """What a run came to.
+    """Summary of a run.
 
     Args:
-        status: ``finished``; ``preempted`` by a signal or its time limit; ``interrupted``; ``diverged`` at a non-finite
-            gradient; ``unsaved`` where it finished and its last state could not be written.
-        updates: optimizer steps.
-        samples: samples seen.
-        epochs: the same in epochs.
-        samples_per_second: training throughput over all ranks, evaluation left out.
+        status: ``finished``; ``preempted`` by a signal or the time limit; ``interrupted``; ``diverged`` at a non-finite
+            gradient; ``unsaved`` if the run finished but its last state could not be written.
+        updates: number of updates; skipped ones are included.
+        samples: number of samples seen.
+        epochs: the same number in epochs.
+        samples_per_second: training throughput over all ranks, without evaluation.
         world_size: number of ranks.
-        message: why it did not finish.
-        stopped_by: what asked for the stop of a preempted run.
+        message: why the run did not finish, or why its last state could not be saved; None otherwise.
+        stopped_by: the reason for the stop of an interrupted or preempted run.
     """
 
     status: str = "finished"
@@ -81,23 +81,23 @@ class Summary(RunMetrics):
     stopped_by: Reason | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields; numbers that JSON has no word for become None."""
+        """Return the fields; numbers that JSON cannot represent become None."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 @dataclass(kw_only=True)
 class Progress(RunMetrics):
-    """Where a run stands; with the weights, the optimizer and the random numbers, all that a checkpoint needs.
+    """Progress of a run, which with the weights, optimizer state and random state is all the state that a checkpoint needs.
 
     Args:
-        step: updates done.
-        samples_seen: samples they used.
-        skipped_in_a_row: the last of the skipped ones.
-        loss_samples: samples whose losses wait for the next row.
-        row_samples: samples seen at the last row.
-        train_seconds: time in updates.
-        owes_evaluation: whether the evaluation after the last update is still to be done.
-        best_val_loss: lowest of all evaluations.
+        step: number of updates done.
+        samples_seen: number of samples in these updates.
+        skipped_in_a_row: number of skipped updates since the last one that was not skipped.
+        loss_samples: number of samples whose losses are not in a row yet.
+        row_samples: number of samples seen at the last row.
+        train_seconds: wall time of updates, in seconds.
+        owes_evaluation: whether the evaluation after the last update has not finished.
+        best_val_loss: lowest validation loss of all evaluations.
     """
 
     step: int = 0

@@ -1,4 +1,4 @@
-"""What a person sees: the tables before and after a run, and its progress."""
+"""Terminal output of a run: the tables before and after it, and its progress."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = {
 
 
 def number(value: Any) -> str:
-    """Return a value as a person writes it: four digits, thousands apart."""
+    """Return a value as text: integers with thousands separators, floats with four significant digits, or six in a list."""
     if isinstance(value, tuple | list):
         return ", ".join(f"{v:.6g}" for v in value)
     if isinstance(value, int):
@@ -48,15 +48,15 @@ def duration(seconds: float) -> str:
 
 
 def reference_table(plan: Plan, tracked: str | None = None, has_temperature: bool = True) -> Table:
-    """Return the table: hyper-parameters at the reference batch size, and what they become at this run's.
+    """Return the table of hyper-parameters at the reference batch size and at this run's batch size.
 
     Args:
         plan: the plan.
-        tracked: what second moments are taken from; None where they are plain.
-        has_temperature: whether lr is the rate of a step, which Quench's is not.
+        tracked: the unit of the squares in second moments; None if they use no tracked squares.
+        has_temperature: whether lr is the learning rate of a step, which it is not in Quench.
     """
     reference = plan.reference
-    size = plan.batch_size_at_start  # a warm-up's smaller batches are stages of the plan, as its learning rates are
+    size = plan.batch_size_at_start  # smaller batches of a warm-up are shown as stages
     derived = reference.at(size)
     tuned = {name: getattr(reference, name) for name in derived}
     table = Table(title=f"Reference to this run (rule: {reference.rule})", title_justify="left")
@@ -88,7 +88,7 @@ def reference_table(plan: Plan, tracked: str | None = None, has_temperature: boo
 
 
 def stage_table(plan: Plan, world_size: int, micro_size: int | None, group_size: int = 1, most: int = 14) -> Table:
-    """Return the table of the run's stages; a plan that changes at every update is shown by its first and last ones."""
+    """Return the table of the run's stages; if there are more than ``most``, only the first and last ones are shown."""
     updates, count = plan.num_updates(), plan.num_stages()
     table = Table(
         title=f"Plan: {plan.total_samples / plan.samples_per_epoch:g} epochs, {plan.total_samples:,} samples, "
@@ -129,7 +129,7 @@ def stage_table(plan: Plan, world_size: int, micro_size: int | None, group_size:
 
 
 def summary_table(summary: dict[str, Any], folder: str | None) -> Table:
-    """Return the closing table."""
+    """Return the table that is printed at the end of a run."""
     table = Table(title=f"Run {summary['status']}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -155,12 +155,12 @@ def summary_table(summary: dict[str, Any], folder: str | None) -> Table:
 
 
 def noise_table(rows: list[Row], by_layer: dict[str, float | None], batch_size: int) -> Table:
-    """Return the table of `largebatch noise`: the noise at a few moments of a run, and each layer's share at its end.
+    """Return the table of `largebatch noise`: the noise at several points of a run, and that of each layer at its end.
 
     Args:
-        rows: of updates, with their noise.
+        rows: the rows of updates, with noise metrics.
         by_layer: noise scale of each layer at the end, in samples; None where it is infinite.
-        batch_size: B at the end; of the run's last update, which may be smaller, the row says nothing.
+        batch_size: B at the end. The last update's own batch size may be smaller and is not used.
     """
     table = Table(title="Gradient noise", title_justify="left")
     for heading in ("", "B_simple", "99 % band", "batch size", "progress per update", "efficiency per sample"):
@@ -187,7 +187,7 @@ def noise_table(rows: list[Row], by_layer: dict[str, float | None], batch_size: 
 
 
 def print_noise(console: Console, folder: Path) -> None:
-    """Print what a run measured of its gradient noise."""
+    """Print the gradient noise that a run measured."""
     updates, evaluations = read_metrics(folder / "metrics.jsonl")
     if not updates:
         return
@@ -201,7 +201,7 @@ def print_noise(console: Console, folder: Path) -> None:
 
 
 class ProgressBar:
-    """Progress on a terminal."""
+    """Shows progress as a bar on a terminal."""
 
     def __init__(self, console: Console, total_samples: int, done: float = 0) -> None:
         self.val = ""
@@ -219,7 +219,7 @@ class ProgressBar:
         self.progress.start()
 
     def log(self, row: Row) -> None:
-        """Move the bar."""
+        """Update the bar, or print an event."""
         if "event" in row:
             self.progress.console.print(row["event"], style="yellow", markup=False, highlight=False)
             return
@@ -230,28 +230,28 @@ class ProgressBar:
         self.progress.update(self.task, completed=_done(row), shown=f"{_state(row)}{self.val}")
 
     def sync(self) -> None:
-        """Do nothing: what is shown is shown."""
+        """Do nothing, because the bar has no buffer to write."""
 
     def rewind(self, samples: int) -> None:
-        """Move the bar back."""
+        """Move the bar back to ``samples`` samples."""
         self.progress.update(self.task, completed=samples)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar and leave it on the terminal."""
         self.progress.stop()
 
 
 class ProgressLines:
-    """Progress where there is no terminal: a line at each evaluation, and at most one every few seconds between."""
+    """Prints progress without a terminal: a line at each evaluation, and in between at most one every few seconds."""
 
     def __init__(self, console: Console, total_samples: int, done: float = 0, every_seconds: float = 5.0) -> None:
         self.console, self.total, self.every = console, total_samples, every_seconds
-        self.first = done  # a resumed run has not done these in this time
+        self.first = done  # samples that a resumed run saw before it was resumed
         self.started = self.last = time.monotonic()
         self.row: Row = {}
 
     def log(self, row: Row) -> None:
-        """Print a line where one is due."""
+        """Print a line if one is due."""
         now = time.monotonic()
         if "event" in row:
             self.console.print(row["event"], style="yellow", markup=False, highlight=False)
@@ -260,7 +260,7 @@ class ProgressLines:
             self.row = row
             if now - self.last < self.every:
                 return
-        done = min(1.0, _done(row) / self.total)  # AdaScale's clock steps past the end
+        done = min(1.0, _done(row) / self.total)  # AdaScale's clock may exceed the total
         left = (now - self.started) * (1.0 - done) * self.total / max(1, _done(row) - self.first)
         scores = f"  {_scores(row)}" if "val_loss" in row else ""
         state = _state(self.row) if self.row else ""
@@ -270,18 +270,18 @@ class ProgressLines:
         self.last = now
 
     def sync(self) -> None:
-        """Do nothing: what is shown is shown."""
+        """Do nothing, because every line is printed at once."""
 
     def rewind(self, samples: int) -> None:
-        """Measure the time left from there."""
+        """Estimate the time left from ``samples`` samples and the current time."""
         self.first, self.started = samples, time.monotonic()
 
     def close(self) -> None:
-        """Do nothing: every line is out."""
+        """Do nothing, because every line has been printed."""
 
 
 def _done(row: Row) -> float:
-    """Return the samples that count towards the end of the run: those of AdaScale's clock where there is one."""
+    """Return the number of samples that counts towards the end of the run: AdaScale's clock if it is used."""
     return float(row["clock_samples" if "clock_samples" in row else "samples"])
 
 
@@ -296,14 +296,14 @@ def _scores(row: Row) -> str:
 
 
 def create_console() -> Console:
-    """Return the console: as wide as the terminal, 110 columns where there is none. Text is text: paths hold brackets."""
+    """Return a console as wide as the terminal, or 110 columns without one. Markup is off because paths contain brackets."""
     return Console(width=None if sys.stdout.isatty() else 110, markup=False, emoji=False)
 
 
 def create_progress(console: Console, total_samples: int, done: float = 0) -> ProgressBar | ProgressLines:
-    """Return a bar on a terminal, plain lines elsewhere, for a run of which ``done`` samples were seen before.
+    """Return a progress bar on a terminal, or plain lines elsewhere; ``done`` samples were seen before.
 
-    Colours may be asked for in a file (FORCE_COLOR); a bar is drawn where its frames replace one another.
+    FORCE_COLOR may make a file count as a terminal; a bar is drawn only on a real one, where its frames can be overwritten.
     """
     moves = console.is_interactive and console.file.isatty()
     return (ProgressBar if moves else ProgressLines)(console, total_samples, done)
