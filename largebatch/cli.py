@@ -1,8 +1,8 @@
 """The command line: ``largebatch COMMAND CONFIG`` (train, plan, noise, limit, bench, study), and ``largebatch inspect PATH``.
 
-A user's mistake is one line on standard error and exit code 2. A run that diverged ends with 3, one whose last state could
-not be written with 4, one that lost a rank with 5, one that lost a process which loads its data with 6, an interrupted one
-with 130, and one that was pre-empted or met its time limit with 75 ("try again"), on which launchers requeue.
+A user error is reported in one line on standard error with exit code 2. The exit code is 3 if a run diverged, 4 if a finished
+run's last state could not be written, 5 if a rank was lost, 6 if a process that loads data or trains a run of a study was lost,
+130 if a run was interrupted, and 75 ("try again", on which launchers requeue) if it was preempted or reached its time limit.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ EXIT_CODES = {
     "preempted": 75,
     "interrupted": 130,
 }
-# Commands whose result is in a folder; of the others it is what they print.
+# Commands whose result is in a folder; the result of the others is their output.
 WITH_A_FOLDER = ("train", "noise", "study")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
+    """An argparse parser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what `main` prints as one line."""
+        """Raise the error, which `main` prints in one line."""
         raise UserError(f"command line: {message}; see {self.prog} --help")
 
 
 class Once(argparse.Action):
-    """A flag of which a second one is an error: the first would be gone without a word."""
+    """Stores a flag's value, and refuses a second one, because the first would be lost without notice."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Keep the value."""
+        """Store the value."""
         given = vars(namespace).setdefault("given", set())
         if self.dest in given:
             parser.error(f"{option_string} is there twice; leave one out")
@@ -65,7 +65,7 @@ class Once(argparse.Action):
 
 
 def create_parser() -> Parser:
-    """Return the parser of everything but ``--section.key VALUE``."""
+    """Return the parser of all arguments except ``--section.key VALUE``."""
     parser = Parser(
         prog="largebatch", description="Hyper-parameters tuned at a small batch, trained at any batch size."
     )
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
     outlive_output()
     tell_begun()
-    # Figures go into files, and a notebook hands on a backend that may not be installed here.
+    # Figures are written to files, and the backend that a notebook sets may not be installed here.
     os.environ["MPLBACKEND"] = "agg"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -124,14 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = _place_of(arguments)
         if not error.everywhere and place.rank > 0:
             print(f"largebatch: error: rank {place.rank}: {_one_line(error)}", file=sys.stderr)
-        elif place.rank == 0 or place.local_rank == 0:  # under torchrun, one line a node
+        elif place.rank == 0 or place.local_rank == 0:  # under torchrun, one line per node
             print(f"largebatch: error: {_one_line(error)}", file=sys.stderr)
         return hand_over(2)
     except OSError as error:
         name = str(error.filename)
         if is_out_of_files(error):
             mistake = f"{_one_line(error)}; {OPEN_FILES_ADVICE}"
-        elif error.errno == errno.ENAMETOOLONG:  # which a name alone can cause, wherever it was given
+        elif error.errno == errno.ENAMETOOLONG:  # only a name causes it, whichever flag gave it
             mistake = f"{name[:80]}... of {len(name):,} characters is no name of a file: too long"
         else:
             raise
@@ -151,17 +151,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
         code = 2 if error.is_mistake else EXIT_CODES["lost"]
-        os._exit(hand_over(code))  # threads that wait for the lost rank would keep the process
+        os._exit(hand_over(code))  # threads that wait for the lost rank would keep the process alive
 
 
 def _one_line(message: object) -> str:
-    """Return a message in one line, in which a path stands as it is."""
-    return displayable(re.sub(r"\s*\n\s+", " ", str(message).strip()))  # a cause may have several lines
+    """Return a message in one line, with unprintable characters escaped."""
+    return displayable(re.sub(r"\s*\n\s+", " ", str(message).strip()))  # an error's cause may span several lines
 
 
 def _place_of(arguments: Sequence[str]) -> Place:
-    """Return where a command runs among its ranks: for who is to print a line of which there are several."""
-    if not arguments or arguments[0] not in ("train", "noise", "limit", "bench"):  # the others run alone
+    """Return the position of this process among the ranks, to decide which of them prints an error."""
+    if not arguments or arguments[0] not in ("train", "noise", "limit", "bench"):  # the others use one process
         return Place()
     try:
         return launched_place()
@@ -170,10 +170,10 @@ def _place_of(arguments: Sequence[str]) -> Place:
 
 
 def _tell_of_lost_output(command: str) -> None:
-    """Say that standard output could not be written.
+    """Report that standard output could not be written.
 
     Raises:
-        UserError: where it was all that the command has to give.
+        UserError: if the output is the only result of the command.
     """
     failure = output_failure()
     if failure is None:
@@ -198,7 +198,7 @@ def _main(arguments: list[str]) -> int:
         mistake = UserError(
             f"the code that the config names (model or data) exits (code {error.code}) where it should return or raise"
         )
-        mistake.everywhere = False  # perhaps of one rank alone
+        mistake.everywhere = False  # it may concern only one rank
         raise mistake from error
 
 
@@ -283,11 +283,11 @@ def _train(known: argparse.Namespace, config: Config, warnings: tuple[str, ...],
         print(f"largebatch: {result.summary.status}: {result.summary.message}", file=sys.stderr)
     is_over = result.summary.stopped_by == "time_limit" and is_under_torchrun()
     code = hand_over(EXIT_CODES[result.summary.status], is_final=is_over)
-    return 0 if is_over else code  # torchrun would start it again; who reads summary.json knows that it is not finished
+    return 0 if is_over else code  # torchrun would restart it; summary.json shows that it is not finished
 
 
 def _told_to_others(command: str) -> AbstractContextManager[None]:
-    """Return the context of what comes before ranks meet: the others are told what ends it."""
+    """Return the context for the time before the ranks meet, which reports an error of this rank to the others."""
     place = _place_of([command]) if command in ("train", "noise") else Place()
     if place.world_size == 1:
         return nullcontext()
@@ -297,7 +297,7 @@ def _told_to_others(command: str) -> AbstractContextManager[None]:
 
 
 def _usage(command: str) -> str:
-    """Return the lines above the settings in ``--help``."""
+    """Return the lines that precede the settings in ``--help``."""
     own = {
         "train": "[--out DIR] [--resume auto|never|PATH] [--section.key VALUE ...]",
         "plan": "[--world-size N] [--section.key VALUE ...]",

@@ -1,4 +1,4 @@
-"""The base of every config section, and what the fields of sections share."""
+"""Base class of all config sections, types of their fields, and helpers for values that users name."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 from largebatch.errors import UserError, nearest
 
-# Beyond what any run has, and what dates, sizes and float32 can hold.
+# An upper limit far above the values of real runs, which dates, sizes and float32 can still represent.
 LARGEST = 10**12
 Coefficient = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
-# Durations of less than what a clock tells, or than a sample of any data set.
+# Durations with lower limits, which are below the resolution of a clock and below one sample of any data set.
 Minutes = Annotated[Positive, AfterValidator(lambda value: _no_less(value, 1e-9))]
 Epochs = Annotated[Positive, AfterValidator(lambda value: _no_less(value, 1e-15))]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
-# Samples of a data set, each of which has its number among the floats, too.
+# Number of samples in a data set; a float64 represents each index exactly.
 NumSamples = Annotated[int, Field(ge=1, le=2**53)]
-# What no machine has more of: widths of layers and classes; pixels of an image's side; layers one after the other.
+# Upper limits above the capacity of any machine: widths of layers and numbers of classes; image sides in pixels; depths in
+# layers.
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Side = Annotated[int, Field(ge=1, le=2**14)]
 Depth = Annotated[int, Field(ge=1, le=2**12)]
@@ -45,7 +46,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would turn into a number: true is not 1, and a text is no number, whatever stands in it."""
+        """Refuse values that pydantic would convert to a number: true is not 1, and the text "1" is not a number."""
         members = set(leaf_types(cls.model_fields[str(info.field_name)].annotation))
         if members & {int, float} and not members & {bool, str}:
             for item in value if isinstance(value, list | tuple) else (value,):
@@ -56,7 +57,7 @@ class Section(BaseModel):
 
 
 def _looks_like(text: str) -> bool:
-    """Return whether Python takes a text for a number."""
+    """Return whether Python can convert a text to a float."""
     try:
         float(text)
     except ValueError:
@@ -65,7 +66,7 @@ def _looks_like(text: str) -> bool:
 
 
 def leaf_types(annotation: Any) -> Iterator[Any]:
-    """Yield the types that an annotation is made of, and the values of its literals."""
+    """Yield the types in an annotation, and the values of its literals."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         yield from parts
@@ -81,7 +82,7 @@ def leaf_types(annotation: Any) -> Iterator[Any]:
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested mappings, named like ``section.key``."""
+    """Yield the values of nested mappings with their names, such as ``section.key``."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -90,21 +91,21 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def user_path(text: str | Path, where: str) -> Path:
-    """Return a path that a user named, with ``~`` expanded; whatever it is asked for afterwards, there is an answer.
+    """Return a path that a user named, with ``~`` expanded, after checking that it can be looked up; it need not exist.
 
     Args:
         text: the path.
-        where: the key or flag that named it, for the error.
+        where: the key or flag with the path, for the error.
 
     Raises:
-        UserError: if it cannot be looked at: a user that is not known, a name that is too long, a folder that is closed.
+        UserError: if it cannot be looked up: an unknown user, a name that is too long, or a folder without access.
     """
     try:
         path = Path(text).expanduser()
         path.stat()
     except FileNotFoundError:
         pass
-    except NotADirectoryError:  # to whoever opens it, as good as not there
+    except NotADirectoryError:  # treated as a missing file
         pass
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError for ~nobody, ValueError for a null byte
         shown = f"{text}" if len(f"{text}") <= 120 else f"{text}"[:117] + "..."
@@ -113,7 +114,7 @@ def user_path(text: str | Path, where: str) -> Path:
 
 
 def displayable(text: str) -> str:
-    """Return a text of which every letter can be shown: what no terminal and no font takes is escaped."""
+    """Return a text in which characters that cannot be displayed are escaped."""
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
@@ -128,7 +129,7 @@ def import_factory(path: str, where: str) -> Callable[..., Any]:
 
     Args:
         path: module path and attribute, separated by a colon.
-        where: the config key that named it, for the error.
+        where: the config key with the path, for the error.
 
     Raises:
         UserError: if the module or the attribute does not exist or is not callable, or the module fails or exits.
@@ -145,7 +146,7 @@ def import_factory(path: str, where: str) -> Callable[..., Any]:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, SystemExit):
             reason = f"it exits (code {error.code})"
-        elif not isinstance(error, SyntaxError):  # which says its own place
+        elif not isinstance(error, SyntaxError):  # its message has the place
             reason += f" ({last.filename}, line {last.lineno})"
         raise UserError(f"{where}: cannot import '{module_name}': {reason}") from error
     factory: Callable[..., Any] | None = getattr(module, attribute, None)
@@ -156,13 +157,13 @@ def import_factory(path: str, where: str) -> Callable[..., Any]:
 
 
 def call_factory(path: str, section: str, options: Mapping[str, Any], offered: Mapping[str, Any]) -> Any:
-    """Call the factory that a section names with its options, and with those of our own arguments that it takes.
+    """Call the factory that a section names with its options, and with those offered arguments that it takes.
 
     Args:
         path: ``package.module:attribute``.
-        section: of the config, which has ``name`` and ``options``.
-        options: keyword arguments.
-        offered: our own, by name.
+        section: the section of the config with the keys ``name`` and ``options``.
+        options: keyword arguments from the config.
+        offered: keyword arguments that largebatch supplies if the factory has a parameter of that name.
 
     Raises:
         UserError: if it cannot be imported, the options do not fit its signature, or it exits.
@@ -187,13 +188,13 @@ def call_factory(path: str, section: str, options: Mapping[str, Any], offered: M
 
 @contextmanager
 def within_memory(section: str) -> Iterator[None]:
-    """Say in a line what this machine has no memory for.
+    """Convert an error from a lack of memory into a `UserError` of one line.
 
     Args:
-        section: of the config, whose sizes ask for it.
+        section: the section of the config whose sizes need the memory.
 
     Raises:
-        UserError: where something is not allocated, or no address reaches so far.
+        UserError: if an allocation fails, or a size exceeds the address range.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a data set asks of a model: the shape of a sample, the loss of a sample, and what counts as right."""
+"""The task that a data set defines for a model: the shape of a sample, the loss of a sample, and its accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from largebatch.errors import UserError, nearest
 
 TaskKind = Literal["classification", "language_modeling", "regression"]
 
-# A target that is not to be learnt, as in torch.nn.functional.cross_entropy and the Hugging Face libraries.
+# The target that is ignored, as in torch.nn.functional.cross_entropy and the Hugging Face libraries.
 IGNORED = -100
 
 
@@ -29,12 +29,12 @@ class Task:
         kind: ``classification`` (targets (n,) of class indices), ``language_modeling`` (inputs and targets (n, t) of
             tokens) or ``regression`` (targets of the outputs' shape).
         sample_shape: shape of one input without the batch dimension, e.g. (1, 28, 28); (t,) for tokens.
-        num_outputs: classes, vocabulary size, or regression outputs.
-        loss: a loss of one's own in place of the kind's: takes outputs and targets of n samples, returns (n,), each
-            sample's own loss.
-        correct: with it, how far each sample is right, (n,) in [0, 1], for the accuracy; None reports no accuracy.
-        num_tokens: tokens that inputs of whole numbers may hold, 0 to num_tokens - 1. None: the vocabulary of a language
-            model; in other tasks they are not looked at.
+        num_outputs: number of classes, vocabulary size, or number of regression outputs.
+        loss: a custom loss that replaces the kind's loss: takes outputs and targets of n samples and returns (n,), the loss of
+            each sample.
+        correct: with ``loss``, returns the accuracy of each sample, (n,) in [0, 1]; None reports no accuracy.
+        num_tokens: number of tokens that integer inputs may contain, from 0 to num_tokens - 1. None stands for the vocabulary
+            of a language model; in other tasks the inputs are then not checked.
     """
 
     kind: TaskKind
@@ -45,7 +45,7 @@ class Task:
     num_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a kind that there is not, and what leaves nothing to learn."""
+        """Refuse an unknown kind, and a number of outputs with which there is nothing to learn."""
         if self.kind not in get_args(TaskKind):
             known = get_args(TaskKind)
             raise UserError(f"Task: kind is '{self.kind}'{nearest(self.kind, known)}; expected {', '.join(known)}")
@@ -58,19 +58,19 @@ class Task:
 
     @property
     def has_accuracy(self) -> bool:
-        """Whether samples are right or wrong."""
+        """Whether an accuracy is reported."""
         return self.correct is not None if self.loss is not None else self.kind != "regression"
 
     def check(self, targets: Tensor, numbers: Sequence[int] | np.ndarray, inputs: Tensor | None = None) -> None:
-        """Refuse targets of another kind, and tokens that there are not, before there are outputs.
+        """Check the kind and range of targets, and the range of input tokens, before there are outputs.
 
         Args:
-            targets: of n samples, on the CPU: a GPU would end the process at a class that is none.
-            numbers: of those samples in their data set, (n,).
-            inputs: of those samples, likewise; None to look at the targets alone.
+            targets: the targets of n samples, on the CPU, because on a GPU an invalid class would end the process.
+            numbers: the indices of those samples in their data set, (n,).
+            inputs: the inputs of those samples, on the CPU; None to check only the targets.
 
         Raises:
-            UserError: for label maps, soft labels, and a class or a token that is none.
+            UserError: for a tensor without dense values, label maps, soft labels, or a class or token out of range.
         """
         for what, part in (("inputs", inputs), ("targets", targets)):
             if part is not None and (part.is_meta or part.layout != torch.strided):
@@ -117,19 +117,19 @@ class Task:
             )
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return each sample's own loss, shape (n,).
+        """Return the loss of each sample, shape (n,).
 
-        A sequence is one sample: its loss is the mean over its tokens that are not ignored, 0 where all are. Whoever sums
-        these divides by the true global count, so that no rank and no micro-batch weighs more than its samples (Goyal et
-        al. 2017, remark 3).
+        A sequence is one sample: its loss is the mean over its tokens that are not ignored, or 0 if all are. The caller divides
+        the sum of these losses by the global number of samples, so that every sample has the same weight, whichever rank or
+        micro-batch it is in (Goyal et al. 2017, remark 3).
 
         Args:
-            outputs: (n, num_outputs) of a classifier, (n, t, num_outputs) of a language model, (n, ...) of a regression.
-            targets: (n,), (n, t), or of the outputs' shape; a regression's (n,) goes with outputs (n, 1) and the other way.
+            outputs: (n, num_outputs) for classification, (n, t, num_outputs) for language modeling, (n, ...) for regression.
+            targets: (n,), (n, t), or the shape of the outputs. In regression, (n,) and (n, 1) may be combined.
 
         Raises:
-            UserError: for other shapes, which would broadcast to another loss, a class that is none, or a loss of one's own
-                that is not (n,).
+            UserError: for other shapes, which would broadcast to a different loss; for a class out of range; or for a custom
+                loss that does not return (n,) or has no gradient.
         """
         if self.loss is not None:
             losses = _of_each_sample(self.loss(outputs, targets), len(targets), "loss")
@@ -162,10 +162,10 @@ class Task:
         return _mean_of_known(losses.view_as(targets), targets)
 
     def num_correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Return how many samples are right (a sequence counts by the share of its tokens that are), or None.
+        """Return the number of correct samples, or None without an accuracy. A sequence counts by its share of correct tokens.
 
         Raises:
-            UserError: for shapes as in `losses`, or an own ``correct`` that does not return (n,).
+            UserError: for shapes as in `losses`, or if a custom ``correct`` does not return (n,) in [0, 1].
         """
         if not self.has_accuracy:
             return None
@@ -180,11 +180,11 @@ class Task:
 
     @property
     def can_ignore(self) -> bool:
-        """Whether targets may say that they are to be ignored."""
+        """Whether targets of -100 are ignored."""
         return self.loss is None and self.kind != "regression"
 
     def known(self, targets: Tensor) -> Tensor:
-        """Return whether each sample has a target that is not ignored, bool (n,): losses and scores are means over those."""
+        """Return whether each sample has a target that is not ignored, bool (n,). Only these enter mean losses and scores."""
         if not self.can_ignore:
             return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
         return _known(targets).reshape(len(targets), -1).any(dim=1)
@@ -213,7 +213,7 @@ class Task:
 
 
 def _of_each_sample(values: Tensor, count: int, what: str) -> Tensor:
-    """Return what a function of the user's returned, if it is one number a sample."""
+    """Return the result of a user's function after checking that it has one number for each sample."""
     if not isinstance(values, Tensor) or values.shape != (count,) or values.is_complex():
         came = f"{list(values.shape)} of {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
         raise UserError(
@@ -223,11 +223,11 @@ def _of_each_sample(values: Tensor, count: int, what: str) -> Tensor:
 
 
 def _known(targets: Tensor) -> Tensor:
-    return targets.long() != IGNORED  # in 8 bits without a sign it is 156, a class
+    return targets.long() != IGNORED  # in uint8, -100 would compare equal to the class 156
 
 
 def _mean_of_known(values: Tensor, targets: Tensor) -> Tensor:
-    """Return each sample's mean of values (n,) or (n, t) over the targets that are not ignored; 0 where all are."""
+    """Return each sample's mean of values (n,) or (n, t) over the targets that are not ignored; 0 if all are ignored."""
     known = _known(targets)
     if values.ndim == 1:
         return values * known

@@ -1,4 +1,4 @@
-"""Reading a config: the YAML file, then ``--section.key VALUE`` flags, checked once; what is wrong is said in one line."""
+"""Reading of a config: the YAML file, then ``--section.key VALUE`` flags, validated together, with one-line errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from largebatch.section import Section, leaf_types, user_path
 
 
 def short(value: Any) -> str:
-    """Return a value as a message quotes it, of 80 characters at most."""
+    """Return a value as quoted in a message, with at most 80 characters."""
     quoted = "null" if value is None else _REPR.repr(value) if not isinstance(value, str) else value
     return quoted if len(quoted) <= 80 else f"{quoted[:77]}..."
 
@@ -56,14 +56,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class FlagText(str):
-    """The text of a flag's value, which is read as what its key takes."""
+    """The text of a flag's value, which is parsed according to the type of its key."""
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """Read ``--section.key VALUE`` and ``--section.key=VALUE`` into {"section.key": the text of the value}.
+    """Parse ``--section.key VALUE`` and ``--section.key=VALUE`` into {"section.key": text of the value}.
 
     Raises:
-        UserError: for a word that is no flag, a flag without a value, or one that is there twice.
+        UserError: for a word that is not a flag, a flag without a value, or a flag that is given twice.
     """
     values: dict[str, Any] = {}
     words = iter(flags)
@@ -85,10 +85,10 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_flag(key: str, text: FlagText, annotation: Any) -> Any:
-    """Return the value of a flag: where its key takes text, what looks like a number, a list or a comment is text too.
+    """Return the value of a flag. If its key takes text, a text that looks like another type remains text.
 
     Raises:
-        UserError: if brackets, braces or quotes do not close where the key takes no text.
+        UserError: if the text is not valid YAML, such as an open bracket, and the key does not take text.
     """
     kinds = {member if isinstance(member, type) else type(member) for member in leaf_types(annotation)}
     takes_text = bool(kinds & {str, Path})
@@ -108,9 +108,9 @@ def _read_flag(key: str, text: FlagText, annotation: Any) -> Any:
 
 
 def merge_flags(values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
-    """Write flags into a config's values, in place; return warnings.
+    """Set the values of flags in a config's values, in place; return warnings.
 
-    A flag that changes a section's ``name`` drops the file's keys that the newly named kind does not have.
+    A flag that changes a section's ``name`` removes the file's keys that the newly named kind does not have.
     """
     warnings = []
     for key, value in sorted(flags.items(), key=lambda item: not item[0].endswith(".name")):
@@ -120,7 +120,7 @@ def merge_flags(values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
             inner = section.get(part, {})
             if not isinstance(inner, dict):
                 raise UserError(f"command line: --{key}: '{part}' is not a section")
-            section[part] = section = dict(inner)  # another section may be the same by an alias
+            section[part] = section = dict(inner)  # a copy, because a YAML alias may refer to the same section
         if isinstance(value, FlagText):
             value = _read_flag(key, value, _annotation(path, last, values))
         if last == "name" and len(path) == 1 and section.get("name") not in (None, value):
@@ -149,7 +149,7 @@ def _is_section(field: Any) -> bool:
 
 
 def section_class(field: str, name: Any) -> type[Section] | None:
-    """Return the class of a section of `Config`, by the ``name`` in it where the section has several kinds."""
+    """Return the class of a section of `Config`, chosen by its ``name`` if there are several kinds."""
     info = Config.model_fields.get(field)
     members = list(_members(info.annotation)) if info else []
     if len(members) <= 1:
@@ -159,7 +159,7 @@ def section_class(field: str, name: Any) -> type[Section] | None:
 
 
 def _annotation(path: Sequence[str], key: str, values: Mapping[str, Any]) -> Any:
-    """Return what a key takes; `Any` for one that is not known, or is a factory's own."""
+    """Return the type of a key; `Any` for an unknown key, or for one in a factory's options."""
     if len(path) > 1:
         return Any
     section: type[Section] | None = Config
@@ -181,10 +181,10 @@ def _fields_of(root: type[Section], path: Sequence[Any], values: Mapping[str, An
 
 
 def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
-    """Return one validation error as: where, what was expected, what came."""
+    """Return a line for a validation error, with the key, the expected value and the given value."""
     loc = list(error["loc"])
     if len(loc) > 1 and loc[0] in ("data", "model", "optimizer", "schedule"):
-        del loc[1]  # the tag that chose the kind of section
+        del loc[1]  # the tag of the union
     where = short(
         ".".join(str(part) for part in loc if not str(part).startswith(("constrained-", "literal[", "function-")))
     )
@@ -228,32 +228,32 @@ def load_config(path: Path, flags: Mapping[str, Any] | None = None) -> tuple[Con
 
     Args:
         path: the YAML file.
-        flags: {"section.key": value}, as from `parse_flags`.
+        flags: {"section.key": value}, as returned by `parse_flags`.
 
     Returns:
-        The run, and warnings about flags.
+        The config, and warnings about flags.
 
     Raises:
-        UserError: for anything wrong in the file or the flags, in one line.
+        UserError: for any error in the file or the flags, in one line.
     """
     values = read_yaml(path)
     for key in [key for key, value in values.items() if value is None and _is_section(key)]:
-        values[key] = {}  # a heading with nothing below it
+        values[key] = {}  # a heading without keys
     warnings = merge_flags(values, flags or {})
     return parse_config(values, str(path)), warnings
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
-    """Return the run that nested values describe.
+    """Return the config with the given nested values.
 
     Raises:
-        UserError: for the first thing wrong in them.
+        UserError: for the first error in them.
     """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         details = error.errors()
-        # One union member's complaint stands for all (a coefficient is a name or a number).
+        # Count the errors of a union's members once (a coefficient is a name or a number).
         places = {d["loc"][:2] for d in details}
         more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
         raise UserError(f"{where}: {_describe(details[0], values)}{more}") from error

@@ -1,4 +1,4 @@
-"""The list of a run's settings: each key, its value in this run, what it takes and what it means."""
+"""Table of a run's settings: each key with its value in this run, its type and its description."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from largebatch.section import Section
 
 
 def _takes(annotation: Any) -> str:
-    """Return what values a field takes, in words."""
+    """Return the values that a field accepts, as text."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _takes(parts[0])
@@ -32,7 +32,7 @@ def _takes(annotation: Any) -> str:
 
 
 def settings(section: Section, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
-    """Yield (key, value, what it takes, what it means) of every setting of a section and those inside it."""
+    """Yield (key, value, accepted values, description) for every setting of a section and of the sections inside it."""
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):

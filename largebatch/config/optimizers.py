@@ -1,4 +1,4 @@
-"""Sections of a config that name an optimizer."""
+"""Config sections of the optimizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = Field(description="Optimizer: sgd, lars, adagrad, rmsprop, adam, adamw, l
 
 
 def _default(optimizer_class: Callable[..., torch.optim.Optimizer], name: str) -> Any:
-    """Return the default that an optimizer's constructor has for an argument."""
+    """Return the default of an argument of an optimizer's constructor."""
     return signature(optimizer_class).parameters[name].default
 
 
@@ -27,12 +27,12 @@ def _half_or_one(value: float) -> float:
 
 
 class OptimizerBase(Section):
-    """What every optimizer has."""
+    """Fields that all optimizers have in common."""
 
     optimizer_class: ClassVar[Callable[..., torch.optim.Optimizer]]
-    """What it builds: its constructor has the defaults, and takes what the section adds to the common fields."""
+    """Constructor of the optimizer. It has the defaults, and an argument for each field that the section adds to the base."""
     takes_rule: ClassVar[bool] = True
-    """Whether a scaling rule carries its learning rate to another batch size."""
+    """Whether a scaling rule scales its learning rate with the batch size."""
 
     name: Annotated[str, NAME]
     lr: Positive
@@ -58,15 +58,15 @@ class OptimizerBase(Section):
     checkpoint and continue with other samples."""
 
     def reference_values(self) -> dict[str, Any]:
-        """Return the values that follow the batch size, besides lr."""
+        """Return the values, besides lr, that are scaled with the batch size."""
         names = ("momentum", "betas", "alpha", "eps")
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def build(self, groups: list[dict[str, Any]], reference_size: int) -> torch.optim.Optimizer:
-        """Return the optimizer, made from the fields of this section that its constructor takes.
+        """Return the optimizer, constructed with the fields of this section that its constructor takes.
 
         Args:
-            groups: parameter groups, which carry their weight decay.
+            groups: parameter groups, which include their weight decay.
             reference_size: batch size at which the values were tuned.
         """
         known = signature(self.optimizer_class).parameters
@@ -78,7 +78,7 @@ class OptimizerBase(Section):
 
 
 class AdaptiveBase(OptimizerBase):
-    """What every optimizer with a second moment has."""
+    """Fields that all optimizers with a second moment have in common."""
 
     second_moment: Literal["batch", "sample", "micro_batch"] | None = None
     """Squares of what: the batch's mean gradient (as published), or that of the reference batch, estimated from micro-batches
@@ -152,7 +152,7 @@ class RMSPropConfig(AdaptiveBase):
 
 
 class AdamBase(AdaptiveBase):
-    """What Adam and what is built on it have."""
+    """Fields that Adam and the optimizers based on it have in common."""
 
     betas: tuple[Coefficient, Coefficient] = _default(optim.Adam, "betas")
     """Coefficients of the two running averages at the reference batch size."""
@@ -211,7 +211,7 @@ class QuenchConfig(OptimizerBase):
     """Variance of a sample's gradient: from the spread of batch means, or exact from the squares of samples' gradients."""
 
     def reference_values(self) -> dict[str, Any]:
-        """Return nothing: Bstar and eta/B are per sample."""
+        """Return an empty dict, because Bstar and eta/B are per sample and need no scaling."""
         return {}
 
 

@@ -1,4 +1,4 @@
-"""Sections of a config that name a schedule and a warm-up, in epochs; what they build counts in samples."""
+"""Config sections of schedules and warm-ups. Their lengths are in epochs; the objects they build use samples."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Factor = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScheduleBase(Section):
-    """What every schedule has."""
+    """Fields that all schedules have in common."""
 
     schedule_class: ClassVar[type[Schedule]]
-    """What it builds: a dataclass whose fields are those of the section, with samples in place of epochs."""
+    """Class of the schedule: a dataclass with the fields of the section, in samples instead of epochs."""
 
     name: Annotated[str, NAME]
     epochs: Epochs
@@ -31,14 +31,14 @@ class ScheduleBase(Section):
     """A falling temperature falls by the lr, by a growing batch, or by batch_then_lr (Smith et al. 2018)."""
 
     def total_samples(self, samples_per_epoch: int) -> int:
-        """Return the samples of the whole run."""
+        """Return the number of samples in the whole run."""
         return round(self.epochs * samples_per_epoch)
 
     def build(self, samples_per_epoch: int) -> Schedule:
-        """Return the factor of the temperature as a function of samples seen.
+        """Return the schedule, a function from samples seen to the factor of the temperature.
 
         Raises:
-            UserError: if part of the schedule lies beyond the end of the run.
+            UserError: if part of the schedule lies after the end of the run.
         """
         values: dict[str, Any] = {"total_samples": self.total_samples(samples_per_epoch)}
         for name in type(self).model_fields:
@@ -170,7 +170,7 @@ class WarmupConfig(Section):
     """What rises: lr, or batch, in doublings up to batch.size, with the lr following it (Merrill et al. 2025)."""
 
     def grows_batch(self) -> bool:
-        """Return whether it is the batch that rises."""
+        """Return whether the warm-up raises the batch size."""
         return self.name != "none" and self.realize == "batch"
 
 

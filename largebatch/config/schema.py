@@ -1,4 +1,4 @@
-"""The config of a run: its sections and what they mean. One YAML file is one run."""
+"""The sections of a run's config. One YAML file describes one run."""
 
 from __future__ import annotations
 
@@ -99,22 +99,22 @@ FACTORY = "package.module:factory"
 
 
 def section_names(section: type[Section]) -> tuple[str, ...]:
-    """Return the names that choose a section: the literal ones, or `FACTORY` where any import path does."""
+    """Return the names that select a section class: its literal names, or `FACTORY` if it accepts any import path."""
     return get_args(section.model_fields["name"].annotation) or (FACTORY,)
 
 
 @dataclass(frozen=True)
 class ByName:
-    """Tells the sections of a union apart by their key ``name``; names with a colon are import paths.
+    """Selects the section class of a union by the key ``name``; a name with a colon is an import path.
 
     Args:
-        default: the name of a section that has none.
+        default: the name to use for a section without one.
     """
 
     default: str | None = None
 
     def __get_pydantic_core_schema__(self, union: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return the union as pydantic validates it."""
+        """Return the core schema with which pydantic validates the union."""
         sections = get_args(union)
         tag_of = {name: section_names(section)[0] for section in sections for name in section_names(section)}
 
@@ -152,7 +152,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_rule_where_none_applies(cls, values: Any) -> Any:
-        """Write ``none`` where no rule was named and the optimizer takes none: the resolved config is to say so."""
+        """Set the rule to ``none`` if none is given and the optimizer takes none, so that the resolved config shows it."""
         if not isinstance(values, Mapping):
             return values
         optimizer, scaling = values.get("optimizer"), values.get("scaling", {})
@@ -163,5 +163,5 @@ class Config(Section):
         return {**values, "scaling": {"rule": "none", **scaling}}
 
     def to_yaml(self) -> str:
-        """Return the resolved config, every default written out."""
+        """Return the resolved config as YAML, including all defaults."""
         return yaml_text.dump(self.model_dump(mode="json"))

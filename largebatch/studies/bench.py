@@ -1,4 +1,4 @@
-"""``largebatch bench CONFIG``: how fast a config trains here, by micro-batch size, and what tracked squares cost."""
+"""``largebatch bench CONFIG``: training speed of a config by micro-batch size, and the cost of tracking squares."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from largebatch.training.run import build_model
 from largebatch.training.trainer import Trainer
 
 WARMUP_UPDATES, BLOCKS, SMALLEST, MOST_SIZES = 2, 3, 8, 4
-MOST_TIMED = 10**6  # updates of each variant in a block
+MOST_TIMED = 10**6  # maximum number of updates of each variant in a block
 
 
 def variants(config: Config) -> dict[str, Config]:
-    """Return the config at its batch size throughout, without squares, and with those of samples and of micro-batches."""
+    """Return the config at a constant batch size: without squares, with squares of samples, and with those of micro-batches."""
 
     def with_(section: Section, **values: Any) -> Any:
         return section.model_copy(update=values)
@@ -39,7 +39,7 @@ def variants(config: Config) -> dict[str, Config]:
     same = {
         "schedule": ConstantConfig(epochs=config.schedule.epochs),
         "warmup": WarmupConfig(),
-        "scaling": with_(config.scaling, rule="none"),  # not what is timed, and other rules may need squares
+        "scaling": with_(config.scaling, rule="none"),  # not timed, and other rules may need squares
         "batch": with_(config.batch, growth="schedule", max_size=None, at_epoch_end="carry"),
         "noise": with_(config.noise, measure=False),
         "optimizer": with_(config.optimizer, damping=False),
@@ -47,7 +47,7 @@ def variants(config: Config) -> dict[str, Config]:
     found = {}
     for name, squares in (("plain", "batch"), ("samples", "sample"), ("micro-batches", "micro_batch")):
         changed: dict[str, Any] = {}
-        # What waits for other updates is only there for micro-batches, as a second moment's.
+        # Keeping squares from other updates (squares_every) is only valid for a second moment's squares of micro-batches.
         if not isinstance(config.optimizer, AdaptiveBase) or squares == "sample":
             changed["backend"] = with_(config.backend, squares_every=1)
         if isinstance(config.optimizer, AdaptiveBase):
@@ -62,7 +62,7 @@ def variants(config: Config) -> dict[str, Config]:
 
 
 def micro_sizes(share: int, group_size: int) -> list[int]:
-    """Return micro-batch sizes to try: a rank's whole share and its halves, in whole groups."""
+    """Return the micro-batch sizes to try: a rank's whole share, and its repeated halves in multiples of the group size."""
     sizes: list[int] = []
     while share >= max(group_size, SMALLEST) and len(sizes) < MOST_SIZES:
         sizes.append(share)
@@ -71,46 +71,46 @@ def micro_sizes(share: int, group_size: int) -> list[int]:
 
 
 def _is_cut(config: Config, num_train: int, world_size: int, group_size: int) -> bool:
-    """Return whether an update needs more micro-batches than passes of the config's size."""
+    """Return whether passes must be smaller than the config's micro-batch size to give an update enough micro-batches."""
     size, micro_size = config.batch.size, config.batch.micro_size
     units = resolve(config, num_train, world_size, group_size).plan.units(size)
     return largest_micro_batch(size, world_size, micro_size, group_size, units) < (micro_size or size)
 
 
 def time_updates(config: Config, source: Source, backend: Backend, updates: int) -> list[float]:
-    """Return the seconds of each of some updates of a fresh run, after a few that are not counted."""
+    """Return the seconds of each of ``updates`` updates of a new run, after untimed warm-up updates."""
     model = build_model(config, source.task)
     run = resolve(config, len(source.train), backend.world_size, norm_group_size(model))
     size = config.batch.size
-    plan = replace(run.plan, total_samples=(WARMUP_UPDATES + updates + 1) * size)  # whatever the config's length
+    plan = replace(run.plan, total_samples=(WARMUP_UPDATES + updates + 1) * size)  # independent of the config's length
     trainer = Trainer(replace(run, plan=plan), source, model, backend, logger=Loggers())
     trainer.model.train()
-    gc.collect()  # models hold themselves in cycles; the one before must not count in the peak
+    gc.collect()  # models are in reference cycles; the previous one must not count in the peak
     if backend.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backend.device)
     seconds = []
     for _ in range(WARMUP_UPDATES + updates):
         backend.barrier()
         started = time.perf_counter()
-        trainer.step(size, plan.at(0), trainer.progress)  # at its end it reads the gradient's norm: the device is done
+        trainer.step(size, plan.at(0), trainer.progress)  # reading the gradient's norm synchronises the device
         seconds.append(time.perf_counter() - started)
         trainer.progress.step += 1
     return seconds[WARMUP_UPDATES:]
 
 
 def bench(config: Config, updates: int, console: Console, ranks: Ranks | None = None) -> None:
-    """Print samples per second by micro-batch size, without squares and with each kind; alone or under torchrun.
+    """Print samples per second by micro-batch size, without squares and with each kind; on one process or under torchrun.
 
-    Updates of the variants alternate in blocks, so that what else the machine does falls on all of them.
+    The updates of the variants alternate in blocks, so that other load on the machine affects all of them.
 
     Args:
         config: the config.
-        updates: timed updates of each variant in each of three blocks.
-        console: where to.
-        ranks: this process among all; None reads the environment that torchrun sets.
+        updates: number of timed updates of each variant in each of three blocks.
+        console: the console to print to.
+        ranks: the rank of this process and the number of ranks; None to read the environment that torchrun sets.
 
     Raises:
-        UserError: for what the user can mend.
+        UserError: for any problem that the user can correct.
     """
     if not 1 <= updates <= MOST_TIMED:
         raise UserError(f"--updates: expected 1 to {MOST_TIMED:,}, got {updates:,}")
@@ -132,7 +132,7 @@ def bench(config: Config, updates: int, console: Console, ranks: Ranks | None = 
             if config.batch.size < 2:
                 del configs["samples"]
             if config.batch.size < 2 or _is_cut(configs["micro-batches"], len(source.train), ranks.world_size, group):
-                del configs["micro-batches"]  # one alone has no spread; a pass would be smaller than this row says
+                del configs["micro-batches"]  # a single one has no variance, or passes would be smaller
             seconds: dict[str, list[float]] = {name: [] for name in configs}
             peaks = dict.fromkeys(configs, 0)
             for _ in range(BLOCKS):

@@ -1,4 +1,4 @@
-"""The folder of a study: whose it is, which of its runs are finished, and what is wrong with what lies there."""
+"""The folder of a study: who wrote its files, which of its runs are finished, and errors about damaged files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from largebatch.config.schema import Config
 from largebatch.errors import UserError
 
 UNFINISHED = ("interrupted", "preempted", "unsaved")
-# What a table takes of a run's summary.
+# Keys of a run's summary that the table of a study uses.
 TAKEN = ("status", "updates", "samples", "val_loss", "val_accuracy")
 
 
 def check_study_folder(out: Path) -> None:
-    """Refuse a folder with results that this study would replace and no study wrote.
+    """Refuse a folder with results that this study would replace and that no study wrote.
 
     Raises:
-        UserError: naming the first of them.
+        UserError: with the name of the first such file.
     """
     held = [name for name in ("table.md", "table.json", "curves.png") if os.path.lexists(out / name)]
     try:
@@ -40,7 +40,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """Return the summary.json of a run.
 
     Raises:
-        UserError: if it cannot be read, or lacks what a table takes of it.
+        UserError: if it cannot be read, or lacks a key that the table uses.
     """
     path = folder / "summary.json"
     summary = read_mapping(path, "summary of a run")
@@ -51,10 +51,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(config: Config, folder: Path) -> bool:
-    """Return whether a folder holds this very run, finished.
+    """Return whether a folder holds this run, with the same config, and the run has ended.
 
     Raises:
-        UserError: if it holds another one, or its files cannot be read.
+        UserError: if it holds another run, or its files cannot be read.
     """
     if not os.path.lexists(folder / "summary.json") or read_summary(folder)["status"] in UNFINISHED:
         return False
@@ -72,7 +72,7 @@ def is_finished(config: Config, folder: Path) -> bool:
 
 @contextmanager
 def results_told(out: Path) -> Iterator[None]:
-    """Say in a line what keeps a study's table and figure from being written.
+    """Convert errors from writing a study's table and figure into a `UserError` of one line.
 
     Raises:
         UserError: if a file cannot be written, or a run's rows or summary are not those of a run.

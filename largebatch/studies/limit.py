@@ -1,11 +1,12 @@
-"""``largebatch limit CONFIG``: up to which batch size a config's steps are stable, at its beginning or at checkpoints of a run.
+"""``largebatch limit CONFIG``: the largest batch size with stable steps, at the beginning or at checkpoints of a run.
 
-The largest eigenvalue lambda of D^-1/2 H D^-1/2, with H the Hessian of the training loss and D what the optimizer divides
-gradients by in its next update, is measured on samples that the run would use next, cut into `UNITS`. On every second unit
-Lanczos looks for it: what it finds there is too large on average, as it has fitted the noise of these samples too. Along the
-direction that it found the curvature of the other units is on average too small. Between the two lies lambda.
+lambda is the largest eigenvalue of D^-1/2 H D^-1/2, where H is the Hessian of the training loss and D holds the values by
+which the optimizer divides gradients in its next update. It is measured on the samples that the run would use next, split into
+`UNITS` units. The Lanczos method on every second unit gives a value that is too large on average, because it also fits the
+noise of these samples. The curvature of the other units along the eigenvector that it finds is too small on average. lambda
+lies between the two.
 
-The model is a plain module on every rank, read from a checkpoint of whatever engine; each rank has its share of the units.
+Every rank holds the whole model as a plain module, read from a checkpoint of any engine, and has its share of the units.
 """
 
 from __future__ import annotations
@@ -49,22 +50,22 @@ from largebatch.training.resume import check_same_run
 from largebatch.training.run import build_model
 from largebatch.training.run_folder import CHECKPOINTS
 
-# Units of samples: every second one for the eigenvalue, all of them for the noise.
+# Number of units of samples. Every second unit is used to find the eigenvector, and all of them to measure the noise.
 UNITS = 32
-LARGEST_PASS = 64  # samples of a forward pass, where the config does not say
+LARGEST_PASS = 64  # maximum number of samples in a forward pass if the config has no micro_size
 
 
 class LossSurface:
-    """The training loss on some samples around a model's weights: its gradients and its curvature.
+    """The training loss on some samples around the weights of a model, with its gradients and its curvature.
 
     Args:
-        model: placed on the backend's device; in training mode, with the same dropout whenever a unit comes by.
-        params: in whose order vectors (P,) are.
-        task: the samples' losses.
-        backend: whose ranks share the units.
-        units: {number: (inputs, targets)} of this rank.
-        pass_size: most samples of a forward pass.
-        seed: of the dropout.
+        model: the model, on the backend's device. It is set to training mode, and each unit always gets the same dropout.
+        params: the parameters, in the order of vectors of shape (P,).
+        task: computes the samples' losses.
+        backend: the backend whose ranks share the units.
+        units: the units of this rank, {number: (inputs, targets)}.
+        pass_size: maximum number of samples in a forward pass.
+        seed: seed of the dropout.
     """
 
     def __init__(
@@ -87,10 +88,10 @@ class LossSurface:
             raise UserError("--samples: a unit of them has no sample with a target that can be read; measure on more")
 
     def _losses(self, number: int) -> Iterator[Tensor]:
-        """Yield the sums of the losses of a unit's forward passes."""
+        """Yield the sum of the losses of each forward pass over a unit."""
         inputs, targets = self.units[number]
         on_gpu = [self.backend.device] if self.backend.device.type == "cuda" else []
-        # The fused kernels of attention and of recurrent layers have no second derivative.
+        # The fused kernels of attention and of recurrent layers do not support second derivatives.
         with torch.random.fork_rng(on_gpu), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             torch.manual_seed(self.seed + number)
             for part in zip(inputs.split(self.pass_size), targets.split(self.pass_size), strict=True):
@@ -106,7 +107,7 @@ class LossSurface:
         return total / self.counts[number].item()
 
     def product(self, vector: Tensor, numbers: range) -> Tensor:
-        """Return H v of the mean loss over some of the units, (P,), the same on every rank. A collective."""
+        """Return H v, (P,), for the mean loss over the given units; the same on every rank. This is a collective."""
         parts = [
             part.view_as(p) for part, p in zip(vector.split([p.numel() for p in self.params]), self.params, strict=True)
         ]
@@ -122,7 +123,7 @@ class LossSurface:
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
     def noise(self) -> tuple[Noise, Tensor, Tensor]:
-        """Return the noise scale, and of each element the mean gradient and sigma^2, a sample's variance. A collective."""
+        """Return the noise scale, the mean gradient, and each element's variance sigma^2 over samples. This is a collective."""
         size = float(self.counts.mean())
         sums = torch.zeros(2, sum(p.numel() for p in self.params), device=self.backend.device, dtype=self.backend.dtype)
         known = torch.zeros(2, UNITS, dtype=torch.float64, device=self.backend.device)
@@ -140,7 +141,7 @@ class LossSurface:
         return noise_of_units(known[0], known[1], size), mean, variance
 
     def eigenvalue(self, scale: Tensor) -> tuple[float, float]:
-        """Return what the largest eigenvalue of S H S lies between, of the whole training loss.
+        """Return a lower and an upper bound of the largest eigenvalue of S H S, with H of the whole training loss.
 
         Args:
             scale: the diagonal of S, (P,).
@@ -158,7 +159,7 @@ def _units(run: Run, source: Source, backend: Backend, samples_seen: int, num_sa
     """Return this rank's units of the samples that the run would use next, on its device."""
     keys = global_batch(run.config.seed, len(source.train), samples_seen, num_samples)
     size, found = num_samples // UNITS, {}
-    # Two of a kind beside each other: a rank's share of the eigenvalue's units is as large as its share of all.
+    # Units are assigned in adjacent pairs, so that a rank's shares of the even units and of all units are equal.
     for number in (n for n in range(UNITS) if n // 2 % backend.world_size == backend.rank):
         part = keys[number * size : (number + 1) * size]
         inputs, targets, missing = readable(source.train.__getitems__(part))
@@ -172,14 +173,14 @@ def _units(run: Run, source: Source, backend: Backend, samples_seen: int, num_sa
 
 
 def _advance(optimizer: torch.optim.Optimizer, size: int, num_samples: int, mean: Tensor, variance: Tensor) -> None:
-    """Let the optimizer take what its next update expects into its averages: at a rate of zero, so that no weight moves.
+    """Step the optimizer with the expected moments of its next update, at learning rate zero so that no weight changes.
 
     Args:
-        optimizer: with the update's values.
-        size: of the batch whose squared gradient the second moment averages.
-        num_samples: N, of ``mean``.
-        mean: ghat, (P,).
-        variance: sigma^2 of a sample, (P,); the square is expected to be ghat^2 + (1/size - 1/N) sigma^2.
+        optimizer: the optimizer, with the hyper-parameters of the update.
+        size: size of the batch whose squared gradient the second moment averages.
+        num_samples: N, number of samples in ``mean``.
+        mean: ghat, the mean gradient, (P,).
+        variance: sigma^2 of a sample, (P,). The expected square is ghat^2 + (1/size - 1/N) sigma^2.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     parts = zip(params, *(whole.split([p.numel() for p in params]) for whole in (mean, variance)), strict=True)
@@ -209,9 +210,9 @@ def _measure(
     at: int,
     samples: int,
 ) -> Place:
-    """Return what is measured where the model and the optimizer stand, after ``at`` samples. A collective."""
+    """Return the measurement at the current state of the model and optimizer, after ``at`` samples. This is a collective."""
     config, plan = run.config, run.plan
-    # The last update's rate where the run has ended, and no batch that its end cuts short.
+    # After the end of the run, use the last update's learning rate, and a full batch that is not cut at the end.
     last = min(at, plan.total_samples - 1)
     size = plan.full_batch_size(last)
     values = replace(plan, total_samples=plan.total_samples + size, at_epoch_end="carry").at(last)
@@ -235,10 +236,10 @@ def _measure(
 
 
 def _divisors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """Yield D of each parameter, (p,)."""
+    """Yield D for each parameter, flattened to (p,)."""
     for group in optimizer.param_groups:
         states = [optimizer.state[p] for p in group["params"]]
-        # The optimizers of a run count by themselves.
+        # The optimizers of a run keep their own counts.
         for p, divisor in zip(
             group["params"], denominators(optimizer, group, states, [0.0] * len(states)), strict=True
         ):
@@ -246,10 +247,10 @@ def _divisors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _places(config: Config, path: Path | None) -> tuple[list[Checkpoint | None], list[str]]:
-    """Return the checkpoints that are meant, the oldest first, or None for the beginning; and what to tell of others.
+    """Return the checkpoints to measure at, oldest first, or [None] for the beginning; and notes on those left out.
 
     Raises:
-        UserError: if there is none, or one is of another run.
+        UserError: if there is none, or one belongs to another run.
     """
     if path is None:
         return [None], []
@@ -274,10 +275,10 @@ def _places(config: Config, path: Path | None) -> tuple[list[Checkpoint | None],
 
 
 def _check(run: Run, num_train: int, num_samples: int) -> int:
-    """Return how many samples to measure on: whole units of whole groups.
+    """Return the number of samples to measure on, a multiple of the units and of the group size.
 
     Raises:
-        UserError: for a run whose steps are not of a known size, or too few samples.
+        UserError: if the size of the run's steps is not known, or there are too few samples.
     """
     config, least = run.config, UNITS * run.group_size
     if config.optimizer.optimizer_class not in KNOWN:
@@ -298,17 +299,17 @@ def _check(run: Run, num_train: int, num_samples: int) -> int:
 def measure_limit(
     config: Config, path: Path | None, num_samples: int, console: Console, ranks: Ranks | None = None
 ) -> list[Place]:
-    """Measure and print up to which batch size a config's steps are stable; alone or under torchrun.
+    """Measure and print the largest batch size with stable steps for a config; on one process or under torchrun.
 
     Args:
         config: the config.
-        path: a checkpoint, or a run folder for all of its checkpoints; None for the weights that a run begins with.
-        num_samples: training samples to measure on.
-        console: where to.
-        ranks: this process among all; None reads the environment that torchrun sets.
+        path: a checkpoint, or a run folder for all of its checkpoints; None for the initial weights.
+        num_samples: number of training samples to measure on.
+        console: the console to print to.
+        ranks: the rank of this process and the number of ranks; None to read the environment that torchrun sets.
 
     Raises:
-        UserError: for what the user can mend.
+        UserError: for any problem that the user can correct.
     """
     ranks = launched_ranks() if ranks is None else ranks
     path = None if path is None else user_path(path, "--checkpoint")
@@ -317,7 +318,7 @@ def measure_limit(
     model = build_model(config, source.task)
     run = resolve(config, len(source.train), ranks.world_size, norm_group_size(model))
     samples = _check(run, len(source.train), num_samples)
-    # Whatever engine trains, here every rank has the whole model; and full precision, as curvature is a second difference.
+    # With any training engine, every rank has the whole model here, at full precision because curvature needs it.
     engine = BackendConfig(name="ddp", device=config.backend.device, timeout_seconds=config.backend.timeout_seconds)
     backend = create_backend(engine, "fp64" if config.precision == "fp64" else "fp32", ranks)
     try:
@@ -347,10 +348,10 @@ def measure_limit(
 
 
 def _draw(folder: Path, places: list[Place], num_train: int, console: Console) -> None:
-    """Draw limit.png into a run folder, or say why not."""
+    """Draw limit.png into a run folder, or print why it was not drawn."""
     try:
         from largebatch.reporting.plots import plot_limit
 
         console.print(f"over training it is in {plot_limit(places, folder / 'limit.png', num_train)}", highlight=False)
-    except Exception as error:  # a picture fails no measurement
+    except Exception as error:  # a failed plot does not fail the measurement
         print_warnings(console, (f"{folder / 'limit.png'} was not drawn: {cause_of(error)}",))

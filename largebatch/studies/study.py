@@ -1,16 +1,16 @@
-"""A study: variants of one config, several seeds each, compared in a table and a figure.
+"""A study: variants of one config, with several seeds each, compared in a table and a figure.
 
-    base: fashion_mnist_cnn_bn.yaml         # beside the study's file
+    base: fashion_mnist_cnn_bn.yaml         # relative to the study's file
     seeds: [0, 1, 2]
     set: {schedule.epochs: 9}               # for every variant
     variants:
-      reference: {batch.size: 32}           # the first one is what the others are held against
+      reference: {batch.size: 32}           # the others are compared with the first variant
       no warm-up: {batch.size: 512, warmup.name: none}
 
-With ``methods`` each variant but the first is crossed with each of them; with ``groups`` the whole is done for each of
-them, with a reference of its own. A table of distances then has a column for each method.
+With ``methods``, each variant but the first is run with each method, and a second table has a column of distances for each
+method. With ``groups``, all of this is repeated for each group, with its own reference.
 
-Every run is an ordinary run folder, STUDY/VARIANT/seed-N. A study that was cut short goes on where it stopped.
+Every run has an ordinary run folder, STUDY/VARIANT/seed-N. A study that was interrupted continues where it stopped.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Study(Section):
     """Flags of each group, by its name; all variants are run in each."""
 
     def cells(self) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        """Yield every cell of the study, and its flags."""
+        """Yield every cell of the study with its flags."""
         for group, group_flags in (self.groups or {"": {}}).items():
             for number, (variant, variant_flags) in enumerate(self.variants.items()):
                 methods = self.methods if self.methods and number else {"": {}}
@@ -75,7 +75,7 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """Where a variant stands in the table."""
+    """Position of a variant in the table."""
 
     group: str
     variant: str
@@ -88,15 +88,15 @@ class Cell:
 
 @dataclass
 class Variant:
-    """What the runs of one variant came to, a row for each seed.
+    """Results of the runs of one variant, for each seed.
 
     Args:
-        cell: its place in the table.
-        config: its config, of the first seed.
-        summaries: summary.json of each seed.
-        epochs: where the curves stand, (p,); on AdaScale's clock where there is one.
-        val_loss: validation loss of each seed at those epochs, (seeds, p); NaN after a run diverged.
-        train_loss: training loss of each seed at the end (`last_training_loss`).
+        cell: its position in the table.
+        config: its config with the first seed.
+        summaries: the summary.json of each seed.
+        epochs: the epochs of the curves, (p,); by AdaScale's clock if it is used.
+        val_loss: validation loss of each seed at those epochs, (seeds, p); NaN after the run diverged.
+        train_loss: training loss of each seed at the end, from `last_training_loss`.
     """
 
     cell: Cell
@@ -108,11 +108,11 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Its name in tables and figures."""
+        """Name in tables and figures."""
         return str(self.cell)
 
     def finals(self, name: str) -> np.ndarray:
-        """Return a value of the summaries for the seeds that finished."""
+        """Return the values of a summary's key for the seeds that finished."""
         done = [s[name] for s in self.summaries if s["status"] == "finished" and s[name] is not None]
         return np.array(done, dtype=float)
 
@@ -122,10 +122,10 @@ def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[Cell, lis
 
     Args:
         path: the study's file.
-        flags: for every variant, from the command line; they win over the file.
+        flags: flags from the command line for every variant, which take precedence over the file.
 
     Raises:
-        UserError: for anything wrong in the study, its base or a variant.
+        UserError: for any error in the study, its base or a variant.
     """
     try:
         study = Study.model_validate(read_yaml(path))
@@ -149,16 +149,16 @@ def load_study(path: Path, flags: dict[str, Any]) -> tuple[Study, dict[Cell, lis
 
 
 def slug(name: str) -> str:
-    """Return a variant's name as a folder name."""
+    """Return a variant's name in a form suitable for a folder."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-# What a run has to save its state in, once its study is gone.
+# Time in seconds in which a run can save its state after its study has ended.
 LAST_SAVE_SECONDS = 120.0
 
 
 def _start_worker(threads: int) -> None:
-    """Take a share of the cores, and end with the study: its run saves and stops where the study is killed."""
+    """Set the number of threads, and make the worker save and stop if the study's process ends."""
     torch.set_num_threads(threads)
     parent = parent_process()
     if parent is not None:
@@ -173,24 +173,24 @@ def _start_worker(threads: int) -> None:
 
 
 def _train_quietly(config: Config, folder: Path) -> dict[str, Any]:
-    """Train one run of a study in a worker process, or the rest of one that was cut short; return its summary."""
+    """Train or resume one run of a study in a worker process; return its summary."""
     summary = train(config, folder, ranks=Ranks(), resume="auto").summary
     parent = parent_process()
     if parent is not None and not parent.is_alive():
-        os._exit(1)  # nobody is there to take the result
+        os._exit(1)  # no process is left to receive the result
     if summary.status in UNFINISHED:
         raise KeyboardInterrupt
     return summary.as_dict()
 
 
 def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | None = None) -> int:
-    """Train what is not trained yet, then write table.md, table.json and curves.png; return the exit code.
+    """Train the runs that are not finished, then write table.md, table.json and curves.png; return the exit code.
 
     Args:
         path: the study's file.
-        out: study folder; None for runs/NAME.
-        jobs: runs at a time.
-        flag_words: ``--section.key VALUE`` for every variant.
+        out: the study folder; None for runs/NAME.
+        jobs: number of runs that train at the same time.
+        flag_words: words of ``--section.key VALUE`` flags for every variant.
     """
     if jobs < 1:
         raise UserError(f"--jobs: expected at least 1, got {jobs}")
@@ -206,7 +206,7 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
                 todo.append((cell, seed, config, folder))
     total = sum(map(len, runs.values()))
     console.print(f"{path.stem}: {total} runs, {total - len(todo)} of them finished before; {jobs} at a time in {out}")
-    given = re.match(r"\s*([1-9][0-9]*)", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP takes "4,2" too, by nesting
+    given = re.match(r"\s*([1-9][0-9]*)", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP also accepts "4,2" (nested)
     threads = int(given[1]) if given else max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,)) as pool:
         futures = {pool.submit(_train_quietly, config, folder): (cell, seed) for cell, seed, config, folder in todo}
@@ -226,7 +226,7 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
                 f"the finished runs are in {out}, and the same command trains the others"
             ) from error
         except BaseException:
-            if sum(future.cancel() for future in futures):  # a later call trains them
+            if sum(future.cancel() for future in futures):  # a later call of the command trains these
                 console.print("stopping once the runs under way are done")
             raise
     with results_told(out):
@@ -236,7 +236,7 @@ def run_study(path: Path, out: Path | None, jobs: int, flag_words: list[str] | N
 
 
 def read_variant(cell: Cell, runs: list[Config], seeds: list[int], out: Path) -> Variant:
-    """Read back what the runs of a variant came to; curves are interpolated to common epochs."""
+    """Read the results of a variant's runs; curves are interpolated to common epochs."""
     variant = Variant(cell, runs[0])
     curves = []
     for seed in seeds:
@@ -248,13 +248,13 @@ def read_variant(cell: Cell, runs: list[Config], seeds: list[int], out: Path) ->
                 f"{folder}: the run is finished, but metrics.jsonl has no evaluation; remove {folder} to train it again"
             )
         variant.train_loss.append(last_training_loss(updates, evaluations))
-        # Where AdaScale has a clock of its own, the curve is read on it: there runs of all batch sizes are equally far.
+        # With AdaScale, epochs are counted by its clock, which shows the progress of runs of all batch sizes on one scale.
         clock = [row["epoch"] * row.get("clock_samples", row["samples"]) / row["samples"] for row in evaluations]
         curves.append((clock, [row["val_loss"] for row in evaluations]))
     every = runs[0].evaluate.every_epochs
     variant.epochs = np.arange(1, int(runs[0].schedule.epochs / every + 1e-9) + 1) * every
-    # A batch reaches up to one update past the epoch at which it is evaluated: interpolate back, and take the first
-    # evaluation for the first epoch, the last for the last. A run that diverged has no values beyond.
+    # An evaluation may be up to one update after its epoch, so curves are interpolated to the epochs, with the first and last
+    # values held constant outside. A run that diverged has no values after its last evaluation.
     variant.val_loss = np.array(
         [
             np.interp(variant.epochs, at, values, right=None if summary["status"] == "finished" else np.nan)
@@ -267,7 +267,7 @@ def read_variant(cell: Cell, runs: list[Config], seeds: list[int], out: Path) ->
 
 
 def last_training_loss(updates: Sequence[Row], evaluations: Sequence[Row]) -> float:
-    """Return the mean training loss of the samples since the last evaluation but one, each before it was learnt from."""
+    """Return the mean loss of the samples since the second to last evaluation, each before its update; NaN without samples."""
     begin = evaluations[-2]["samples"] if len(evaluations) > 1 else 0
     samples = np.diff([0, *(row["samples"] for row in updates)])
     late = np.array([row["samples"] > begin for row in updates])
@@ -276,14 +276,14 @@ def last_training_loss(updates: Sequence[Row], evaluations: Sequence[Row]) -> fl
 
 
 def curve_distance(variant: Variant, reference: Variant) -> float:
-    """Return the mean over epochs of the distance between the two mean validation-loss curves; NaN where one diverged."""
+    """Return the mean over epochs of the distance between two mean validation-loss curves; NaN if one of them diverged."""
     if len(variant.epochs) != len(reference.epochs):
         return float("nan")
     return float(np.abs(variant.val_loss.mean(axis=0) - reference.val_loss.mean(axis=0)).mean())
 
 
 def seed_deviation(variant: Variant) -> float:
-    """Return the mean over epochs of the standard deviation of the validation loss from seed to seed."""
+    """Return the mean over epochs of the standard deviation of the validation loss over seeds; NaN for a single seed."""
     if len(variant.val_loss) < 2:
         return float("nan")
     return float(variant.val_loss.std(axis=0, ddof=1).mean())
@@ -297,13 +297,13 @@ def _spread(values: np.ndarray, form: str) -> str:
 
 
 def _counts(summaries: list[dict[str, Any]], name: str) -> str:
-    """Return a count that the seeds share, or its mean and deviation: a batch that follows the noise differs by seed."""
+    """Return a count if it is the same for all seeds, or its mean and deviation: an adaptive batch differs between seeds."""
     counts = np.array([s[name] for s in summaries if s["status"] == "finished"] or [s[name] for s in summaries])
     return f"{counts[0]:,}" if (counts == counts[0]).all() else _spread(counts.astype(float), ",.0f")
 
 
 def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
-    """Return the table of a study, a row for each variant; the numbers are means over seeds ± their standard deviation."""
+    """Return the table of a study, with a row for each variant; numbers are the mean ± standard deviation over seeds."""
     rows = []
     references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
     has_accuracy = any(s["val_accuracy"] is not None for variant in variants for s in variant.summaries)
@@ -317,7 +317,7 @@ def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
             "batch size": f"{config.batch.size:,}",
             "updates": _counts(summaries, "updates"),
         }
-        if len(finished) > 1:  # AdaScale ends on its own clock
+        if len(finished) > 1:  # with AdaScale, runs may end after different numbers of samples
             row["samples"] = _counts(summaries, "samples")
         if has_accuracy:
             row["error at the end, %"] = _spread(100 - 100 * variant.finals("val_accuracy"), ".2f")
@@ -332,7 +332,7 @@ def result_rows(variants: list[Variant]) -> list[dict[str, str]]:
 
 
 def distance_rows(variants: list[Variant]) -> list[dict[str, str]]:
-    """Return the table of distances: a row for each group and variant, a column for each method."""
+    """Return the table of distances, with a row for each group and variant and a column for each method."""
     references = {variant.cell.group: variant for variant in variants if variant.cell.is_reference}
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for variant in variants:
@@ -359,7 +359,7 @@ def _as_table(rows: list[dict[str, str]], title: str) -> Table:
 
 
 def write_results(variants: list[Variant], out: Path, name: str, console: Console) -> None:
-    """Write table.md, table.json and curves.png, and print the table."""
+    """Write table.md, table.json and curves.png, and print the tables."""
     rows = result_rows(variants)
     replace_text(out / "table.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
