@@ -1,4 +1,4 @@
-"""Backends: the only rooms that speak torch.distributed."""
+"""Backends: the only subpackage that uses torch.distributed."""
 
 from largebatch.distributed.backend import Backend, BackendConfig, NonFiniteError, Precision, Ranks, launched_ranks
 from largebatch.distributed.create import check_engine, choose_backend, create_backend, resolve

@@ -1,8 +1,8 @@
-"""What `accelerate launch` was configured for, run by the matching engine of this package.
+"""The engine of this package that matches the configuration of `accelerate launch`.
 
-The launcher hands its choice to the processes in the environment, where Accelerate's own plugins read it. Its
-`Accelerator` is not built: it would open the process group first, takes a launched CPU process to be alone, and its
-`accumulate` ends updates at the wrong micro-batch where their number changes.
+The launcher passes its configuration in environment variables, which Accelerate's own plugins read. No `Accelerator` is
+created: it would open the process group first, it treats a launched CPU process as the only one, and its `accumulate` ends
+an update at the wrong micro-batch if the number of micro-batches changes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _PRECISIONS = {"no": ("fp32", "fp64"), "bf16": ("bf16",), "fp16": ("fp16",)}
 
 
 def launched(config: BackendConfig, precision: Precision) -> BackendConfig:
-    """Return the backend section that says what `accelerate launch` chose: ddp where there was no such launch.
+    """Return the backend section for the engine that `accelerate launch` was configured for; ddp without such a launch.
 
     Args:
-        config: the section as the run has it; what Accelerate does not decide is kept.
-        precision: as the run has it; Accelerate's must be the same.
+        config: the run's section; keys that Accelerate does not decide are kept.
+        precision: the run's precision; Accelerate's must be the same.
 
     Raises:
-        UserError: if Accelerate is not installed, or was configured for what there is no engine for, or against the run.
+        UserError: if Accelerate is not installed, is configured for an engine that does not exist here, or contradicts the run.
     """
     if find_spec("accelerate") is None:
         raise UserError("backend.name: Accelerate is not installed; pip install 'largebatch[accelerate]'")
@@ -51,7 +51,7 @@ def _flag(name: str) -> bool:
 
 
 def _check_run(precision: Precision) -> None:
-    """Refuse a launch that says other things than the run."""
+    """Raise a `UserError` if the launch contradicts the run."""
     given = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
     fitting = _PRECISIONS.get(given, ())
     if given and precision not in fitting:
@@ -65,7 +65,7 @@ def _check_run(precision: Precision) -> None:
 
 
 def _deepspeed(config: BackendConfig) -> dict[str, Any]:
-    """Return the keys of the backend section for the options that Accelerate's plugin puts together."""
+    """Return the keys of the backend section for the DeepSpeed options that Accelerate's plugin assembles."""
     if config.zero_stage is not None or config.ds_config is not None:
         raise UserError("backend.zero_stage, backend.ds_config: accelerate's config decides them; remove them")
     if find_spec("deepspeed") is None:
@@ -77,16 +77,16 @@ def _deepspeed(config: BackendConfig) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"accelerate's deepspeed_config: {error}") from error
     for key, written in (("gradient_accumulation_steps", 1), ("steps_per_print", float("inf"))):
-        if options.get(key) == written:  # by the plugin itself
+        if options.get(key) == written:  # the plugin itself sets these values
             del options[key]
     return {"ds_config": options}
 
 
 def _fsdp(config: BackendConfig) -> dict[str, Any]:
-    """Return the keys of the backend section that Accelerate's plugin speaks of.
+    """Return the keys of the backend section that Accelerate's FSDP plugin sets.
 
     Raises:
-        UserError: for what the engine does otherwise: FSDP1, activation checkpointing.
+        UserError: for options that the engine does not support: FSDP1, activation checkpointing.
     """
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy

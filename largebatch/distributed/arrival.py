@@ -1,4 +1,4 @@
-"""How the ranks of a run come together: at the address that their launcher names, through one store, and then as a group."""
+"""Rendezvous of the ranks: at the address that the launcher names, through one store, and then in a process group."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from largebatch.process.launched import NAMES, is_under_torchrun
 if TYPE_CHECKING:
     from largebatch.distributed.backend import Ranks
 
-# Ranks start at their own pace (imports from a slow disk), so that their first meeting may take this long at least.
+# Ranks may start at different times (imports from a slow disk), so the first rendezvous waits at least this long.
 START_SECONDS = 300.0
-# Who waits longer than this for others says so.
+# A rank that waits longer than this for others prints a message.
 SAY_SECONDS = 15.0
-# A name server may come to know a node's name a while after the node was started.
+# A name server may not know a node's name until some time after the node was started.
 RESOLVE_SECONDS = 60.0
 PROBE_SECONDS = 5.0
-UNREACHABLE = "largebatch/unreachable"  # in the store: which rank cannot reach the others
+UNREACHABLE = "largebatch/unreachable"  # key in the store: the rank that cannot reach the others
 
 
 def open_store(ranks: Ranks, seconds: float | None = None) -> dist.Store:
-    """Return the store through which ranks meet, at the place that torchrun's environment names, when all have come.
+    """Wait until all ranks have connected, and return their common store, at the address in torchrun's environment variables.
 
-    Where gloo would give the others a loopback address of this host, as under Debian's own hosts file, GLOO_SOCKET_IFNAME
-    is set to the interface through which the others are reached.
+    If gloo would give the other ranks a loopback address of this host, as with Debian's default hosts file,
+    GLOO_SOCKET_IFNAME is set to the interface through which the other ranks can be reached.
 
     Args:
-        ranks: this process among all; one rank needs no place.
-        seconds: how long to wait; None for as long as ranks wait for each other, `START_SECONDS` at the least.
+        ranks: this process's rank and the world size; a single rank needs no address.
+        seconds: how long to wait; None for the ranks' timeout, but at least `START_SECONDS`.
 
     Raises:
-        LostRankError: if they do not meet.
-        UserError: if the environment's address cannot be known, or is another's, or another process has this rank.
+        LostRankError: if not all ranks connect in time.
+        UserError: if the address cannot be resolved, if its port is in use, or if another process has this rank.
     """
     if ranks.world_size == 1:
         return dist.HashStore()
@@ -56,14 +56,14 @@ def open_store(ranks: Ranks, seconds: float | None = None) -> dist.Store:
 
 
 class _Arrival:
-    """One rank's way to the others."""
+    """The rendezvous, as one rank takes part in it."""
 
     def __init__(self, ranks: Ranks, seconds: float) -> None:
         self.rank, self.world_size, self.speaks = ranks.rank, ranks.world_size, ranks.local_rank == 0
         self.host, self.port = os.environ["MASTER_ADDR"].strip(), int(os.environ["MASTER_PORT"])
         self.seconds, self.started = seconds, time.monotonic()
-        self.is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
-        self.address = ""  # of this host, as the others see it; nothing where it is not known
+        self.is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves the store
+        self.address = ""  # this host's address, as the others see it; empty if unknown
         if self.rank == 0 and not self.is_served:
             self.store = self._serve()
         else:
@@ -101,12 +101,12 @@ class _Arrival:
             if "EADDRINUSE" not in str(error):
                 raise LostRankError(f"port {self.port} cannot be listened at ({cause_of(error)})") from error
             text = f"MASTER_PORT: port {self.port} is in use here, by another run or by a process that is rank 0 too"
-            if is_under_torchrun():  # which has found a free one, that somebody else has taken meanwhile
+            if is_under_torchrun():  # torchrun found a free port, which another process has taken since
                 raise LostRankError(text) from error
             raise UserError(f"{text}; give each process its own RANK, and each run its own MASTER_PORT") from error
 
     def _reach(self) -> str:
-        """Wait until the store's host answers; return this host's address on the way there."""
+        """Wait until the store's host accepts a connection; return this host's address on that connection."""
         pause = 0.05
         while True:
             known = True
@@ -133,9 +133,9 @@ class _Arrival:
             pause = min(1.0, 1.5 * pause)
 
     def _call_the_roll(self) -> None:
-        """Wait until all have come, as rank 0 counts them; leave the others the address of one that is not on its host."""
+        """Wait until rank 0 has counted all ranks; store an address that can be reached from other hosts."""
         notes = self.notes
-        # Under torchrun a store may outlive the processes, and torchrun numbers them.
+        # Under torchrun the store may outlive the processes; torchrun assigns the ranks, so none occurs twice.
         if not is_under_torchrun() and notes.add(f"number/{self.rank}", 1) > 1:
             raise UserError(
                 f"environment: RANK is {self.rank} in two processes that meet at {self.host}:{self.port}; give each its own"
@@ -153,9 +153,9 @@ class _Arrival:
                 "was started, and that this address can be reached from all of them"
             )
             notes.set("verdict", text)
-            time.sleep(GRACE_SECONDS)  # the store goes with this process
+            time.sleep(GRACE_SECONDS)  # the store ends with this process
             raise LostRankError(text)
-        self.seconds += 2 * GRACE_SECONDS  # rank 0 has something to say when its time is over
+        self.seconds += 2 * GRACE_SECONDS  # wait for the message of rank 0 after its timeout
         if not self._wait(lambda: notes.check(["verdict"]), lambda: "the others"):
             raise LostRankError(
                 f"no word from rank 0 at {self.host}:{self.port} for {self.seconds:.0f} s: dead, hanging or cut off"
@@ -189,15 +189,15 @@ class _Arrival:
 
 
 def open_group(ranks: Ranks, device: torch.device) -> dist.Store:
-    """Open the default process group; return the store that it was opened through.
+    """Open the default process group, and return its store.
 
     Args:
-        ranks: this process among all; without a store they meet first (`open_store`). After their ``timeout_seconds`` a
-            collective fails that a rank does not take part in.
-        device: of this process; GPUs speak through NCCL, others through gloo.
+        ranks: this process's rank and the world size. Without a store, `open_store` is called first. A collective fails if a
+            rank does not take part in it within ``timeout_seconds``.
+        device: device of this process; GPUs communicate through NCCL, CPUs through gloo.
 
     Raises:
-        LostRankError: if the ranks do not meet, or cannot reach each other.
+        LostRankError: if not all ranks connect in time, or if they cannot reach each other.
     """
     store = ranks.store or open_store(ranks)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -231,12 +231,12 @@ def open_group(ranks: Ranks, device: torch.device) -> dist.Store:
 
 
 def _heeding_others(connect: Callable[[], None], store: dist.Store, advice: str) -> None:
-    """Connect, unless another rank says that it cannot: gloo waits for it in code that no exception reaches.
+    """Connect in a thread, and stop waiting if another rank reports a failure: gloo's own wait cannot be interrupted.
 
     Args:
-        connect: makes the connections; left behind in its thread where another rank cannot.
-        store: a connection of its own, as another may be waiting on that of the group.
-        advice: what to do, for the error.
+        connect: makes the connections; its thread is abandoned if another rank cannot connect.
+        store: a separate connection to the store, because `connect` may be waiting on the group's connection.
+        advice: text on how to fix the failure, for the error message.
 
     Raises:
         LostRankError: if another rank cannot connect.
@@ -264,7 +264,7 @@ def _heeding_others(connect: Callable[[], None], store: dist.Store, advice: str)
 
 
 def check_interface() -> None:
-    """See that gloo can use what GLOO_SOCKET_IFNAME names here.
+    """Check that gloo can use the interfaces that GLOO_SOCKET_IFNAME names on this node.
 
     Raises:
         UserError: if there is no such interface, or it has no address.
@@ -280,14 +280,14 @@ def check_interface() -> None:
 
 
 def settle_interface(address: str) -> None:
-    """Let gloo speak through the interface of an address, where it would give out a loopback address otherwise.
+    """Set GLOO_SOCKET_IFNAME to the interface with the given address, if gloo would use a loopback address otherwise.
 
     Args:
-        address: of this host, under which the others reach it; nothing where all ranks are on this host.
+        address: address at which the other ranks reach this host; empty if all ranks are on this host.
     """
     if os.environ.get("GLOO_SOCKET_IFNAME") or _is_loopback(address):
         return
-    with suppress(OSError, UnicodeError):  # gloo takes the loopback where the host does not know its own name
+    with suppress(OSError, UnicodeError):  # gloo uses the loopback if the host cannot resolve its own name
         first = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0]
         if not _is_loopback(str(first[4][0])):
             return
@@ -301,7 +301,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _source_address(there: str, port: int) -> str:
-    """Return this host's address on the way to another; nothing where there is no way."""
+    """Return this host's source address for packets to another address; an empty string without a route."""
     family = socket.AF_INET6 if ":" in there else socket.AF_INET
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((there, port))  # sends nothing
@@ -310,7 +310,7 @@ def _source_address(there: str, port: int) -> str:
 
 
 def _interfaces() -> list[tuple[str, str]]:
-    """Return the network interfaces that have an address, with it, the loopback last."""
+    """Return (name, address) of the network interfaces that have an address, the loopback last."""
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():

@@ -1,4 +1,4 @@
-"""What the trainer asks of whatever runs the model: the Backend protocol, its section of a config, and the ranks."""
+"""The interface between the trainer and an engine: the Backend protocol, its section of a config, and the ranks."""
 
 from __future__ import annotations
 
@@ -22,41 +22,43 @@ T = TypeVar("T")
 
 
 class BackendConfig(Section):
-    """How the model is run."""
+    """The engine that runs the model, and its options."""
 
     name: Literal["auto", "ddp", "fsdp", "deepspeed", "accelerate"] = "auto"
-    """Engine: ddp (one process or many), fsdp (weights and optimizer state cut over the ranks), deepspeed (ZeRO), accelerate
-    (what accelerate launch was configured for); auto chooses ddp."""
+    """Engine: ddp (one process or several), fsdp (weights and optimizer state sharded over the ranks), deepspeed (ZeRO),
+    accelerate (the engine that accelerate launch was configured for); auto chooses ddp."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device type; auto takes a GPU where there is one."""
+    """Device type; auto takes a GPU if one is available."""
     compile: bool = False
     """Compile the model with torch.compile."""
     channels_last: bool | None = None
-    """ddp: keep the weights of convolutions with their channels last in memory. None: on a GPU in bf16 and fp16."""
+    """ddp: keep the weights of convolutions in the channels-last memory format. None: on a GPU in bf16 and fp16."""
     timeout_seconds: Annotated[float, Field(ge=1, le=LARGEST, allow_inf_nan=False)] = 600.0
-    """A rank that is not heard of for so long stops the run; more than the slowest update with its compilation takes, and
-    than reading a checkpoint through when the run is resumed."""
+    """Seconds without an answer from a rank after which the run stops. It must exceed the duration of the slowest update
+    including compilation, and of reading a checkpoint when a run is resumed."""
     squares_dtype: Literal["float32", "bfloat16"] = "float32"
-    """ddp: precision in which the squares travel between ranks."""
+    """ddp: data type in which squared gradients are reduced over the ranks."""
     squares_every: Count = 1
-    """ddp with micro-batches: updates between two measurements of the variance between them; each update has its own squared
-    gradient."""
+    """ddp with squares of micro-batches: the variance between micro-batches is measured once every this many updates; the
+    squared mean gradient is taken from each update."""
     shard: Annotated[list[str], Field(min_length=1)] | None = None
-    """fsdp: modules gathered as one, by class or by name with wildcards. None: the elements of lists and sequences."""
+    """fsdp: modules whose parameters are gathered together, by class or by name with wildcards. None: the elements of
+    nn.ModuleList and nn.Sequential containers."""
     offload: bool = False
-    """fsdp: keep weights, gradients and optimizer state in the memory of the CPU."""
+    """fsdp: keep weights, gradients and optimizer state in CPU memory."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """deepspeed: what is cut over the ranks: 1 optimizer state, 2 gradients too, 3 weights too. None: ds_config's, or 2."""
+    """deepspeed: ZeRO stage. 1 shards the optimizer state over the ranks, 2 also the gradients, 3 also the weights; 0 shards
+    nothing. None: the stage in ds_config, or 2."""
     ds_config: Path | dict[str, Any] | None = None
-    """deepspeed: DeepSpeed's own options (offloading, bucket sizes) or a JSON file of them; the run decides batches and
-    precision."""
+    """deepspeed: DeepSpeed's own options (offloading, bucket sizes), or a JSON file with them; batch sizes and precision are
+    set by the run's config."""
 
 
 class NonFiniteError(RuntimeError):
     """A gradient was NaN or infinite; the update was not applied.
 
     Args:
-        ranks: ranks whose own loss was not finite; empty where every loss was finite and the gradient overflowed.
+        ranks: ranks whose own loss was not finite; empty if every loss was finite and the gradient overflowed.
     """
 
     def __init__(self, ranks: list[int]) -> None:
@@ -66,14 +68,14 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """Place of this process among the processes of the run, as torchrun names it, and how long they wait for each other.
+    """Rank of this process in the run, in torchrun's terms, and how long the ranks wait for each other.
 
     Args:
-        rank: this process.
-        local_rank: its number on its node.
-        world_size: processes of the run.
-        timeout_seconds: how long they wait.
-        store: through which they have met already; None where an engine is to open it.
+        rank: rank of this process.
+        local_rank: its rank on its node.
+        world_size: number of processes of the run.
+        timeout_seconds: how long the ranks wait for each other.
+        store: the store through which the ranks are connected already; None if the engine is to open one.
     """
 
     rank: int = 0
@@ -84,7 +86,7 @@ class Ranks:
 
 
 def launched_ranks() -> Ranks:
-    """Read this process's place from the environment that torchrun sets; one process without it.
+    """Read the rank and world size from torchrun's environment variables; without them, return those of a single process.
 
     Raises:
         UserError: see `launched_place`.
@@ -94,10 +96,10 @@ def launched_ranks() -> Ranks:
 
 
 class Backend(Protocol):
-    """Prepare, accumulate, backward, step, and the state for a checkpoint. The trainer never asks which engine it has.
+    """The methods that an engine provides to the trainer, which does not depend on the kind of engine.
 
-    A loss handed to `backward` is this rank's share of the mean over the global batch: sum of its samples' losses over B.
-    `dtype` is that of weights and inputs; autocast computes in a lower one.
+    A loss passed to `backward` is this rank's share of the mean over the global batch: the sum of its samples' losses over B.
+    `dtype` is the type of weights and inputs; under autocast, operations compute in a lower precision.
     """
 
     rank: int
@@ -108,36 +110,36 @@ class Backend(Protocol):
     watch: RankWatch
 
     def describe(self) -> str:
-        """Return engine, processes and devices in words."""
+        """Return a description of the engine, the processes and the devices."""
         ...
 
     def track(self, model: nn.Module, per: Literal["sample", "micro_batch"], fallback: Iterable[str] = ()) -> None:
-        """Let backward passes collect squared gradients; before `prepare`.
+        """Let backward passes collect squared gradients; call it before `prepare`.
 
         Args:
-            model: as it was built.
-            per: squares of every sample's gradient, or of each backward pass of a rank.
+            model: the model as it was built.
+            per: whether to square the gradient of every sample, or that of each backward pass on a rank.
             fallback: names of modules to differentiate sample by sample.
         """
         ...
 
     def use_squares(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let an optimizer take its second moments from them; after `prepare`."""
+        """Let an optimizer take its second moments from the squared gradients; call it after `prepare`."""
         ...
 
     def watch_limit(self, optimizer: torch.optim.Optimizer) -> LimitMeter | None:
-        """Measure how near an optimizer's steps are to the largest stable ones, from the squares of micro-batches.
+        """Measure how close an optimizer's steps are to the largest stable ones, from the squares of micro-batches.
 
         Returns:
-            What is measured, the same on every rank; None where the engine, the optimizer or the squares do not tell.
+            The meter, with the same values on every rank; None if the engine, the optimizer or the squares do not allow it.
         """
         ...
 
     def damp_steps(self, optimizer: torch.optim.Optimizer, reference_size: int) -> None:
-        """Damp an optimizer's steps by the curvature that they meet, from the squares of micro-batches; after `prepare`.
+        """Damp an optimizer's steps by the curvature along them, from the squares of micro-batches; call it after `prepare`.
 
         Args:
-            optimizer: one that `largebatch.optim.damping` takes.
+            optimizer: an optimizer that `largebatch.optim.damping` supports.
             reference_size: B_ref.
         """
         ...
@@ -149,25 +151,26 @@ class Backend(Protocol):
     def prepare(
         self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters.
+        """Move the model to the device and wrap it; return the module to call, and the optimizer of its parameters.
 
         Args:
-            model: after `track`, where squares are wanted.
-            build_optimizer: called once, with `model`, when its parameters are those the optimizer has to hold.
+            model: the model, after `track` if squares are collected.
+            build_optimizer: called once with `model`, when its parameters are those that the optimizer has to hold.
         """
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of a forward pass."""
+        """Return the context manager for a forward pass."""
         ...
 
     def accumulate(self, sync: bool, idle: bool = False) -> AbstractContextManager[Any]:
-        """Return the context of one micro-batch's forward and backward pass.
+        """Return the context manager for the forward and backward pass of one micro-batch.
 
         Args:
-            sync: whether it is the update's last, in which gradients are reduced. A parameter to which none of the update's
-                passes gave a gradient, on any rank, has none afterwards, and the step leaves it alone.
-            idle: whether it stands in for samples that this rank does not have, and counts as no use of a parameter.
+            sync: whether this is the last micro-batch of the update, in which gradients are reduced. A parameter that received
+                no gradient in this update on any rank has none afterwards, and the step does not change it.
+            idle: whether the micro-batch replaces samples that this rank does not have, and does not count as a use of its
+                parameters.
         """
         ...
 
@@ -176,42 +179,42 @@ class Backend(Protocol):
         ...
 
     def begin_update(self, batch_size: int, num_units: float, update: int) -> None:
-        """Say what the coming update is, before its first backward pass.
+        """Announce the next update, before its first backward pass.
 
         Args:
             batch_size: B.
-            num_units: n, the units of its squares.
-            update: its number in the run, from 0.
+            num_units: n, the number of units (samples or micro-batches) whose gradients are squared.
+            update: index of the update in the run, from 0.
         """
         ...
 
     def shrink_update(self, num_samples: int, num_units: float) -> None:
-        """Say, on every rank and before its last backward pass, that the update has fewer samples than were announced.
+        """Announce on every rank, before the last backward pass, that the update has fewer samples than announced.
 
-        Its losses, those of the last pass too, are still divided by B; the gradients become the mean over what is left.
+        All losses of the update are still divided by B; the gradients become the mean over the remaining samples.
 
         Args:
-            num_samples: samples that are left, >= 1.
-            num_units: n, the units of their squares.
+            num_samples: number of remaining samples, >= 1.
+            num_units: n, the number of units whose gradients are squared.
         """
         ...
 
     def noise_sums(self, model: nn.Module) -> Tensor:
-        """Return what the gradient noise is measured from, over all ranks; between the last backward pass and `step`.
+        """Return the sums over all ranks for the gradient noise; call it between the last backward pass and `step`.
 
         Args:
-            model: with squares of P parameters, in the order of `squared_names`.
+            model: a model that collects squares of P parameters, in the order of `squared_names`.
 
         Returns:
-            (2, P), float64: of each parameter |ghat|^2 and the sum of its squares, averaged over ranks (`largebatch.noise`).
+            (2, P), float64: |ghat|^2 and the sum of the squares of each parameter, averaged over ranks (`largebatch.noise`).
         """
         ...
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> float:
-        """Clip, update and zero the gradients; return the gradient's global norm before clipping.
+        """Clip the gradients, update the parameters and clear the gradients; return the global gradient norm before clipping.
 
         Raises:
-            NonFiniteError: if that norm is not finite, on every rank alike; nothing was updated.
+            NonFiniteError: on every rank, if the norm is not finite; nothing is updated.
         """
         ...
 
@@ -220,7 +223,7 @@ class Backend(Protocol):
         ...
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's value, by rank, on every rank; it must be picklable."""
+        """Return the values of all ranks, in rank order, on every rank; a value must be picklable."""
         ...
 
     def barrier(self) -> None:
@@ -228,19 +231,19 @@ class Backend(Protocol):
         ...
 
     def broadcast(self, value: T) -> T:
-        """Return rank 0's value on every rank; it must be picklable."""
+        """Return rank 0's value on every rank; the value must be picklable."""
         ...
 
     def check_statistics(self, model: nn.Module, num_units: float = 1.0, names: list[str] | None = None) -> list[str]:
-        """Refuse a parameter of a tracked model that has a gradient and no statistic; between backward and step.
+        """Raise if a parameter of a tracked model has a gradient but no squares; call it between backward and step.
 
         Args:
-            model: as it was handed to `prepare`.
-            num_units: n, the units whose gradients were added up.
-            names: of the parameters to look at; None for all.
+            model: the model that was passed to `prepare`.
+            num_units: n, the number of units whose gradients were added up.
+            names: names of the parameters to check; None for all.
 
         Returns:
-            The names of those whose gradient was too small to say, the same on every rank.
+            The names of the parameters whose gradient was too small to decide, the same on every rank.
 
         Raises:
             UserError: naming the parameters.
@@ -248,20 +251,20 @@ class Backend(Protocol):
         ...
 
     def align_buffers(self, model: nn.Module, search: bool) -> None:
-        """Give every rank rank 0's values of the buffers that were found to differ; between two updates.
+        """Copy rank 0's values of the buffers that were found to differ to every rank; call it between two updates.
 
         Args:
-            model: as it was handed to `prepare`.
-            search: compare all of them first, as models move buffers by what a rank has seen; one collective.
+            model: the model that was passed to `prepare`.
+            search: first compare all buffers, which models may update from a rank's own samples; a collective.
         """
         ...
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Return model and optimizer by name for a checkpoint, as `distributed.state` spells it; every rank takes part."""
+        """Return the model's and the optimizer's tensors for a checkpoint, named as in `distributed.state`; a collective."""
         ...
 
     def load_state(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Read what `state` named, whatever engine wrote it and on however many ranks."""
+        """Load the tensors that `state` returned, from a checkpoint of any engine and any number of ranks."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Weights and buffers that are the same on every rank: rank 0's."""
+"""Copies of rank 0's weights and buffers on every rank."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MESSAGE_ELEMENTS = 2**22  # that are copied from rank 0 at a time
+MESSAGE_ELEMENTS = 2**22  # elements that are copied from rank 0 at a time
 
 
 def write_out(model: nn.Module) -> None:
-    """Give expanded buffers memory of their own: they cannot be written, from another rank or from a checkpoint."""
+    """Make expanded buffers contiguous: otherwise values from rank 0 or a checkpoint could not be written into them."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
@@ -20,7 +20,7 @@ def write_out(model: nn.Module) -> None:
 
 
 def sums_of(buffers: Sequence[Tensor]) -> Tensor:
-    """Return two sums of each in float64, the second weighted by place, which tell apart buffers of the same shape: (n, 2)."""
+    """Return two sums of each buffer, (n, 2) in float64, by which copies are compared; the second is weighted by position."""
     if not buffers:
         return torch.zeros(1, 2, dtype=torch.float64)
     return torch.stack([_sums(buffer) for buffer in buffers])
@@ -33,11 +33,11 @@ def _sums(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_from_first(device: torch.device, tensors: Sequence[Tensor]) -> None:
-    """Copy rank 0's tensors to every rank, many in one message. A collective.
+    """Copy rank 0's tensors to every rank, several in one message; a collective.
 
     Args:
-        device: that the process group works on.
-        tensors: of the same shapes and types on every rank.
+        device: device of the process group.
+        tensors: tensors with the same shapes and types on every rank.
     """
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         waiting = [tensor for tensor in tensors if tensor.dtype == dtype and tensor.numel()]

@@ -1,4 +1,4 @@
-"""The choice of an engine: what a config comes to on this machine, and what is refused of it."""
+"""Choice of the engine for a config on this machine, and the checks of the config's keys."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from largebatch.errors import UserError
 
 
 def resolve(config: BackendConfig, precision: Precision) -> BackendConfig:
-    """Return the section with what is decided elsewhere written out: by Accelerate's launcher, DeepSpeed's file, the machine.
+    """Return the section with the values filled in that Accelerate's launcher, DeepSpeed's file or the machine decide.
 
     Raises:
-        UserError: for what Accelerate was configured for and a run cannot do, or a file that cannot be read.
+        UserError: if Accelerate is configured for an option that a run does not support, or if a file cannot be read.
     """
     if config.name == "accelerate":
         from largebatch.distributed.accelerate import launched
@@ -33,24 +33,24 @@ def resolve(config: BackendConfig, precision: Precision) -> BackendConfig:
         from largebatch.distributed.ds_config import load_ds_config
 
         decided["ds_config"] = load_ds_config(config.ds_config, config.zero_stage)
-        decided["zero_stage"] = None  # it is in there
+        decided["zero_stage"] = None  # ds_config contains it now
     return config.model_copy(update=decided)
 
 
 def create_backend(config: BackendConfig, precision: Precision, ranks: Ranks) -> Backend:
-    """Return the engine of a config for this process.
+    """Create the engine of a config for this process.
 
     Raises:
-        UserError: if the device is not there, or a key does not go with the engine.
+        UserError: if the device is not available, or a key does not apply to the engine.
     """
     return choose_backend(config, precision, ranks)()
 
 
 def choose_backend(config: BackendConfig, precision: Precision, ranks: Ranks) -> Callable[[], Backend]:
-    """Return what makes the engine of a config for this process: all that can be refused is refused before.
+    """Return a function that creates the engine of a config for this process; the config is checked before.
 
     Raises:
-        UserError: if the device is not there, or a key does not go with the engine.
+        UserError: if the device is not available, or a key does not apply to the engine.
     """
     config = resolve(config, precision)
     check_engine(config, precision)
@@ -90,13 +90,13 @@ def choose_backend(config: BackendConfig, precision: Precision, ranks: Ranks) ->
 
 
 def check_engine(config: BackendConfig, precision: Precision) -> None:
-    """Refuse keys that do not go with the engine, wherever it is to run.
+    """Raise if a key does not apply to the engine, whatever the machine.
 
     Raises:
         UserError: naming the key.
     """
     name = "ddp" if config.name == "auto" else config.name
-    if name == "accelerate":  # whose launcher has chosen the engine
+    if name == "accelerate":  # its launcher has chosen the engine
         _refuse_keys(config, name, "its own config decides it; remove it", "zero_stage", "ds_config")
         return
     if name != "fsdp":
@@ -115,10 +115,10 @@ def check_engine(config: BackendConfig, precision: Precision) -> None:
 
 
 def _refuse_keys(config: BackendConfig, engine: str, why: str, *keys: str) -> None:
-    """Refuse keys, other than at their default, that an engine has no use for.
+    """Raise if a key that an engine does not use differs from its default.
 
     Raises:
-        UserError: naming the first of them.
+        UserError: naming the first such key.
     """
     for key in keys:
         value = getattr(config, key)

@@ -1,4 +1,4 @@
-"""Data parallelism by DistributedDataParallel; one process is the case without the wrapper."""
+"""Data parallelism with DistributedDataParallel; a single process uses no wrapper."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from largebatch.optim.adaptive import AdaptiveOptimizer
 from largebatch.optim.limit import LimitMeter
 from largebatch.reduce import sum_over_ranks
 
-# The flag's name since torch 2.13; the old one warns there.
+# The name of the flag since torch 2.13, which warns of the old name.
 _SYNC_BUFFERS: Any = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
@@ -32,18 +32,19 @@ _SYNC_BUFFERS: Any = (
 
 
 class DataParallel(Engine):
-    """The `Backend` for replicas: gradients are averaged beside the backward pass, every rank does the same update.
+    """The `Backend` for replicas: gradients are averaged during the backward pass, and every rank makes the same update.
 
-    Squared gradients are none of DDP's: they add up on each rank and are summed once an update, after its last backward pass.
+    DDP does not reduce squared gradients: each rank accumulates its own, and they are summed over the ranks once per update,
+    after its last backward pass.
 
     Args:
-        ranks: this process among all.
-        device: its device.
+        ranks: this process's rank and the world size.
+        device: device of this process.
         precision: ``fp32``, ``fp64``, or autocast to ``bf16`` or ``fp16`` (the latter with loss scaling).
         compile_model: compile the model with torch.compile.
-        squares_dtype: in which squares travel between ranks.
-        squares_every: updates between two measurements of the variance between micro-batches.
-        channels_last: keep the weights of two-dimensional convolutions with their channels last in memory; outputs follow.
+        squares_dtype: data type in which squares are reduced over the ranks.
+        squares_every: number of updates between two measurements of the variance between micro-batches.
+        channels_last: keep the weights of two-dimensional convolutions, and so their outputs, in the channels-last format.
     """
 
     def __init__(
@@ -63,25 +64,25 @@ class DataParallel(Engine):
         self.squares_every, self.channels_last = squares_every, channels_last
         self.hooked: HookedSquares | None = None
         self._hooks = False
-        self._norms: Tensor | None = None  # of this update's reduced gradients, as the backward passes left them
+        self._norms: Tensor | None = None  # norms of this update's reduced gradients, before any scaling
 
     def track(self, model: nn.Module, per: Literal["sample", "micro_batch"], fallback: Iterable[str] = ()) -> None:
-        """Let backward passes collect squared gradients: of micro-batches by hooks on the parameters."""
+        """Let backward passes collect squared gradients; those of micro-batches are collected by hooks on the parameters."""
         if per == "micro_batch":
-            self._hooks = True  # once they are on their device
+            self._hooks = True  # `prepare` registers them, when the parameters are on their device
         else:
             super().track(model, per, fallback)
 
     def prepare(
         self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Move the model to the device and wrap it; return what to call, and the optimizer of its parameters."""
+        """Move the model to the device and wrap it; return the module to call, and the optimizer of its parameters."""
         self.place(model)
         for module in model.modules() if self.channels_last else ():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.hooked = HookedSquares(model, self.squares_every, self.travels_in) if self._hooks else None
-        self._hooks = False  # of this model: a benchmark prepares several in turn
+        self._hooks = False  # they belong to this model: a benchmark prepares several models in turn
         of_samples = list(shadows(model).values())
         if self.compile_model and of_samples:
             raise UserError(
@@ -90,39 +91,39 @@ class DataParallel(Engine):
             )
         called: nn.Module = torch.compile(model) if self.compile_model else model  # type: ignore[assignment]
         self._shadows = of_samples
-        self._trained = [p for p in model.parameters() if p.requires_grad]  # shadows among them
+        self._trained = [p for p in model.parameters() if p.requires_grad]  # including shadows
         if self.world_size == 1:
             return called, build_optimizer(model)
         self.note_use(model)
         ignored = [name for name, p in called.named_parameters(remove_duplicate=False) if is_shadow(p)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(called, ignored)
-        # Buffers are not broadcast: batch statistics are summed once per update instead (models/norm.py), others aligned.
+        # Buffers are not broadcast: batch statistics are summed once per update (models/norm.py), others aligned.
         self.wrapper = DistributedDataParallel(
             called,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            init_sync=False,  # `place` did
+            init_sync=False,  # `place` has copied weights and buffers from rank 0
             **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
             gradient_as_bucket_view=True,
         )
         return self.wrapper, build_optimizer(model)
 
     def begin_update(self, batch_size: int, num_units: float, update: int) -> None:
-        """Say what the coming update is: B, the units of its squares, its number in the run."""
+        """Announce the next update: its batch size B, the number of units of its squares, and its index in the run."""
         super().begin_update(batch_size, num_units, update)
         if self.hooked is not None:
             self.hooked.begin(batch_size, num_units, update)
 
     def shrink_update(self, num_samples: int, num_units: float) -> None:
-        """Say, before its last backward pass, how many samples the update has where some of those announced are missing."""
+        """Announce, before the last backward pass, the number of samples if some of those announced are missing."""
         super().shrink_update(num_samples, num_units)
         if self.hooked is not None:
             self.hooked.shrink(num_samples, num_units)
 
     @contextmanager
     def accumulate(self, sync: bool, idle: bool = False) -> Iterator[None]:
-        """Run one micro-batch; DDP reduces gradients in the backward pass of the one with ``sync``, squares are after it."""
+        """Run one micro-batch; with ``sync`` DDP reduces gradients in its backward pass, and squares are reduced after it."""
         reduced = nullcontext() if sync or self.wrapper is None else self.wrapper.no_sync()
-        without_trace = idle and self.world_size == 1  # no other rank waits for it
+        without_trace = idle and self.world_size == 1  # no other rank waits for its gradients
         with reduced, self.noting_use(sync, idle), self._taken_back() if without_trace else nullcontext():
             yield
         if self.hooked is not None:
@@ -134,7 +135,7 @@ class DataParallel(Engine):
 
     @contextmanager
     def _taken_back(self) -> Iterator[None]:
-        """Run a pass that leaves no parameter a gradient, or squares, which had none."""
+        """Run a pass after which parameters that had no gradient, or squares, before still have none."""
         unused = [p for p in self._trained if p.grad is None]
         with nullcontext() if self.hooked is None else self.hooked.paused():
             yield
@@ -142,10 +143,10 @@ class DataParallel(Engine):
             parameter.grad = None
 
     def fill_up(self, usage: Usage) -> None:
-        """Give zeros to the parameters that the pass did not reach: DDP waits for all of them.
+        """Give a gradient of zeros to the parameters that the pass did not reach, because DDP waits for all parameters.
 
-        A backward pass of its own does so, from these leaves alone. DDP's find_unused_parameters would search the graph of
-        every forward pass instead, and refuse re-entrant activation checkpoints, whose parameters are not in it.
+        An additional backward pass from only these leaves does this. DDP's find_unused_parameters would instead traverse the
+        graph of every forward pass, and fail with re-entrant activation checkpoints, whose parameters are not in the graph.
         """
         trained = [parameters[0] for parameters in self.named_gradients.values()]
         missing = [p for number, p in enumerate(trained) if number not in usage.reached]
@@ -154,10 +155,10 @@ class DataParallel(Engine):
                 torch.autograd.backward(missing, [torch.zeros_like(p) for p in missing])
 
     def collect_use(self, usage: Usage) -> Used:
-        """Return what the passes of the update have used on any rank.
+        """Return which parameters the passes of the update used on any rank.
 
-        Some rank used a parameter whose reduced gradient is not zero. Every rank holds the same gradients, so where none is
-        zero all of them know, and nothing has to be sent.
+        A parameter whose reduced gradient is not zero was used on some rank. Every rank holds the same reduced gradients, so
+        if none of them is zero, no communication is needed.
         """
         grads = [parameters[0].grad for parameters in self.named_gradients.values()]
         self._norms = torch.stack(torch._foreach_norm([grad for grad in grads if grad is not None]))
@@ -167,7 +168,7 @@ class DataParallel(Engine):
         return Used(unused=[], parted=[], early=[])
 
     def gradient_norm(self, grads: list[Tensor]) -> Tensor:
-        """Return the Euclidean norm over all gradients of the model; of several ranks from the norms of `collect_use`."""
+        """Return the Euclidean norm over all gradients of the model, from the norms of `collect_use` if it computed them."""
         norms, self._norms = self._norms, None
         if norms is None or not grads:
             return super().gradient_norm(grads)
@@ -192,22 +193,22 @@ class DataParallel(Engine):
             optimizer.moment_source = self.hooked.moment
 
     def watch_limit(self, optimizer: torch.optim.Optimizer) -> LimitMeter | None:
-        """Measure how near an optimizer's steps are to the largest stable ones, from the squares of micro-batches."""
+        """Measure how close an optimizer's steps are to the largest stable ones, from the squares of micro-batches."""
         return None if self.hooked is None else self.hooked.watch_limit(optimizer)
 
     def damp_steps(self, optimizer: torch.optim.Optimizer, reference_size: int) -> None:
-        """Damp an optimizer's steps by the curvature that they meet, from the squares of micro-batches."""
+        """Damp an optimizer's steps by the curvature along them, from the squares of micro-batches."""
         assert self.hooked is not None
         self.hooked.damp_steps(optimizer, reference_size)
 
     def _gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the gradients and the squares that this rank holds, means over the samples that are there, unscaled."""
+        """Return this rank's gradients and squares as means over the update's actual samples, without loss scaling."""
         if self.hooked is not None:
             self.hooked.factor = self.factor
         return super()._gradients(optimizer)
 
     def clip(self, grads: list[Tensor], squares: list[Tensor], factor: float) -> None:
-        """Multiply gradients by a factor, and squares by its square."""
+        """Multiply gradients by a factor, and squares by the square of the factor."""
         super().clip(grads, squares, factor)
         if self.hooked is not None:
             self.hooked.factor *= factor
@@ -223,22 +224,22 @@ class DataParallel(Engine):
         return self.over_ranks(self.hooked.sums(self.factor))
 
     def check_statistics(self, model: nn.Module, num_units: float = 1.0, names: list[str] | None = None) -> list[str]:
-        """Refuse a parameter of a tracked model that has a gradient and no statistic; return those too small to say."""
+        """Raise if a parameter has a gradient but no squares; return those whose gradient was too small to decide."""
         return [] if self.hooked is not None else super().check_statistics(model, num_units, names)
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Return model and optimizer by name for a checkpoint, as `distributed.state` spells it; every rank takes part."""
+        """Return the model's and the optimizer's tensors for a checkpoint, named as in `distributed.state`; a collective."""
         return super().state(model, optimizer) | ({} if self.hooked is None else self.hooked.state())
 
     def load_state(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Read what `state` named, whatever engine wrote it and on however many ranks."""
+        """Load the tensors that `state` returned, from a checkpoint of any engine and any number of ranks."""
         super().load_state(path, model, optimizer)
         if self.hooked is not None:
             names = [name for name in tensor_metadata(path) if name.startswith(VARIANCE)]
             self.hooked.load_state(read_tensors(path, names))
 
     def close(self) -> None:
-        """Leave the process group, and the parameters."""
+        """Remove the hooks from the parameters, and leave the process group."""
         if self.hooked is not None:
             self.hooked.hooks.close()
         super().close()

@@ -1,7 +1,7 @@
-"""DeepSpeed, ZeRO 0 to 3: optimizer state (1), gradients (2) and weights (3) cut into one partition a rank.
+"""DeepSpeed with ZeRO stages 0 to 3: optimizer state (1), gradients (2) and weights (3) are partitioned over the ranks.
 
-Shadows are parameters like any other, so ZeRO partitions and reduces the squares as it does the gradients. Weights stay
-float32 and lower precision is autocast's, as on every engine: squares of bfloat16 gradients are added in float32.
+Shadows are ordinary parameters, so ZeRO partitions and reduces the squares as it does the gradients. As on every engine,
+weights stay float32 and autocast provides lower precision: squares of bfloat16 gradients are added in float32.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class DeepSpeed(Engine):
     """The `Backend` for DeepSpeed.
 
     Args:
-        ranks: this process among all.
-        device: its device.
+        ranks: this process's rank and the world size.
+        device: device of this process.
         precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` over float32 weights.
         config: DeepSpeed's configuration (`load_ds_config`).
 
     Raises:
-        UserError: if DeepSpeed is not there.
+        UserError: if DeepSpeed is not installed.
     """
 
     needs_group_alone: ClassVar[bool] = True
@@ -61,7 +61,7 @@ class DeepSpeed(Engine):
     def prepare(
         self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Move the model to the device, partition it; return what to call, and its optimizer."""
+        """Move the model to the device and partition it; return the module to call, and its optimizer."""
         self.place(model)
         optimizer = build_optimizer(model)
         groups = [dict(group) for group in optimizer.param_groups]
@@ -75,7 +75,7 @@ class DeepSpeed(Engine):
             owners = [(name, m) for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
             self.compare_routes(owners)
         self.client = SteppedByGroup(optimizer) if self.stage > 0 else None
-        os.environ["LOCAL_RANK"] = str(self.local_rank)  # DeepSpeed takes its device from there
+        os.environ["LOCAL_RANK"] = str(self.local_rank)  # from which DeepSpeed takes its device
         with _nothing_compiled():
             self.deepspeed.init_distributed(dist_init_required=False, verbose=False)
         self.wrapper, *_ = self.deepspeed.initialize(
@@ -94,17 +94,17 @@ class DeepSpeed(Engine):
 
     @contextmanager
     def accumulate(self, sync: bool, idle: bool = False) -> Iterator[None]:
-        """Run one micro-batch; DeepSpeed learns here whether it is the update's last."""
+        """Run one micro-batch, and tell DeepSpeed whether it is the last one of the update."""
         self.wrapper.set_gradient_accumulation_boundary(sync)
         saved = nullcontext() if self.stage < 3 else saved_tensors_hooks(self._save, _restore)
         with self.noting_use(sync, idle), saved:
             yield
 
     def leave_alone(self, found: Used) -> None:
-        """Take their gradients, and their shadows', from parameters that no pass of the update used.
+        """Remove the gradients of parameters that no pass of the update used, and those of their shadows.
 
         Raises:
-            SharedError: if ZeRO has reduced gradients of other parameters on one rank than on another, or has lost some.
+            SharedError: if the ranks have reduced gradients of different parameters, or if ZeRO has lost a gradient.
         """
         if self.client is None:
             super().leave_alone(found)
@@ -113,7 +113,7 @@ class DeepSpeed(Engine):
                 f"model: in one update some ranks used parameter '{found.parted[0]}' and others did not, which {self.name} "
                 f"cannot do: {ADVICE}"
             )
-        elif found.early and self.offloads:  # it hands over what the last pass reaches
+        elif found.early and self.offloads:  # ZeRO then keeps only gradients that the last pass reaches
             raise SharedError(
                 f"model: the last micro-batch of an update did not use parameter '{found.early[0]}', which one before it did: "
                 f"{self.name} with offload_optimizer loses its gradient; do not offload, or use --backend.name ddp or fsdp"
@@ -122,10 +122,10 @@ class DeepSpeed(Engine):
             self.client.unused = {parameter for name in found.unused for parameter in self.named_gradients[name]}
 
     def _save(self, tensor: Tensor) -> Tensor | tuple[nn.Parameter, torch.Size, tuple[int, ...]]:
-        """Keep, of a weight that autograd saves for the backward pass, only which one it is.
+        """Replace a weight that autograd saves for the backward pass by a reference to its parameter.
 
-        The tensor saved is a view of the gathered weight (`F.linear` transposes it) and would keep all of it in memory until
-        then, which DeepSpeed's own linear function avoids, unseen by the tracking.
+        The saved tensor is a view of the gathered weight (`F.linear` transposes it) and would keep the whole weight in memory
+        until the backward pass. DeepSpeed's own linear function avoids this too, but the tracking cannot intercept it.
         """
         for parameter in self.by_size.get(tensor.numel(), ()):
             if parameter.data_ptr() == tensor.data_ptr() and parameter.dtype == tensor.dtype:
@@ -139,10 +139,10 @@ class DeepSpeed(Engine):
         self.wrapper.backward(self.scaler.scale(loss * self.world_size), scale_wrt_gas=False)
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> float:
-        """Clip, update and zero the gradients; return the gradient's global norm before clipping.
+        """Clip the gradients, update the parameters and clear the gradients; return the global gradient norm before clipping.
 
         Raises:
-            NonFiniteError: if that norm is not finite, on every rank alike; nothing was updated.
+            NonFiniteError: on every rank, if the norm is not finite; nothing is updated.
         """
         parts = list(zip(self.partitions.gradients(), self.partitions.of_shadows, strict=True))
         grads = [tensor for part, of_shadows in parts if not of_shadows for tensor in part]
@@ -157,7 +157,7 @@ class DeepSpeed(Engine):
         if not applied:
             self.check_losses(self.client or optimizer)
             if self.precision != "fp16":
-                raise NonFiniteError([])  # the gradient is finite and its squares are not
+                raise NonFiniteError([])  # the gradient is finite, but its squares are not
         if self.scaler.is_enabled():
             self._adapt_scale(scale, applied)
         self.losses_finite.fill_(True)
@@ -169,7 +169,7 @@ class DeepSpeed(Engine):
         return self.partitions.power_sums(parameters, shadows)
 
     def over_ranks(self, sums: Tensor) -> Tensor:
-        """Return sums over the whole model from those of each rank's partitions."""
+        """Return sums over the whole model, given the sums over each rank's partitions."""
         return super().over_ranks(sums) if self.stage == 0 else self.sum(sums)
 
     def gradient_norm(self, grads: list[Tensor]) -> Tensor:
@@ -178,9 +178,9 @@ class DeepSpeed(Engine):
         return (squared if self.stage == 0 else self.sum(squared)).sqrt()
 
     def _apply(self, finite: bool) -> bool:
-        """Update, or drop the gradients; return whether the update was made.
+        """Update the parameters, or drop the gradients; return whether the update was made.
 
-        ZeRO drops a gradient of which any element, or square, is not finite, by itself.
+        ZeRO itself drops the gradients if any element of a gradient or of the squares is not finite.
         """
         if self.client is not None:
             self.client.begin()
@@ -191,7 +191,7 @@ class DeepSpeed(Engine):
         return bool(self.wrapper.was_step_applied())
 
     def _adapt_scale(self, scale: float, applied: bool) -> None:
-        """Lower fp16's loss scale after an overflow, raise it after many updates, as GradScaler does for gradients it sees."""
+        """Lower the loss scale of fp16 after an overflow, and raise it after many updates, by the rule of GradScaler."""
         self.good_updates = self.good_updates + 1 if applied else 0
         if not applied:
             scale *= self.scaler.get_backoff_factor()
@@ -200,32 +200,32 @@ class DeepSpeed(Engine):
         self.scaler.update(scale)
 
     def check_statistics(self, model: nn.Module, num_units: float = 1.0, names: list[str] | None = None) -> list[str]:
-        """Refuse a parameter of a tracked model that has a gradient and no statistic; return those too small to say.
+        """Raise if a parameter has a gradient but no squares; return those whose gradient was too small to decide.
 
-        Where one process says nothing, an option of DeepSpeed has replaced the operation.
+        If the same model passes on a single process, an option of DeepSpeed has replaced the operation.
         """
         found = self.partitions.largest_gradients()
         return check_statistics(model, num_units, names, lambda parameter: found.get(parameter, 0.0))
 
     def full_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield each trained parameter's name and its whole tensors, on the processor; every rank takes part.
+        """Yield each trained parameter's name and its whole tensors in CPU memory; a collective.
 
-        They are {"parameter": float32 master weight, "exp_avg_sq": ..., and what else the optimizer keeps}.
+        The tensors are {"parameter": float32 master weight, "exp_avg_sq": ..., and further slots of the optimizer's state}.
         """
         slots = self.partitions.slots()
         for parameter, name in self.names.items():
             yield name, self.partitions.full(parameter, slots[parameter])
 
     def load_full_state(self, state: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
-        """Write back what `full_state` yielded, on whatever stage and number of ranks."""
+        """Load the tensors that `full_state` yielded, on any stage and any number of ranks."""
         parameters = {name: parameter for parameter, name in self.names.items()}
-        self.partitions.optimizer.state.clear()  # of parameters that had their first gradient later too
+        self.partitions.optimizer.state.clear()  # including parameters that had no state yet in the checkpoint
         for name, full in state:
             self.partitions.load(parameters[name], full)
         self.partitions.refresh()
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Return model and optimizer by name for a checkpoint; each rank keeps the whole tensors of some parameters."""
+        """Return the tensors for a checkpoint by name; each rank returns the whole tensors of some of the parameters."""
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         state = {MODEL + name: value.detach() for name, value in model.state_dict().items() if name not in names}
         aliases = self._aliases(model)
@@ -241,15 +241,15 @@ class DeepSpeed(Engine):
         return state | self.scaler_state()
 
     def scaler_state(self) -> dict[str, Tensor]:
-        """Return what fp16's loss scaling has come to, by name; the updates since its last change are counted here."""
+        """Return the state of fp16's loss scaling by name; this engine counts the updates since the last change itself."""
         state = super().scaler_state()
         return state | {name: torch.tensor(self.good_updates) for name in state if name.endswith("growth_tracker")}
 
     def load_state(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Read what `state` named, whatever engine wrote it and on however many ranks, one parameter at a time.
+        """Load the tensors that `state` returned, from a checkpoint of any engine and number of ranks, parameter by parameter.
 
         Raises:
-            UserError: if the checkpoint is of another model; nothing was changed then.
+            UserError: if the checkpoint is of another model; nothing is changed then.
         """
         check_names(path, _Described(model))
         saved = tensor_metadata(path)
@@ -273,7 +273,7 @@ class DeepSpeed(Engine):
                 parameter.copy_(read_tensors(path, [MODEL + name])[MODEL + name])
 
     def _aliases(self, model: nn.Module) -> dict[str, list[str]]:
-        """Return for each parameter's name all names that the model's state_dict has for it."""
+        """Return, for each parameter's first name, all of its names in the model's state_dict."""
         first = {parameter: name for name, parameter in model.named_parameters()}
         aliases: dict[str, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -281,24 +281,24 @@ class DeepSpeed(Engine):
         return aliases
 
     def _whole(self, parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
-        """Return a context in which a parameter that ZeRO-3 cuts up is whole."""
+        """Return a context manager in which a parameter that ZeRO-3 partitions is gathered."""
         if self.stage < 3:
             return nullcontext()
         return self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
 
     def close(self) -> None:
-        """Leave the process group, and take DeepSpeed's hooks and groups down."""
+        """Remove DeepSpeed's hooks and groups, and leave the process group."""
         if self.wrapper is not None:
             self.wrapper.destroy()
         self.client = None
         self.__dict__.pop("partitions", None)
-        # DeepSpeed keeps its copy of the world for good, which a later engine of this process would take for its own.
+        # DeepSpeed keeps its copy of the world group, which a later engine of this process would otherwise use.
         self.deepspeed.utils.groups._release_process_group_references()
         super().close()
 
 
 class _Described(nn.Module):
-    """A model's names and shapes, with those of whole parameters where ZeRO-3 has cut them up."""
+    """A model's names and shapes; parameters that ZeRO-3 partitions have the shapes of the whole parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -309,12 +309,12 @@ class _Described(nn.Module):
         self.given = model.state_dict()
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return tensors of which only the shapes mean something."""
+        """Return tensors of which only the shapes are meaningful."""
         return {name: self.whole.get(name, value) for name, value in self.given.items()}
 
 
 def _restore(saved: Tensor | tuple[nn.Parameter, torch.Size, tuple[int, ...]]) -> Tensor:
-    """Return what `_save` was given; ZeRO-3 has gathered a module's weights before its backward pass."""
+    """Return the tensor that `_save` replaced; ZeRO-3 has gathered a module's weights before its backward pass."""
     if isinstance(saved, Tensor):
         return saved
     parameter, size, stride = saved
@@ -326,10 +326,10 @@ def _restore(saved: Tensor | tuple[nn.Parameter, torch.Size, tuple[int, ...]]) -
 
 @contextmanager
 def _nothing_compiled() -> Iterator[None]:
-    """Keep DeepSpeed from compiling its all-reduce in shared memory, which serves inference on CPUs alone.
+    """Keep DeepSpeed from compiling its shared-memory all-reduce, which is only used for inference on CPUs.
 
-    The first process to start would compile for minutes while the others wait, and one that is killed there leaves a lock on
-    which every later one waits for good.
+    The first process to start would compile for minutes while the others wait. If it were killed meanwhile, it would leave a
+    lock for which every later process waits forever.
     """
     transport: Any = import_module("deepspeed.comm.torch")  # deepspeed.comm's attribute of that name is PyTorch
     build = transport.build_shm_op
@@ -341,17 +341,17 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def require_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed, once what it needs is there.
+    """Import DeepSpeed, and silence its warnings.
 
     Raises:
-        UserError: naming what is missing and the command that brings it.
+        UserError: if it is not installed, with the command that installs it.
     """
     if find_spec("deepspeed") is None:
         raise UserError("backend.name: DeepSpeed is not installed; pip install 'largebatch[deepspeed]'")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
-    # It warns of every optimizer but its own, and uses names that torch is about to drop.
+    # It warns of every optimizer except its own, and uses names that torch has deprecated.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
     return deepspeed

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration of a run: the user's file, and over it what the run itself decides."""
+"""DeepSpeed's configuration of a run: the user's options, completed by the values that the run itself decides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from largebatch.errors import UserError
 from largebatch.section import user_path
 
-# What a run decides, by DeepSpeed's key and by ours.
+# Options that the run decides: DeepSpeed's key, and the key in the run's config.
 _DECIDED = {
     "train_batch_size": "batch.size",
     "train_micro_batch_size_per_gpu": "batch.micro_size",
@@ -24,7 +24,7 @@ _DECIDED = {
     "torch_autocast": "precision",
     "data_types": "precision",
 }
-# What an update with tracked squares cannot be built on, and why.
+# Options that do not work with tracked squares, and why.
 _REFUSED = {
     "zero_optimization.memory_efficient_linear": "true hides linear layers from the tracking of squares",
     "zero_optimization.compute_grad_norm": "a gradient that is not finite is dropped by its norm",
@@ -42,14 +42,14 @@ _HARMLESS = {
 
 
 def load_ds_config(given: Path | dict[str, Any] | None, zero_stage: int | None) -> dict[str, Any]:
-    """Return the configuration to hand to DeepSpeed: the user's options with the run's own decisions added.
+    """Return the configuration for DeepSpeed: the user's options, completed by the run's own decisions.
 
     Args:
-        given: DeepSpeed's options, or a JSON file of them. Values ``"auto"``, which other trainers fill in, count as absent.
-        zero_stage: 0 to 3; None takes the options', or 2.
+        given: DeepSpeed's options, or a JSON file with them. A value of ``"auto"``, which other trainers fill in, is ignored.
+        zero_stage: 0 to 3; None takes the stage in the options, or 2.
 
     Raises:
-        UserError: if the file cannot be read, or sets what the run decides, with the config key to use instead.
+        UserError: if the file cannot be read, or sets an option that the run decides; the message names the config key to use.
     """
     where = f"backend.ds_config '{given}'" if isinstance(given, Path) else "backend.ds_config"
     options: Any = given or {}
@@ -87,10 +87,10 @@ def _merge(given: Any, zero_stage: int | None, where: str) -> dict[str, Any]:
         )
     zero |= {"stage": stage, "memory_efficient_linear": False}
     return config | {
-        # Micro-batches come in any size and number: the engine is told of each boundary (`DeepSpeedEngine.accumulate`).
+        # The size and number of micro-batches vary: `DeepSpeed.accumulate` tells the engine where an update ends.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # DeepSpeed's default is 1, and its norm would count the squares.
+        # DeepSpeed's default is 1.0, and its norm would include the squares.
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -1,9 +1,9 @@
-"""Sharded data parallelism by FSDP2: each rank keeps its part of every parameter, gradient and optimizer state.
+"""Sharded data parallelism with FSDP2: each rank keeps its shard of every parameter, gradient and optimizer state.
 
-A module's parameters are gathered for its forward and for its backward pass, and its gradients are reduced to the rank
-that keeps the part. Shadows are cut as their parameters are, so the optimizer meets a part of the weight, of its gradient
-and of its squares that lie alike. Weights stay float32; lower precision is autocast's, as on every engine, and what
-travels is told in `gathering`. Gradients and squares travel in float32.
+A module's parameters are gathered for its forward and for its backward pass, and its gradients are reduce-scattered.
+Shadows are sharded like their parameters, so the optimizer has shards of the weight, its gradient and its squares with the
+same layout. As on every engine, weights stay float32 and autocast provides lower precision; `gathering` describes the data
+types of the all-gathers. Gradients and squares are reduced in float32.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ ROUTE_ADVICE = (
 
 
 class FullyShard(Engine):
-    """The `Backend` for shards of everything.
+    """The `Backend` for sharded parameters, gradients and optimizer state.
 
     Args:
-        ranks: this process among all.
-        device: its device.
+        ranks: this process's rank and the world size.
+        device: device of this process.
         precision: ``fp32``, ``fp64``, or autocast to ``bf16`` or ``fp16`` (the latter with loss scaling).
-        compile_model: compile what is gathered as one with torch.compile, module by module.
-        shard: names or classes of the modules gathered as one, with wildcards; None: `blocks`.
-        offload: keep parameters, gradients and optimizer state in the memory of the CPU.
+        compile_model: compile each module whose parameters are gathered together with torch.compile.
+        shard: names (with wildcards) or classes of the modules whose parameters are gathered together; None: `blocks`.
+        offload: keep parameters, gradients and optimizer state in CPU memory.
     """
 
     name = "FSDP2"
@@ -63,10 +63,10 @@ class FullyShard(Engine):
     def prepare(
         self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Move the model to the device and cut it, in place; return what to call, and the optimizer of its parts.
+        """Move the model to the device and shard it in place; return the module to call, and the optimizer of its shards.
 
         Raises:
-            UserError: for a parameter that FSDP2 cannot cut, and for what `chosen` refuses.
+            UserError: if FSDP2 cannot shard a parameter, if `chosen` raises, or if squares are tracked in a compiled model.
         """
         self.place(model)
         for name, parameter in model.named_parameters():
@@ -84,11 +84,11 @@ class FullyShard(Engine):
                 "use --backend.name ddp, or track none (optimizer.second_moment batch, noise.measure false)"
             )
         for module in (modules or [model]) if self.compile_model else ():
-            module.forward = torch.compile(module.forward)  # without the hooks that gather
+            module.forward = torch.compile(module.forward)  # does not include the hooks that gather
         for module in [*modules, model]:
             fully_shard(module, mesh=mesh, offload_policy=policy)
-        if not self.offload:  # FSDP2 copies a part to the device before it looks for what is said on it
-            for shadow in shadows(model).values():  # the cut ones, which are other objects
+        if not self.offload:  # with offloading, FSDP2 copies a shard to the device, and the copy lacks the functions
+            for shadow in shadows(model).values():  # the sharded shadows, which are new objects
                 gather_nothing(shadow)
             if self.half is not None:
                 for weight in factors(model):
@@ -106,13 +106,13 @@ class FullyShard(Engine):
 
     @contextmanager
     def accumulate(self, sync: bool, idle: bool = False) -> Iterator[None]:
-        """Run one micro-batch; whole gradients add up on each rank until the one with ``sync`` reduces them."""
+        """Run one micro-batch; each rank accumulates unsharded gradients until the micro-batch with ``sync`` reduces them."""
         self.wrapper.set_requires_gradient_sync(sync)
         with self.noting_use(sync, idle):
             yield
 
     def largest_gradient(self, parameter: nn.Parameter) -> float | None:
-        """Return the largest absolute element of a gradient, or of a sum of squares, over all ranks; None without one."""
+        """Return the largest absolute element of a parameter's or shadow's gradient over all ranks; None without a gradient."""
         if parameter.grad is None:
             return None
         own = self.local(parameter.grad)
@@ -122,23 +122,23 @@ class FullyShard(Engine):
         return float(self.sum(found).max())
 
     def local(self, gradient: Tensor) -> Tensor:
-        """Return this rank's part of a gradient, sharing its memory."""
+        """Return this rank's shard of a gradient; it shares the gradient's memory."""
         assert isinstance(gradient, DTensor)
         with torch.no_grad():
             return gradient.to_local()
 
     def over_ranks(self, sums: Tensor) -> Tensor:
-        """Return sums over the whole model from those of each rank's parts."""
+        """Return sums over the whole model, given the sums over each rank's shards."""
         return self.sum(sums)
 
     def gradient_norm(self, grads: list[Tensor]) -> Tensor:
-        """Return the Euclidean norm over the parts of all ranks."""
-        # Squared in float64, where a norm that float32 can hold does not overflow.
+        """Return the Euclidean norm over the shards of all ranks."""
+        # Square in float64, so that the square of a finite float32 norm does not overflow.
         return self.sum(super().gradient_norm(grads).double().square()).sqrt()
 
 
 def _reduce_unused(module: nn.Module) -> None:
-    """Let a module reduce zeros for the parameters of its own that have no gradient on this rank: others may have one."""
+    """Let a module reduce zeros for its parameters without a gradient on this rank, because other ranks may have one."""
     assert isinstance(module, FSDPModule)
     if hasattr(module, "set_reduce_scatter_unused_params"):  # since torch 2.13
         module.set_reduce_scatter_unused_params(True, recurse=False)
@@ -164,7 +164,7 @@ def _reduce_unused(module: nn.Module) -> None:
 
 
 def _watch_gathered(path: str, module: nn.Module, usage: Usage) -> None:
-    """Watch the whole parameters that a module gathers: they are there in its first pass, and stay the same ones."""
+    """Watch the unsharded parameters that a module gathers: they exist from its first pass on, and remain the same objects."""
     prefix = f"{path}." if path else ""
 
     def watch(*_: object) -> None:
@@ -176,14 +176,14 @@ def _watch_gathered(path: str, module: nn.Module, usage: Usage) -> None:
 
 
 def _cut_after_evaluation(model: nn.Module, *_: object) -> None:
-    """Cut the outermost parameters again, which FSDP2 keeps whole for a backward pass that evaluation does not have."""
+    """Reshard the outermost parameters, which FSDP2 keeps unsharded for a backward pass; evaluation has none."""
     if not torch.is_grad_enabled():
         assert isinstance(model, FSDPModule)
         model.reshard()
 
 
 def factors(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights that linear layers and convolutions alone use: autocast rounds them before it multiplies."""
+    """Return the weights that only linear layers and convolutions use; autocast rounds them before the multiplication."""
     only: dict[nn.Parameter, bool] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -193,9 +193,9 @@ def factors(model: nn.Module) -> list[nn.Parameter]:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the elements of the model's lists and sequences that have parameters, but for what they share with others.
+    """Return the elements of the model's nn.ModuleList and nn.Sequential containers that have parameters, none of them shared.
 
-    A list or a plain nn.Sequential within another is looked into, a block is not.
+    An nn.ModuleList or plain nn.Sequential inside another one is searched too; other elements are not.
     """
     shared = _parameters_elsewhere(model)
     found: list[nn.Module] = []
@@ -216,10 +216,10 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def chosen(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
-    """Return the modules whose name or class fits one of some patterns, inner ones before those around them.
+    """Return the modules whose name or class matches one of the patterns, inner modules before those that contain them.
 
     Raises:
-        UserError: if a pattern fits nothing, or a module holds a parameter that is used outside it too.
+        UserError: if a pattern matches no module, or if a module has a parameter that is also used outside it.
     """
     named = {name: module for name, module in model.named_modules() if name}
     shared = _parameters_elsewhere(model)
@@ -241,7 +241,7 @@ def chosen(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
 
 
 def _parameters_elsewhere(model: nn.Module) -> Callable[[nn.Module], str | None]:
-    """Return a function from a module to the name of a parameter in it that the model has outside it too, or None."""
+    """Return a function from a module to the name of one of its parameters that is also used outside it, or None."""
     times = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
 
     def shared(module: nn.Module) -> str | None:

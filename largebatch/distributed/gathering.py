@@ -1,8 +1,8 @@
-"""What travels when FSDP2 gathers a parameter: nothing of a shadow, and of a weight what autocast leaves of it.
+"""Smaller all-gathers for FSDP2: no shadow is communicated, and weights only in the precision that autocast uses.
 
-FSDP2 lets the local part of a parameter say what is gathered of it and what is made of that, by two functions it looks up
-on that tensor (`fsdp_pre_all_gather`, `fsdp_post_all_gather`). Bytes that one gathering brings a rank, for P tracked
-parameters: 8*P as FSDP2 would have it, 4*P here, 2*P for the weights of linear layers and convolutions under autocast.
+FSDP2 looks up two functions on the local shard of a parameter, `fsdp_pre_all_gather` and `fsdp_post_all_gather`: they
+return the tensors to gather, and build the parameter from the gathered ones. Bytes that a rank receives in one all-gather of
+P tracked parameters: 8*P by default, 4*P here, 2*P for the weights of linear layers and convolutions under autocast.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 
 
 class _Zeros(Tensor):
-    """Stands for a tensor of zeros of any shape, without its memory."""
+    """A placeholder for a tensor of zeros of any shape, which takes no memory."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Give FSDP2, which cuts the parameter out of what it is handed, zeros of that shape."""
+        """Return zeros of the requested shape when FSDP2 calls as_strided to form the parameter."""
         if func is torch.as_strided:
             with torch._C.DisableTorchFunctionSubclass():
                 return torch.zeros((), dtype=args[0].dtype, device=args[0].device).expand(args[1])
@@ -29,19 +29,19 @@ class _Zeros(Tensor):
 
 def _say(parameter: nn.Parameter, before: Callable[[Tensor], Tensor], after: Callable[..., Any]) -> None:
     assert isinstance(parameter, DTensor)
-    mine: Any = parameter._local_tensor  # the very object that FSDP2 asks; to_local() returns a view of a parameter's
-    # The one argument, the mesh, is the older of two signatures: the newer one checks that whole shards are gathered.
+    mine: Any = parameter._local_tensor  # the object on which FSDP2 looks them up; to_local() would return a view
+    # With the mesh as the only argument, this is the older of two signatures: the newer one requires whole shards.
     mine.fsdp_pre_all_gather = lambda mesh: ((before(mine),), None)
     mine.fsdp_post_all_gather = after
 
 
 def gather_nothing(shadow: nn.Parameter) -> None:
-    """Let a shadow be zeros wherever a forward or backward pass sees it, whose value means nothing there.
+    """Replace a shadow by zeros in forward and backward passes, which do not use its value.
 
-    Its gradient is reduced as ever. One element a rank is gathered, because FSDP2 wants something.
+    Its gradient is reduced as usual. One element per rank is gathered, because FSDP2 requires a tensor.
 
     Args:
-        shadow: after `fully_shard`, before the first forward pass.
+        shadow: a shadow, after `fully_shard` and before the first forward pass.
     """
 
     def after(gathered: tuple[Tensor], _: Any, dtype: torch.dtype, *, out: Tensor | None = None) -> Any:
@@ -53,27 +53,27 @@ def gather_nothing(shadow: nn.Parameter) -> None:
 
 
 def gather_in(parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Let a parameter travel in a narrower type, and be of its own type where it arrives.
+    """Gather a parameter in a narrower data type, and convert it back to its own type afterwards.
 
-    The result is the same where the parameter is rounded to that type before it is used. The gradient is not narrowed.
+    The result is unchanged if the parameter is rounded to that type before it is used. The gradient keeps its own type.
 
     Args:
-        parameter: after `fully_shard`, before the first forward pass.
-        dtype: floating type to travel in.
+        parameter: a parameter, after `fully_shard` and before the first forward pass.
+        dtype: floating-point type for the all-gather.
     """
 
     def before(mine: Tensor) -> Tensor:
-        # Where the ranks do not divide the rows, a part is shorter than its memory, which is what travels.
+        # If the number of ranks does not divide the rows, a shard is padded; its whole storage is gathered.
         length = mine.untyped_storage().nbytes() // mine.element_size()
         return mine.as_strided((length,), (1,), 0).to(dtype)
 
-    whole: list[Tensor] = []  # one tensor, whose memory FSDP2 frees and takes again
+    whole: list[Tensor] = []  # one tensor, whose memory FSDP2 frees and reallocates
 
     def after(gathered: tuple[Tensor], _: Any, own: torch.dtype, *, out: Tensor | None = None) -> Any:
         if out is None:
             whole.append(gathered[0].to(own))
             return whole[0], (whole[0],)
-        # As FSDP2 does it for its own copies: to autograd, what it saved has not changed.
+        # As FSDP2 does for its own copies: autograd must not treat saved tensors as modified.
         with torch.autograd._unsafe_preserve_version_counter(whole[0]):
             whole[0].copy_(gathered[0])
         return None

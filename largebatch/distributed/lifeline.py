@@ -1,4 +1,4 @@
-"""Connections that the kernel closes with the process at their end: rank 0 sees at once which rank has ended without a word."""
+"""Connections that the kernel closes when a process ends, so that rank 0 sees at once that a rank was killed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ CONNECT_SECONDS = 5.0
 
 
 class Lifelines:
-    """Rank 0's ends. A rank whose connection did not come about (a firewall, too many open files) counts as living."""
+    """Rank 0's connections to the others. A rank that could not connect (firewall, too many open files) counts as alive."""
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("", 0), backlog=4096)
         self.listener.setblocking(False)
         self.port: int = self.listener.getsockname()[1]
-        self._waiting: list[socket.socket] = []  # of ranks that have not told their number
+        self._waiting: list[socket.socket] = []  # connections whose rank has not been received yet
         self._ends: dict[int, socket.socket] = {}
         self._gone: set[int] = set()
 
@@ -47,7 +47,7 @@ def _is_open(end: socket.socket) -> bool:
 
 
 def hold(host: str, port: int, rank: int) -> socket.socket | None:
-    """Return this rank's end of its connection to rank 0, to keep; None where there is no way."""
+    """Connect this rank to rank 0, and return the socket, which must stay open; None if rank 0 cannot be reached."""
     try:
         end = socket.create_connection((host, port), CONNECT_SECONDS)
         end.sendall(str(rank).encode())

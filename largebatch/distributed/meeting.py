@@ -1,7 +1,7 @@
-"""Ranks agree before they have a process group: on what they hold, and on what one of them could not do.
+"""Agreement of the ranks before they have a process group: on their configs and data, and on failures of single ranks.
 
-Collectives are of no use for it: ranks that hold other configs open other groups, and sums of other lengths abort. What
-is compared travels through the store that the ranks meet through, to rank 0, which tells all of them what it found.
+Collectives cannot be used: ranks with different configs would open different groups, and reductions of different lengths
+abort. The values to compare go through the ranks' common store to rank 0, which sends its verdict to all ranks.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from largebatch.process.launched import is_under_torchrun
 
 Shown = dict[str, Any]
 
-# How long a mistake waits to be told to ranks that perhaps nobody starts.
+# How long a rank with an error waits to report it to other ranks, which may never be started.
 PATIENCE_SECONDS = 20.0
 
 
 class Meeting:
-    """What the ranks of a run agree on before they open their process group; one rank agrees with itself.
+    """Agreement of the ranks of a run before they open their process group; a single rank needs none.
 
     Args:
-        ranks: this process among all. A group that is open already lends its store.
-        seconds: how long to wait for the others to come; None for as long as ranks wait for each other.
+        ranks: this process's rank and the world size. If a process group is open already, its store is used.
+        seconds: how long to wait for the other ranks; None for the ranks' timeout, but at least `START_SECONDS`.
 
     Attributes:
-        store: through which the ranks met, for the engine to open its group; None where there is one rank, or a group.
+        store: the ranks' common store, with which the engine opens its group; None for a single rank or an open group.
 
     Raises:
-        LostRankError: if they do not meet.
+        LostRankError: if not all ranks connect in time.
     """
 
     def __init__(self, ranks: Ranks, seconds: float | None = None) -> None:
@@ -55,7 +55,7 @@ class Meeting:
         if self.world_size == 1:
             return
         if dist.is_initialized():
-            # Runs that follow each other in one group use one store: each has a number of its own in it.
+            # Successive runs in one group share its store, in which each run has its own number.
             store = dist.distributed_c10d._get_default_store()
             number = store.add(f"largebatch/meetings/{self.rank}", 1)
         else:
@@ -66,7 +66,7 @@ class Meeting:
         self._lines = self._hold_lines()
 
     def _hold_lines(self) -> Lifelines | socket.socket | None:
-        """Connect to rank 0, which is to see where a process is killed; a group that is open already sees it by itself."""
+        """Connect to rank 0, which detects by this that a process is killed; an open process group detects it itself."""
         if self.store is None:
             return None
         if self.rank > 0:
@@ -78,19 +78,19 @@ class Meeting:
 
     @contextmanager
     def agree(self, on: str, difference: Callable[[list[Shown]], str | None]) -> Iterator[Shown]:
-        """Run a block on every rank, and leave it on all of them alike.
+        """Run a block on every rank, such that it succeeds on all ranks or raises on all ranks.
 
         Args:
-            on: a word of its own for this block.
-            difference: called on rank 0 with what each rank has shown, in part where the block failed; the line that
-                tells what differs, or None.
+            on: a unique name for this block.
+            difference: called on rank 0 with the mapping of each rank, which may be incomplete if the block failed; it returns
+                one line that describes the difference, or None.
 
         Yields:
-            A mapping for the block to fill with what is to be shown, as JSON holds it.
+            A mapping that the block fills with the values to compare; they must be serializable as JSON.
 
         Raises:
-            SharedError: on every rank, where they differ, or the block raised a `UserError` on one of them.
-            LostRankError: where the block raised something else on another rank, or one was not heard of.
+            SharedError: on every rank, if the ranks differ, or if the block raised a `UserError` on one of them.
+            LostRankError: if the block raised another exception on another rank, or if a rank did not answer in time.
         """
         shown: Shown = {}
         raised: BaseException | None = None
@@ -121,19 +121,19 @@ class Meeting:
             raise (SharedError if verdict["is_mistake"] else LostRankError)(verdict["text"]) from raised
 
     def _exchange(self, on: str, account: Shown, difference: Callable[[list[Shown]], str | None]) -> Shown | None:
-        """Return rank 0's verdict on the accounts of all ranks, None for agreement."""
+        """Return rank 0's verdict on the accounts of all ranks; None if they agree."""
         notes = self._notes
         notes.set(f"{on}/{self.rank}", json.dumps(account, default=str))
         if self.rank == 0:
             verdict = self._judge(on, difference)
             notes.set(f"{on}/verdict", json.dumps(verdict))
-            if verdict is not None:  # the store may go with this process
+            if verdict is not None:  # the store may end with this process
                 readers = self.world_size - 1 - len(self._gone)
                 wait_until(lambda: notes.add(f"{on}/read", 0) >= readers, GRACE_SECONDS)
             return verdict
         if not wait_until(lambda: notes.check([f"{on}/0"]), self.seconds):
             return {"is_mistake": False, "text": self._missing([0], on)}
-        # It waits as long for the others, and has then something to say.
+        # Rank 0 waits equally long for the other ranks before it gives its verdict.
         if not wait_until(lambda: notes.check([f"{on}/verdict"]), self.seconds + 2 * GRACE_SECONDS):
             return {"is_mistake": False, "text": self._missing([0], on)}
         verdict = json.loads(notes.get(f"{on}/verdict"))
@@ -170,7 +170,7 @@ class Meeting:
         return {"is_mistake": not any(account["is_own"] for account in accounts), "text": first_few(lines)}
 
     def _is_settled(self, keys: list[str], key: str) -> bool:
-        """Return whether a rank has left its account, or one that has not has ended."""
+        """Return whether a rank has written its account, or some rank has ended without writing one."""
         if isinstance(self._lines, Lifelines):
             self._gone = self._lines.gone()
         return self._notes.check([key]) or not all(self._notes.check([keys[rank]]) for rank in self._gone)
@@ -185,7 +185,7 @@ class Meeting:
 
 
 def _on_hosts(accounts: list[Shown], ranks: list[int]) -> str:
-    """Return the hosts of ranks in brackets; nothing where all ranks are on one host."""
+    """Return the hosts of some ranks in parentheses; an empty string if all ranks are on one host."""
     if len({account["host"] for account in accounts}) == 1:
         return ""
     return f" ({first_few(list(dict.fromkeys(accounts[rank]['host'] for rank in ranks)), ', ', most=3)})"
@@ -193,20 +193,20 @@ def _on_hosts(accounts: list[Shown], ranks: list[int]) -> str:
 
 @contextmanager
 def before_the_meeting(ranks: Ranks) -> Iterator[None]:
-    """Run a block that comes before the ranks meet, and tell the others where it ends this one.
+    """Run a block before the ranks connect, and report an exception in it to the other ranks.
 
     Args:
-        ranks: this process among all; one rank has nobody to tell.
+        ranks: this process's rank and the world size.
 
     Raises:
-        SharedError: where it raised a `UserError`, here or on another rank that came to the meeting with it.
+        SharedError: if the block raised a `UserError` on any rank and the ranks could connect.
     """
     try:
         yield
     except Exception as error:
         if ranks.world_size == 1:
             raise
-        # Torchrun has started all of them. Where nobody has, a mistake is not kept waiting for long.
+        # torchrun has started all ranks. Without it, report the error after a short wait.
         try:
             meeting = Meeting(ranks, START_SECONDS if is_under_torchrun() else PATIENCE_SECONDS)
         except (LostRankError, UserError):

@@ -1,10 +1,10 @@
-"""Where DeepSpeed keeps each parameter: pieces of flat float32 partitions, one per group (ZeRO-3: per sub-group) and rank.
+"""DeepSpeed's layout of parameters: pieces of flat float32 partitions, one per group (ZeRO-3: per sub-group) and rank.
 
-Offsets are DeepSpeed's own (0.19); they are read in this file alone.
+The offsets are those of DeepSpeed 0.19; only this file reads them.
 
     ZeRO 0      the parameter itself, whole on every rank
-    ZeRO 1, 2   a group's parameters in a row, cut into one equal partition a rank: a parameter may span several
-    ZeRO 3      each parameter cut into one equal part a rank (the last padded); a sub-group's parts in a row
+    ZeRO 1, 2   a group's parameters, concatenated and split into one equal partition per rank; a parameter may span several
+    ZeRO 3      each parameter split into one equal part per rank (the last padded); a sub-group's parts are concatenated
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Piece:
 
     Args:
         parameter: the model's parameter.
-        partition: index of the partition it lies in.
-        start: where it begins in the partition.
-        offset: where it begins in the flattened parameter.
+        partition: index of the partition that contains it.
+        start: its first element in the partition.
+        offset: its first element in the flattened parameter.
         numel: its length, >= 1.
-        view: the piece itself, in the memory of the partition; what the optimizer updates, and keeps its state by.
+        view: a view of the partition's memory; the optimizer updates it, and its state is keyed by it.
     """
 
     parameter: nn.Parameter
@@ -45,17 +45,17 @@ class Piece:
     view: Tensor
 
     def cut(self, partition: Tensor) -> Tensor:
-        """Return the piece of a flat tensor that is laid out like its partition."""
+        """Return the piece's elements of a flat tensor with the same layout as the partition."""
         return partition[self.start : self.start + self.numel]
 
 
 class Partitions:
-    """The partitions of this rank, their gradients and the optimizer's state on them.
+    """The partitions of this rank, their gradients and their optimizer state.
 
     Args:
         engine: a DeepSpeed engine.
         optimizer: the client optimizer, whose state is keyed by piece.
-        groups: its parameter groups as they were before DeepSpeed replaced their parameters.
+        groups: its parameter groups from before DeepSpeed replaced their parameters.
     """
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
@@ -116,11 +116,11 @@ class Partitions:
         self.pieces.append(Piece(parameter, partition, start, offset, numel, view))
 
     def pieces_in(self, partition: Tensor) -> list[Piece]:
-        """Return the pieces of a partition, which DeepSpeed hands to the optimizer as its one parameter."""
+        """Return the pieces of a partition, which DeepSpeed passes to the optimizer as a single parameter."""
         return self._pieces_in[id(partition)]
 
     def gradients(self) -> list[list[Tensor]]:
-        """Return for each partition its reduced gradient, in consecutive tensors; between backward and step only."""
+        """Return the reduced gradient of each partition, in consecutive tensors; only between backward and step."""
         offloaded = getattr(self.zero, "cpu_offload", False) or getattr(self.zero, "offload_optimizer", False)
         if self.stage == 0 or offloaded:
             return [[] if flat.grad is None else [flat.grad] for flat in self.flat]
@@ -128,7 +128,7 @@ class Partitions:
         return [list(held.get(index) or []) for index in range(len(self.flat))]
 
     def clear_gradients(self) -> None:
-        """Forget the gradients of an update: ZeRO-3, and where it offloads, keeps those of what the next one does not use."""
+        """Clear the gradients of an update; ZeRO-3 and offloading would keep those of parameters that the next does not use."""
         if self.stage == 3:
             self.zero.grad_partitions_flat_buffer.zero_()
         for flat in self.flat if self.stage > 0 else ():
@@ -136,7 +136,7 @@ class Partitions:
                 flat.grad.zero_()
 
     def largest_gradients(self) -> dict[nn.Parameter, float]:
-        """Return for each parameter the largest absolute element of its gradient, over all ranks."""
+        """Return the largest absolute element of each parameter's gradient over all ranks."""
         number = {parameter: index for index, parameter in enumerate(self.shapes)}
         found = torch.zeros(len(number), device=self.engine.device)
         for piece, gradient in self._gradient_pieces():
@@ -147,7 +147,7 @@ class Partitions:
         return dict(zip(self.shapes, found.tolist(), strict=True))
 
     def power_sums(self, parameters: list[nn.Parameter], shadows: list[nn.Parameter]) -> Tensor:
-        """Return this rank's part of `largebatch.noise.estimator.partial_sums`, (2, P); between backward and step only."""
+        """Return this rank's part of `largebatch.noise.estimator.partial_sums`, (2, P); only between backward and step."""
         place = {parameter: (0, column) for column, parameter in enumerate(parameters)}
         place |= {shadow: (1, column) for column, shadow in enumerate(shadows)}
         sums = torch.zeros(2, len(parameters), dtype=torch.float64, device=self.engine.device)
@@ -157,7 +157,7 @@ class Partitions:
         return sums
 
     def _gradient_pieces(self) -> Iterator[tuple[Piece, Tensor]]:
-        """Yield each piece that has a gradient on this rank, and that."""
+        """Yield each piece that has a gradient on this rank, with its gradient."""
         flat = [[tensor.reshape(-1) for tensor in part] for part in self.gradients()]
         joined = [torch.cat(part) if len(part) > 1 else part[0] if part else None for part in flat]
         for piece in self.pieces:
@@ -166,7 +166,7 @@ class Partitions:
                 yield piece, piece.cut(gradient)
 
     def slots(self) -> dict[nn.Parameter, dict[str, float | None]]:
-        """Return for each parameter the optimizer's state, alike on all ranks: counts, and None in place of a tensor."""
+        """Return each parameter's optimizer state, the same on all ranks: counts, and None in place of tensors."""
         own: list[dict[str, float | None]] = []
         for pieces in self.pieces_of.values():
             state = self.optimizer.state.get(pieces[0].view, {}) if pieces else {}
@@ -185,11 +185,11 @@ class Partitions:
         return found
 
     def full(self, parameter: nn.Parameter, slots: dict[str, float | None]) -> dict[str, Tensor]:
-        """Return a parameter's whole tensors, on the processor; every rank takes part.
+        """Return a parameter's whole tensors in CPU memory; a collective.
 
         Args:
             parameter: the model's parameter.
-            slots: of the optimizer's state, as `slots` returned them for the parameter.
+            slots: slots of the optimizer's state that `slots` returned for the parameter.
 
         Returns:
             The float32 master weight under `PARAMETER`, and the slots, such as "exp_avg_sq", under their names.
@@ -215,7 +215,7 @@ class Partitions:
 
     @torch.no_grad()
     def load(self, parameter: nn.Parameter, full: dict[str, Tensor]) -> None:
-        """Write back what `full` returned, on whatever stage and number of ranks; `refresh` when all are written."""
+        """Load tensors that `full` returned, on any stage and any number of ranks; call `refresh` after the last parameter."""
         for piece in self.pieces_of[parameter]:
             for name, tensor in full.items():
                 value = slot_value(self.optimizer, name, tensor)
@@ -230,31 +230,31 @@ class Partitions:
             parameter.data.copy_(full[PARAMETER])
 
     def refresh(self) -> None:
-        """Bring the weights that the model computes with in line with the partitions."""
+        """Update the model's weights from the partitions, under ZeRO-3."""
         if self.stage == 3:
             for index in range(len(self.flat)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(index)
-            if self.zero.persistent_parameters:  # gathered anew at their next use, as at the start
+            if self.zero.persistent_parameters:  # they are gathered again at their next use, as at the start
                 self.zero.persistent_parameters[0].partition(self.zero.persistent_parameters)
 
 
 class SteppedByGroup(torch.optim.Optimizer):
-    """Stands between DeepSpeed and an optimizer: DeepSpeed steps one partition of one group at a time.
+    """An adapter between DeepSpeed, which steps one partition of one group at a time, and an optimizer.
 
-    The optimizer is shown the pieces of a partition, each a parameter or the part of it that lies here, so that it keeps
-    state and counts by parameter, and leaves alone one that had no gradient. It pairs a group with the group of shadows
-    before it: a partition of shadows waits, with its squares, for its weights' partition, which is laid out alike.
+    The optimizer gets the pieces of a partition, each a parameter or this rank's part of it, as its parameters. So it keeps
+    state and counts per parameter, and skips a parameter that had no gradient. Because it pairs a group with the preceding
+    group of shadows, a partition of shadows waits, with its squares, for the weights' partition, which has the same layout.
 
     Args:
         optimizer: the optimizer; its groups and state are shared.
 
     Attributes:
-        partitions: where the pieces lie, once DeepSpeed has cut the parameters.
-        unused: the parameters without a gradient in the coming update.
+        partitions: the partitions that hold the pieces, set after DeepSpeed has partitioned the parameters.
+        unused: the parameters without a gradient in the next update.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        # Not Optimizer.__init__, which would take the parameters over: DeepSpeed only asks for these three.
+        # Do not call Optimizer.__init__, which would register the parameters: DeepSpeed only reads these three attributes.
         self.inner = optimizer
         self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
         self.all_groups = optimizer.param_groups
@@ -263,11 +263,11 @@ class SteppedByGroup(torch.optim.Optimizer):
         self.begin()
 
     def begin(self) -> None:
-        """Forget partitions of an update that was dropped, and start the next."""
+        """Discard waiting partitions of an update that was dropped, and start the next update."""
         self.waiting: deque[tuple[dict[str, Any], list[Piece]]] = deque()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do nothing: DeepSpeed clears gradients itself."""
+        """Do nothing, because DeepSpeed clears gradients itself."""
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step the one partition that DeepSpeed has put into the groups."""

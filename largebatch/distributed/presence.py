@@ -1,4 +1,4 @@
-"""Finding parameters that have a gradient and no statistic: an operation that used them was not seen."""
+"""Detection of parameters that have a gradient but no squares, because tracking did not intercept an operation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from largebatch.moments.scope import FALLBACK
 
 
 def largest_gradient(parameter: nn.Parameter) -> float | None:
-    """Return the largest absolute element of a parameter's gradient; None where it has none."""
+    """Return the largest absolute element of a parameter's gradient; None without a gradient."""
     gradient = parameter.grad
     if gradient is None:
         return None
@@ -28,24 +28,24 @@ def check_statistics(
     names: Container[str] | None = None,
     largest: Callable[[nn.Parameter], float | None] = largest_gradient,
 ) -> list[str]:
-    """Raise if a parameter has a gradient and no statistic.
+    """Raise if a parameter has a gradient but no squares.
 
-    Squares that are all zero beside a gradient that is not are missing, or too small for their type: those of n units
-    vanish where each unit's gradient is below sqrt(tiny), so that their sum is below n * sqrt(tiny), tiny being the smallest
-    normal number (n * 1e-19 in float32). Such a gradient says nothing yet, nor does one of zero.
+    If all squares are zero but the gradient is not, the squares are either missing or too small for their data type. Those of
+    n units underflow if each unit's gradient is below sqrt(tiny), where tiny is the smallest normal number; the sum of the
+    gradients is then below n * sqrt(tiny) (n * 1e-19 in float32). Such a gradient, or one of zero, decides nothing yet.
 
     Args:
-        model: tracked, after a backward pass.
-        num_units: n, samples or micro-batches whose gradients have been added up, over all ranks.
-        names: of the parameters to look at; None for all.
-        largest: the largest absolute element of the gradient of a parameter or a shadow, over all ranks where each holds a
-            part; None where there is no gradient, which of a shadow is an absence whatever the size of the parameter's.
+        model: a tracked model, after a backward pass.
+        num_units: n, the number of samples or micro-batches whose gradients were added up, over all ranks.
+        names: names of the parameters to check; None for all.
+        largest: function that returns the largest absolute element of the gradient of a parameter or shadow, over all ranks if
+            they are sharded; None without a gradient. A shadow without a gradient has no squares, however small the gradient.
 
     Returns:
-        The names of those whose gradient was too small to say.
+        The names of the parameters whose gradient was too small to decide.
 
     Raises:
-        UserError: naming every parameter without a statistic, and the way out.
+        UserError: naming the parameters without squares (at most eight), and the remedies.
     """
     tracked = shadows(model)
     missing, unknown = [], []
@@ -74,9 +74,9 @@ def check_statistics(
 
 
 class FirstUpdates:
-    """The check of a run: of every parameter once, in the first update whose gradient is large enough to say.
+    """The check of a run: each parameter is checked until an update in which its gradient is large enough to decide.
 
-    Those that are left are looked at again in its updates 2, 4, 8 and so on, which costs next to nothing in the end.
+    Undecided parameters are checked again in updates 2, 4, 8 and so on, which costs little in a long run.
     """
 
     def __init__(self) -> None:
@@ -84,10 +84,10 @@ class FirstUpdates:
         self._updates, self._next = 0, 1
 
     def __call__(self, check: Callable[[list[str] | None], list[str]]) -> None:
-        """Count an update, and check where it is time to.
+        """Count an update, and check the undecided parameters if a check is due.
 
         Args:
-            check: takes the names to look at, None for all, and returns those that are left, on every rank alike.
+            check: takes the names to check, None for all, and returns the undecided ones, the same on every rank.
         """
         if self.names == []:
             return

@@ -1,8 +1,8 @@
-"""Reading a checkpoint's tensors, and nothing but tensors, whoever wrote it.
+"""Safe reading of checkpoints from untrusted sources: only tensors are read.
 
-torch.distributed.checkpoint keeps its index as a pickle, which can name any function to be called while it is read, and reads
-entries that are no tensors as pickles too. Here the index may name the classes that an index of tensors consists of, and no
-other, and every entry has to be a tensor in a file of the same folder.
+torch.distributed.checkpoint stores its index as a pickle, which can call any function while it is loaded, and it also loads
+entries other than tensors as pickles. Here the index may name only the classes of which an index of tensors consists, and
+every entry must be a tensor in a file of the same folder.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _NAMES |= {(module, name) for module in ("pathlib", "pathlib._local") for name i
 
 
 def _member_of(encoding: Any, name: str) -> Any:
-    """Return a member of the enumeration that an index has, of which Python before 3.11.4 calls getattr to read it."""
+    """Return a member of the memory format enumeration of an index; Python before 3.11.4 pickles it as a call of getattr."""
     if encoding is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
         raise pickle.UnpicklingError("it names builtins.getattr for something else than a memory format")
     return _MEM_FORMAT_ENCODING[name]
 
 
 class _Index(pickle.Unpickler):
-    """Knows a closed list of names."""
+    """An unpickler that resolves only a closed list of names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the class of an index that a name stands for.
+        """Return the object with the given name, if an index of tensors may contain it.
 
         Raises:
             pickle.UnpicklingError: for every other name.
@@ -56,13 +56,13 @@ class _Index(pickle.Unpickler):
 
 
 class TensorReader(dcp.FileSystemReader):
-    """torch.distributed.checkpoint's reader of a folder, for tensors."""
+    """torch.distributed.checkpoint's FileSystemReader, restricted to tensors."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Return the index.
 
         Raises:
-            UserError: if it cannot be read, or is of something else than tensors in this folder.
+            UserError: if it cannot be read, or if it has entries other than tensors in this folder.
         """
         metadata = read_index(Path(self.path))
         if metadata.storage_meta is None:
@@ -96,10 +96,10 @@ def read_index(path: Path) -> Metadata:
 
 
 def read_into(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Fill tensors (whole ones or DTensors) from a checkpoint, in place; each rank reads what it holds.
+    """Read tensors (plain ones or DTensors) from a checkpoint in place; of a DTensor each rank reads its own shard.
 
     Raises:
-        UserError: if one cannot be read.
+        UserError: if a tensor cannot be read.
     """
     try:
         dcp.load(state, storage_reader=TensorReader(path), no_dist=True)

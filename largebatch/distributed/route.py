@@ -1,9 +1,10 @@
-"""Which modules a forward pass runs, where all ranks have to run the same ones: engines that cut the model over the ranks.
+"""The modules that a forward pass runs, which must be the same on all ranks if an engine shards the model.
 
-Each module's weights are gathered, and its gradients reduced, by collectives in the order in which the modules run. Ranks
-that run others meet in collectives of different parameters: of different sizes that ends a process without a word, of the
-same size it mixes weights in silence. So the ranks compare their routes before the backward pass, which is where gradients
-would be mixed; and a rank whose route leaves that of its pass before says so first, for whoever finds the other one dead.
+Collectives gather each module's weights, and reduce its gradients, in the order in which the modules run. Ranks that run
+different modules would take part in collectives of different parameters: with different sizes a process ends without an
+error message, with equal sizes weights are silently mixed. Therefore the ranks compare their routes before the backward pass,
+where gradients would be mixed. A rank whose route deviates from that of its previous pass announces it immediately, so that
+the other ranks can name the cause if a process ends.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class Route:
     """The modules that forward passes run, in order.
 
     Args:
-        named: (name, module) of those that have parameters.
-        announce: leaves a line where the other ranks find it.
-        engine: name, for messages.
-        advice: what to do where ranks differ.
+        named: (name, module) of the modules to record.
+        announce: publishes a line that the other ranks can read.
+        engine: name of the engine, for messages.
+        advice: advice to the user if ranks differ, for messages.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Route:
         self._route: list[str] = []
         self._before: list[str] = []
         self._left = ""
-        # Before the hook that gathers.
+        # prepend=True runs the hook before the engine's hook that gathers weights.
         self._handles: list[Any] = [m.register_forward_pre_hook(self._hook(name), prepend=True) for name, m in named]
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -62,13 +63,13 @@ class Route:
             self.announce(f"{self._passes} {self._left}")
 
     def begin_pass(self) -> None:
-        """Say that a forward pass begins."""
+        """Start to record a forward pass."""
         self._before, self._route = self._route, []
         self._passes += 1
         self._left, self._recording = "", True
 
     def where(self) -> str:
-        """Return a word on the forward pass under way, where it may be why another rank is gone; else nothing."""
+        """Return a description of the current forward pass, if it may be why another rank is gone; else an empty string."""
         if not self._recording or not self._route or not (self._left or self._passes == 1):
             return ""
         at = self._left or f"was at module '{self._route[-1]}' of its first"
@@ -79,18 +80,18 @@ class Route:
     def agree(
         self, over_ranks: Callable[[Tensor], Tensor], share: Callable[[Any], list[Any]], device: torch.device
     ) -> None:
-        """Compare the pass with those of the other ranks; every rank takes part, before the backward pass.
+        """Compare the routes of all ranks, before the backward pass; a collective.
 
         Args:
             over_ranks: returns a tensor's sum over ranks.
             share: returns the values of all ranks.
-            device: that tensors for `over_ranks` lie on.
+            device: device of the tensors for `over_ranks`.
 
         Raises:
-            SharedError: naming modules, on every rank alike.
+            SharedError: on every rank, naming the first modules that differ.
         """
         self._recording = False
-        # Equal where W * sum(d^2) = sum(d)^2; of 16 bits each, all of it is exact in float64.
+        # The digests d are equal if W * sum(d^2) = sum(d)^2; with 16 bits each, this is exact in float64.
         digest = zlib.crc32("\n".join(self._route).encode())
         halves = [float(digest & 0xFFFF), float(digest >> 16)]
         values = [1.0, *halves, *(half**2 for half in halves)]
@@ -110,7 +111,7 @@ class Route:
         )
 
     def close(self) -> None:
-        """Let go of the modules."""
+        """Remove the hooks from the modules."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

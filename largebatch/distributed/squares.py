@@ -1,17 +1,17 @@
 """Squares of micro-batches on an engine that keeps whole parameters on every rank: one process, or DDP.
 
-Hooks on the parameters add up squares beside the backward pass (`largebatch.moments.micro_batches`); after the last pass of
-an update they are summed over the ranks in one flat all-reduce, and DDP's own buckets carry gradients alone. Bytes a rank
-sends and receives for P parameters, in units of a plain update's 4*P:
+Hooks on the parameters accumulate squares during the backward pass (`largebatch.moments.micro_batches`). After the last pass
+of an update they are summed over the ranks in one flat all-reduce; DDP's own buckets hold only gradients. Bytes that a rank
+sends and receives for P parameters, relative to the 4*P of a plain update:
 
-    float32     2          squares beside gradients
-    bfloat16    1.5        squares in half precision, gradients in float32
-    every k     1 + 1/k    the variance is measured in every k-th update, in either precision
+    float32     2               squares and gradients in float32
+    bfloat16    1.5             squares in bfloat16, gradients in float32
+    every k     1 + 1/k         the variance is measured in every k-th update, in float32; 1 + 1/(2k) in bfloat16
 
 The second moment of the reference batch, s_ref = ghat^2 + (1/B_ref - 1/B) * sigma^2, takes ghat^2 from each update. Only
-sigma^2, the variance of a sample's gradient, may be of an update before: with `every` above 1 it is kept, element by element,
-until it is measured again. An element that had no gradient when it was measured (a row of an embedding that did not occur)
-takes ghat^2 for its variance: what one of two units alone would have said.
+sigma^2, the variance of a sample's gradient, may come from an earlier update: with `every` above 1 it is kept, element by
+element, until it is measured again. An element that had no gradient when sigma^2 was measured (a row of an embedding that did
+not occur) takes B * ghat^2 for sigma^2: the estimate from two units of which only one has a gradient.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from largebatch.optim.damping import Damping
 from largebatch.optim.limit import LimitMeter, LimitWatch
 from largebatch.optim.response import KNOWN
 
-VARIANCE = "engine.sample_variance."  # by parameter, in a checkpoint
+VARIANCE = "engine.sample_variance."  # prefix of each parameter's variance in a checkpoint
 
 
 class HookedSquares:
     """The squares of a model's parameters, from the backward pass to the optimizer.
 
     Args:
-        model: on its device, before it is wrapped.
-        every: updates between two measurements of the variance, >= 1.
-        travels_in: type in which squares are reduced; None for their own.
+        model: the model, on its device and before it is wrapped.
+        every: number of updates between two measurements of the variance, >= 1.
+        travels_in: data type in which squares are reduced; None for their own type.
 
     Attributes:
-        factor: by which the gradients were multiplied after the backward passes; the squares are not touched for it.
-        passes: micro-batches of this rank since the update began.
+        factor: factor by which the gradients were multiplied after the backward passes; the squares are not multiplied.
+        passes: number of micro-batches on this rank since the update began.
     """
 
     def __init__(self, model: nn.Module, every: int = 1, travels_in: torch.dtype | None = None) -> None:
@@ -61,45 +61,45 @@ class HookedSquares:
         self._reference_size, self._surrounds = 1, False
 
     def begin(self, batch_size: int, num_units: float, update: int) -> None:
-        """Say what the coming update is.
+        """Announce the next update.
 
         Args:
             batch_size: B.
-            num_units: n, the micro-batches that take part in it, or 1/sum(w^2) of their shares w.
-            update: its number in the run, from 0.
+            num_units: n, the number of micro-batches in the update, or 1/sum(w^2) of their shares w of the samples.
+            update: index of the update in the run, from 0.
         """
         self._batch_size, self._num_units, self.factor, self.passes = batch_size, num_units, 1.0, 0
         self._update = update
-        # One unit alone has no variance.
+        # A single unit has no variance.
         is_turn = update % self.every == 0 or not self._has_variance
         self.hooks.due = num_units > 1 and is_turn
 
     def shrink(self, batch_size: int, num_units: float) -> None:
-        """Say, before the last backward pass, that fewer samples make up the update than `begin` said."""
+        """Announce, before the last backward pass, that the update has fewer samples than `begin` announced."""
         self._batch_size, self._num_units = batch_size, num_units
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Return a context whose backward passes are of no micro-batch."""
+        """Return a context manager in which backward passes do not count as micro-batches."""
         due, self.hooks.due = self.hooks.due, False
         yield
         self.hooks.due = due
 
     @torch.no_grad()
     def reduce(self, world_size: int, factor: float = 1.0) -> None:
-        """Sum the squares over the ranks; after the last backward pass of the update.
+        """Sum the squares over the ranks; call it after the last backward pass of the update.
 
         Args:
             world_size: W.
-            factor: what makes the mean over the samples of what the passes left.
+            factor: factor from accumulated gradients to their mean over the samples.
 
         Raises:
-            UserError: if more backward passes reached the parameters than micro-batches were run, on every rank alike.
+            UserError: on every rank, if the number of backward passes that reached the parameters is not that of micro-batches.
         """
         self._world_size, self._mean = world_size, factor
         if not self.hooks.due:
             return
-        # Of a parameter that no rank used nothing is measured; its variance waits on.
+        # Nothing is measured for a parameter that no rank used; its earlier variance is kept.
         unused = (
             [slot for slot in self.hooks.slots.values() if slot.parameter.grad is None] if self._has_variance else []
         )
@@ -110,7 +110,7 @@ class HookedSquares:
         if units is None:
             return
         expected = self.passes * world_size
-        # In bfloat16 a count of hundreds is rounded.
+        # bfloat16 rounds counts above 256.
         tolerance = expected * 2**-8 if self.hooks.travels_in == torch.bfloat16 else 0.0
         if abs(units.num_units - expected) > tolerance:
             raise UserError(
@@ -122,7 +122,7 @@ class HookedSquares:
         if self.every == 1:
             return
         self._has_variance = self._num_units > 1
-        if not self._has_variance:  # of all units but one no sample was left
+        if not self._has_variance:  # only one unit had samples left
             return
         squares = [slot.region for slot in units.slots]
         grads = [slot.gradient() for slot in units.slots]
@@ -134,34 +134,34 @@ class HookedSquares:
 
     @property
     def _is_known(self) -> bool:
-        """Whether there is a variance, or squares to take it from; one unit alone has none."""
+        """Whether a variance, or squares to compute it from, are available; a single unit has neither."""
         return self._has_variance or (self.hooks.due and self._num_units > 1)
 
     @property
     def _of_squares(self) -> float:
-        """From a region to the mean square of a unit's gradient, n/W^2."""
+        """Factor from a region's values to the mean square of a unit's gradient, n/W^2."""
         return self._num_units / self._world_size**2
 
     @property
     def _clipped(self) -> float:
-        """By what gradients were multiplied since they were means; a variance that is kept is that of means already."""
+        """Factor by which gradients were multiplied after they were means; a kept variance refers to the means."""
         return self.factor / self._mean
 
     def squares(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Return, summed over passes and ranks, the squared gradients of some parameters; all of which have a gradient."""
+        """Return the squared gradients of some parameters, summed over passes and ranks; all must have a gradient."""
         return [self.hooks.slots[p].region for p in parameters]
 
     def sums(self, factor: float = 1.0) -> Tensor:
-        """Return of each parameter |ghat|^2 and the sum of squares over its shadow's average on W ranks, (2, P) in float64.
+        """Return |ghat|^2 of each parameter, and the sum of its squares averaged over W ranks, (2, P) in float64.
 
         Args:
-            factor: what makes the mean over the samples of what the passes left.
+            factor: factor from accumulated gradients to their mean over the samples.
         """
         parameters = self.parameters
         if not self._is_known:
             return (
                 sums_with((p, p.grad) for p in parameters) * factor**2
-            )  # of one unit alone, whose squares say nothing
+            )  # a single unit, whose squares contain no further information
         sums = sums_with(zip(parameters, self.squares(parameters), strict=True))
         sums[0] *= factor**2
         if self.every == 1:
@@ -172,7 +172,7 @@ class HookedSquares:
         return sums
 
     def moment(self, group: Mapping[str, Any], parameters: Sequence[Tensor]) -> Moment:
-        """Return how the second moment of this update is estimated, for `AdaptiveOptimizer.moment_source`."""
+        """Return the estimate of this update's second moment, for `AdaptiveOptimizer.moment_source`."""
         kappa = self._batch_size / group["reference_batch_size"]
         if not self._is_known:
             return Moment(kappa=kappa)
@@ -188,10 +188,10 @@ class HookedSquares:
         return Moment(variances, share, kappa=kappa, of_variance=True)
 
     def watch_limit(self, optimizer: torch.optim.Optimizer) -> LimitMeter | None:
-        """Measure how near an optimizer's steps are to the largest stable ones, in steps from now on.
+        """Measure how close an optimizer's steps are to the largest stable ones, from the next step on.
 
         Returns:
-            What is measured; None where the variance is kept over updates, or of an optimizer that cannot be measured.
+            The meter; None if the variance is kept over several updates, or if the optimizer is not supported.
         """
         if self.every > 1 or type(optimizer) not in KNOWN:
             return None
@@ -200,17 +200,17 @@ class HookedSquares:
         return self._watch.meter
 
     def damp_steps(self, optimizer: torch.optim.Optimizer, reference_size: int) -> None:
-        """Damp an optimizer's steps from now on, as `largebatch.optim.damping` has it.
+        """Damp an optimizer's steps by the rule of `largebatch.optim.damping`, from the next step on.
 
         Args:
-            optimizer: whose groups have the values of the update when it steps.
+            optimizer: an optimizer whose groups have the hyper-parameters of the update when it steps.
             reference_size: B_ref.
         """
         self._damping, self._reference_size = Damping(optimizer, of_reference=False), reference_size
         self._surround(optimizer)
 
     def _surround(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stand before and after an optimizer's step, once."""
+        """Register hooks before and after an optimizer's step, once."""
         if not self._surrounds:
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
@@ -225,7 +225,7 @@ class HookedSquares:
                 lambda: zip(self.names, self.parameters, strict=True), units, self._batch_size, self._update
             )
         if self._damping is not None:
-            first = optimizer.param_groups[0]  # which a checkpoint keeps
+            first = optimizer.param_groups[0]  # a checkpoint stores its entries
             spread = 1.0 / (1.0 + self._batch_size / first.get("previous_batch_size", self._batch_size))
             self._damping.begin(units, spread, self._batch_size / self._reference_size)
             first["previous_batch_size"] = self._batch_size
@@ -241,14 +241,14 @@ class HookedSquares:
         return torch.where(variance == 0, self._batch_size * gradient.square(), variance)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what the next updates need of the last ones, for a checkpoint."""
+        """Return the variance that the next updates need, for a checkpoint."""
         if not self._has_variance:
             return {}
         found = zip(self.names, self.squares(self.parameters), strict=True)
         return {VARIANCE + name: variance for name, variance in found}
 
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Take up what `state` returned; without it, the variance is measured in the next update."""
+        """Load the variance that `state` returned; without it, the variance is measured in the next update."""
         self.hooks.restart()
         self._has_variance = self.every > 1 and bool(saved)
         if self._has_variance:

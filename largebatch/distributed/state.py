@@ -1,9 +1,8 @@
-"""The state of a run by name, and its way to the disk and back through torch.distributed.checkpoint.
+"""The state of a run by name, written to disk and read back with torch.distributed.checkpoint.
 
-Every tensor has one name whatever engine holds it: ``model.NAME`` as in the model's own state_dict, and
-``optimizer.NAME.SLOT`` for the slots of parameter NAME. Tensors are whole, or DTensors of which each rank writes its
-shard; reading reshards them to whatever the reading run has. So a checkpoint can be loaded on any number of ranks and by
-any engine.
+Every tensor has the same name on every engine: ``model.NAME`` as in the model's own state_dict, and ``optimizer.NAME.SLOT``
+for the slots of parameter NAME. Tensors are whole, or DTensors of which each rank writes its shard; they are resharded when
+they are read. So a checkpoint can be loaded on any number of ranks and by any engine.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the model's and the optimizer's tensors by name; they are the live ones, not copies."""
+    """Return the model's and the optimizer's tensors by name; they share memory with the originals."""
     state = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -54,35 +53,35 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def slot_tensor(value: Tensor | float) -> Tensor:
-    """Return a slot of an optimizer's state as a checkpoint holds it: a count as a tensor without dimensions."""
+    """Return a slot of an optimizer's state in its checkpoint format: a count becomes a 0-dimensional tensor."""
     return value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
 def slot_value(optimizer: torch.optim.Optimizer, slot: str, saved: Tensor) -> Tensor | float:
-    """Return a slot as the optimizer keeps it, of what `slot_tensor` made."""
+    """Convert a slot from its checkpoint format (`slot_tensor`) to the form that the optimizer keeps."""
     return float(saved) if slot in getattr(optimizer, "count_names", ()) else saved
 
 
 def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return what the parameter groups hold besides parameters: rates, counts of updates."""
+    """Return the parameter groups without their parameters: hyper-parameters and counts of updates."""
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
 def load_group_state(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Write back the counts that `group_state` returned; hyper-parameters are the config's and the schedule's.
+    """Load the counts that `group_state` returned; hyper-parameters come from the config and the schedule.
 
-    A run that branched off may track squares where the other did not: the shadows' groups then take the counts of the
-    group they precede, or are dropped.
+    A run that branches off may track squares if the original run did not, or the reverse: groups of shadows then take the
+    counts of the group that follows them, or are dropped.
 
     Raises:
-        UserError: if the groups of parameters are others.
+        UserError: if the number of parameter groups differs.
     """
     of_the_run = {*optimizer.defaults, "role", "used", "adapted"}
     own = optimizer.param_groups
     if len(own) != len(groups):
         trained = [saved for saved in groups if not is_shadow_group(saved)]
         places = [index for index, group in enumerate(own) if not is_shadow_group(group)]
-        if len(trained) == 1:  # parameters that were alike then and no longer are
+        if len(trained) == 1:  # the parameters formed one group in the checkpoint
             trained *= len(places)
         if len(trained) != len(places):
             raise UserError(
@@ -112,7 +111,7 @@ def random_state(rank: int) -> dict[str, Tensor]:
 
 
 def load_random_state(path: Path, rank: int) -> None:
-    """Put this rank's generators back; a rank that the checkpoint does not know keeps its own."""
+    """Restore this rank's generators; they keep their state if the checkpoint has none for this rank."""
     prefix = f"{RANDOM}{rank}."
     names = [name for name in tensor_metadata(path) if name.startswith(prefix)]
     saved = {name.removeprefix(prefix): value for name, value in read_tensors(path, names).items()}
@@ -128,10 +127,10 @@ def load_random_state(path: Path, rank: int) -> None:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Says in words what went wrong: not every exception can travel to the other ranks, which wait for it."""
+    """A writer that replaces exceptions by a RuntimeError: not all can be pickled for the other ranks, which wait for them."""
 
     def write_data(self, *arguments: Any) -> Any:
-        """Write this rank's share."""
+        """Write this rank's tensors and shards."""
         try:
             return super().write_data(*arguments)
         except BaseException as error:
@@ -139,21 +138,21 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write tensors into a folder that is there; every rank of the group takes part, each with its share.
+    """Write tensors into an existing folder; a collective in which each rank of the group writes its part.
 
     Args:
-        path: the folder, on a file system that all ranks see.
-        state: by name; a name that all ranks have is written by one of them.
-        group: whose ranks write; None for this process alone.
+        path: the folder, on a file system that all ranks share.
+        state: tensors by name; a tensor that all ranks have is written by one of them.
+        group: process group whose ranks write; None for this process only.
     """
     writer = _Writer(path, overwrite=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one process alone is meant
+        warnings.simplefilter("ignore")  # torch warns of a single process, which is intended
         dcp.save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def tensor_metadata(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Return shape and dtype of every tensor in a checkpoint, by name."""
+    """Return the metadata (shape, dtype) of every tensor in a checkpoint, by name."""
     try:
         changed = (path / INDEX).stat().st_mtime_ns
     except OSError as error:
@@ -161,7 +160,7 @@ def tensor_metadata(path: Path) -> dict[str, TensorStorageMetadata]:
     return dict(_tensor_metadata(path, changed))
 
 
-@lru_cache(maxsize=1)  # asked for again and again while one checkpoint is read
+@lru_cache(maxsize=1)  # called repeatedly while one checkpoint is read
 def _tensor_metadata(path: Path, _: int) -> dict[str, TensorStorageMetadata]:
     entries = read_index(path).state_dict_metadata
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
@@ -174,7 +173,7 @@ def _fill(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return whole tensors of a checkpoint, on the processor."""
+    """Return whole tensors of a checkpoint, in CPU memory."""
     metadata = tensor_metadata(path)
     state = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
     if state:
@@ -183,7 +182,7 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def check_names(path: Path, model: nn.Module) -> None:
-    """Refuse a checkpoint of another model.
+    """Raise if a checkpoint is of another model.
 
     Raises:
         UserError: naming the first difference.
@@ -197,10 +196,10 @@ def check_names(path: Path, model: nn.Module) -> None:
 
 
 def load_named_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read what `named_state` named into a model and its optimizer, whatever wrote it and on however many ranks.
+    """Load a checkpoint, from any engine and any number of ranks, into a model and its optimizer.
 
     Raises:
-        UserError: if the checkpoint is of another model; nothing was changed then.
+        UserError: if the checkpoint is of another model; nothing is changed then.
     """
     check_names(path, model)
     metadata = tensor_metadata(path)
@@ -210,23 +209,23 @@ def load_named_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimi
         prefix = f"{OPTIMIZER}{name}."
         for key in [key for key in metadata if key.startswith(prefix) and "." not in key[len(prefix) :]]:
             size, dtype = metadata[key].size, metadata[key].properties.dtype
-            # Of the parameter's shape, a slot is laid out (and sharded) like it.
+            # A slot with the parameter's shape has its layout (and sharding).
             whole = torch.Size(size) == parameter.shape
             value = torch.zeros_like(parameter, dtype=dtype) if whole else torch.zeros(size, dtype=dtype)
             state[key] = value.detach()
             slots.setdefault(parameter, {})[key[len(prefix) :]] = state[key]
     _fill(path, state)
-    optimizer.state.clear()  # of parameters that had their first gradient later too
+    optimizer.state.clear()  # including parameters that had no state yet in the checkpoint
     for parameter, values in slots.items():
         optimizer.state[parameter].update({slot: slot_value(optimizer, slot, value) for slot, value in values.items()})
 
 
 def export_weights(checkpoint: Path, path: Path) -> None:
-    """Write the model of a checkpoint as one safetensors file, with the names of its state_dict, whatever engine trained it.
+    """Write the model of a checkpoint of any engine to a safetensors file, with the names of its state_dict.
 
     Args:
         checkpoint: the checkpoint.
-        path: the file; written beside its place and renamed.
+        path: the file; it is written under a temporary name in the same folder, and renamed.
 
     Raises:
         OSError: if it cannot be written.
@@ -239,7 +238,7 @@ def export_weights(checkpoint: Path, path: Path) -> None:
     beside = path.with_name(path.name + ".part")
     try:
         save_file(weights, beside, {"format": "pt"})
-        umask = os.umask(0)  # safetensors writes for the user alone, whatever the umask says
+        umask = os.umask(0)  # safetensors makes the file readable only by the user, whatever the umask
         os.umask(umask)
         beside.chmod(0o666 & ~umask)
         beside.replace(path)

@@ -1,4 +1,4 @@
-"""What asks a run to save and stop, pre-emption by Slurm or Kubernetes, Ctrl-C or a time limit, and how ranks agree on it."""
+"""Requests to save and stop a run (pre-emption by Slurm or Kubernetes, Ctrl-C, a time limit), and the agreement of ranks."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from torch import Tensor
 from largebatch.process.launched import is_under_torchrun
 
 Reason = Literal["interrupted", "signal", "time_limit"]
-# In the order in which they count where several ask at once.
+# In order of precedence, if there are several at once.
 REASONS: tuple[Reason, ...] = ("interrupted", "signal", "time_limit")
 
-# A launcher passes Ctrl-C on, so that its processes get it twice at once; a person presses it again later.
+# A launcher forwards Ctrl-C, so its processes receive it twice at nearly the same time; a user presses it again later.
 IMPATIENCE_SECONDS = 2.0
 
-# A closed terminal and Ctrl-C say nothing to a run that was started under nohup or in a script's background. What schedulers
-# send is heard even where a script ignores it for itself.
+# Signals that stay ignored if they were ignored at the start (nohup, background jobs of a script): a closed terminal and
+# Ctrl-C. Signals of schedulers are handled even if a script ignores them.
 STAY_IGNORED = (signal.SIGHUP, signal.SIGINT)
 
-# Ranks ask each other about this often whether to stop or to save: a signal reaches one of them.
+# Approximate interval at which ranks agree on stopping or saving, because a signal may reach only one of them.
 AGREE_SECONDS = 0.5
 
 
 class StopRequest:
-    """Catches the signals while it is entered; the first one only takes note, so that the update can be finished.
+    """Context manager that handles the signals; the first one is only recorded, so that the update can be finished.
 
-    Slurm and Kubernetes send SIGTERM before they take the machine away, Slurm SIGUSR1 too where asked to. A second Ctrl-C,
-    two seconds after the first or later, stops at once.
+    Slurm and Kubernetes send SIGTERM before they end a job; Slurm can also be configured to send SIGUSR1. A second Ctrl-C more
+    than two seconds after the first stops the run immediately.
 
     Args:
-        time_limit_minutes: ask for a stop after so long; None for no limit.
+        time_limit_minutes: time after which a stop is requested; None for no limit.
     """
 
     def __init__(self, time_limit_minutes: float | None = None) -> None:
         self.deadline = None if time_limit_minutes is None else time.monotonic() + 60.0 * time_limit_minutes
         self.noted: Reason | None = None
         self.noted_at = 0.0
-        # A rank whose torchrun is gone is no longer watched or restarted, and its job may already be running again elsewhere.
+        # A rank whose torchrun has ended is no longer monitored, and its job may already be running again elsewhere.
         self.launcher = os.getppid() if is_under_torchrun() else None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
                 if number in STAY_IGNORED and signal.getsignal(number) == signal.SIG_IGN:
                     continue
@@ -69,7 +69,7 @@ class StopRequest:
             self.noted, self.noted_at = "interrupted" if number == signal.SIGINT else "signal", now
 
     def reason(self) -> Reason | None:
-        """Return why this process should stop; None while it should not."""
+        """Return why this process should stop; None if it should not."""
         if self.noted is not None:
             return self.noted
         if self.launcher is not None and os.getppid() != self.launcher:
@@ -78,11 +78,11 @@ class StopRequest:
 
 
 class StopCoordinator:
-    """Lets ranks decide alike, at the same update, what each of them knows by itself: a signal, a clock.
+    """Makes all ranks decide the same at the same update, from the signals and the clock of each rank.
 
     Args:
-        sum_over_ranks: elementwise sum of a tensor over all ranks; a collective.
-        rank: this rank; rank 0's clock is the one that counts for saving.
+        sum_over_ranks: returns the elementwise sum of a tensor over all ranks; a collective.
+        rank: this rank; only rank 0's clock decides when to save.
         world_size: number of ranks.
     """
 
@@ -91,15 +91,15 @@ class StopCoordinator:
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Ask at the next update: the run goes on from update ``step``."""
+        """Continue from update ``step``, and let the ranks agree again at the next update."""
         self.asked_at, self.asked_time, self.ask_next = step, time.monotonic(), step + 1
 
     def ask(self, step: int, reason: Reason | None, overdue: bool) -> tuple[Reason | None, bool]:
-        """Return why all ranks stop, or None, and whether all save; twice a second, else nothing.
+        """Return why all ranks stop (or None), and whether all save; about twice a second, otherwise (None, False).
 
         Args:
-            step: updates done.
-            reason: why this rank should stop.
+            step: number of completed updates.
+            reason: why this rank should stop; None if it should not.
             overdue: whether a checkpoint is due by this rank's clock.
         """
         if step < self.ask_next:
@@ -111,7 +111,7 @@ class StopCoordinator:
             wishes = self.sum(torch.tensor(wishes, dtype=torch.float64)).tolist()
         *reasons, save, seconds = wishes
         agreed = next((known for known, wish in zip(REASONS, reasons, strict=True) if wish), None)
-        # All ranks compute the next time alike, from the mean of their clocks.
+        # All ranks compute the same next update, from the mean of their clocks.
         pace = seconds / self.world_size / max(1, step - self.asked_at)
         waits = 1 if agreed or self.world_size == 1 else min(max(1, int(AGREE_SECONDS / max(pace, 1e-9))), 1000)
         self.asked_at, self.asked_time, self.ask_next = step, now, step + waits

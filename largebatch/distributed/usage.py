@@ -1,8 +1,8 @@
-"""Which parameters took part in an update: those that a backward pass of any micro-batch, on any rank, gave a gradient.
+"""The parameters used in an update: those that received a gradient in the backward pass of a micro-batch on any rank.
 
-On one process a parameter without a gradient has ``grad`` None, and optimizers leave it alone: its weight decay, its
-averages and its count of updates too. Engines that reduce gradients fill in zeros instead, by which an optimizer would move
-it. They are told by this which ones to take out again.
+On a single process a parameter without a gradient has ``grad`` None, and optimizers skip it: they apply no weight decay, and
+change neither its averages nor its count of updates. Engines that reduce gradients fill in zeros instead, with which an
+optimizer would change the parameter. The record kept here tells them which of these gradients to remove.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class Used:
-    """What an update has used.
+    """The use of parameters in an update.
 
     Args:
-        unused: names of the parameters that no rank has used.
-        parted: of those that some ranks reached and others did not.
-        early: of those that a rank reached before its last pass and not in that.
+        unused: names of the parameters that no rank used.
+        parted: names of the parameters that some ranks reached and others did not.
+        early: names of the parameters that a rank reached in an earlier pass but not in its last one.
     """
 
     unused: list[str]
@@ -41,11 +41,11 @@ class Usage:
     """The parameters that backward passes reached.
 
     Args:
-        names: of the trained parameters, alike on all ranks.
+        names: names of the trained parameters, the same on all ranks.
 
     Attributes:
-        reached: numbers of the parameters that the pass under way has come by.
-        counts: whether the pass under way is one of samples, and not of a stand-in for them.
+        reached: indices of the parameters that the current backward pass has reached.
+        counts: whether the current pass is one of real samples, not of a placeholder for missing ones.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -57,7 +57,7 @@ class Usage:
         self._handles: dict[str, Any] = {}
 
     def watch(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Take note of the gradients of some leaves; of a name only the first."""
+        """Record when the given leaves receive gradients; only the first leaf of each name is registered."""
         for name, leaf in named:
             if name in self.numbers and name not in self._handles:
                 self._handles[name] = leaf.register_hook(self._hook(self.numbers[name]))
@@ -66,24 +66,24 @@ class Usage:
         def hook(gradient: Tensor | None) -> None:
             self.reached.add(number)
             self._touched.add(number)
-            if gradient is not None and self.counts:  # a custom function may come by without one
+            if gradient is not None and self.counts:  # a custom function may return None
                 self._used.add(number)
 
-        hook.__torch_unserializable__ = True  # type: ignore[attr-defined]  # it belongs to this run
+        hook.__torch_unserializable__ = True  # type: ignore[attr-defined]  # the hook is not pickled
         hook.only_looks = True  # type: ignore[attr-defined]  # squares of samples refuse those that may change a gradient
         return hook
 
     def begin_pass(self, counts: bool) -> None:
-        """Say that a pass begins, and whether it is one of samples."""
+        """Start to record a pass; ``counts`` tells whether it is one of real samples."""
         self.reached.clear()
         self.counts = counts
 
     def collect(self, over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> Used:
-        """Return what the passes since the last call, of all ranks, have used; every rank takes part.
+        """Return the parameters that the passes of all ranks used since the last call; a collective.
 
         Args:
             over_ranks: returns a tensor's sum over ranks.
-            device: that it works on.
+            device: device of the tensors for `over_ranks`.
         """
         sets = self._used, self._touched, self._touched - self.reached
         rows = [[number in found for number in range(len(self.numbers))] for found in sets]
@@ -98,12 +98,12 @@ class Usage:
         )
 
     def forget(self) -> None:
-        """Begin the notes of the next update, without a word to other ranks."""
+        """Start the record of the next update, without communication."""
         self._used.clear()
         self._touched.clear()
 
     def close(self) -> None:
-        """Let go of the parameters."""
+        """Remove the hooks from the parameters."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()

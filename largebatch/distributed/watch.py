@@ -1,8 +1,8 @@
-"""Who is missing, when the ranks can no longer speak to each other.
+"""Diagnosis of lost ranks after communication has failed.
 
-A collective that fails says little: that a connection closed, or that time ran out. So every rank that fails writes its
-own account into the store the process group was opened through, waits a little for those of the others, and tells which
-ranks gave none (dead, or hanging) and which failed by themselves.
+A failed collective only reports that a connection closed or that it timed out. Therefore every rank that fails writes an
+account of its failure to the process group's store, waits briefly for the accounts of the other ranks, and reports which
+ranks wrote none (dead or hanging) and which ranks failed on their own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from largebatch.process.signals import handled_by
 
-# How long a rank that has failed waits for the others' accounts. Launchers kill what is left of a job 30 s after a failure.
+# How long a failed rank waits for the accounts of the others. Launchers kill the remaining processes 30 s after a failure.
 GRACE_SECONDS = 5.0
 
-# What gloo and the stores say in plain RuntimeErrors when a peer is gone or silent.
+# Parts of the messages of gloo's and the stores' plain RuntimeErrors when a peer is gone or does not answer.
 _SIGNS = (
     "gloo",
     "Connection closed",
@@ -40,19 +40,19 @@ PARTED = "the last passes of the ranks ran other modules, which this engine cann
 
 
 def short_cause(text: str) -> str:
-    """Return a backend's message without the place in its source and the advice that follows its first sentence."""
+    """Return the first sentence of a backend's message, without the leading source location."""
     return re.sub(r"^\[[^\]]*:\d+\] ", "", text).split(". ")[0]
 
 
 def is_communication(error: BaseException) -> bool:
-    """Return whether an exception says that other ranks could not be reached, rather than that this one is at fault."""
+    """Return whether an exception means that other ranks could not be reached, rather than that this rank failed."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def cause_of(error: BaseException) -> str:
-    """Return an exception's own cause in one line; torch.distributed.checkpoint wraps those of all ranks into one."""
+    """Return the root cause of an exception in one line, also of one by torch.distributed.checkpoint for several ranks."""
     failures = getattr(error, "failures", None)
     if failures:
         rank, wrapped = sorted(failures.items())[0]
@@ -68,16 +68,16 @@ def cause_of(error: BaseException) -> str:
 
 
 class RankWatch:
-    """Each rank's account of itself, in the store that all ranks reach.
+    """Accounts that failed ranks leave in a store that all ranks can reach.
 
     Args:
-        store: of the process group; None where it is not known, and nothing can be told.
-        rank: this process.
+        store: store of the process group; None if it is not known, in which case no accounts are exchanged.
+        rank: rank of this process.
         world_size: number of ranks.
 
     Attributes:
-        where: returns what to add on where this rank was, or nothing.
-        found_mistake: whether what `explain` found was a user's mistake, met by another rank.
+        where: returns text about the position of this rank to append to an explanation, or an empty string.
+        found_mistake: whether `explain` found only a user's mistake, reported by other ranks.
     """
 
     def __init__(self, store: dist.Store | None, rank: int, world_size: int) -> None:
@@ -89,22 +89,22 @@ class RankWatch:
             self.store.set(f"place/{rank}", f"{platform.node()}, process {os.getpid()}")
 
     def report(self, cause: str, is_own: bool, is_mistake: bool = False) -> None:
-        """Leave this rank's account: what failed, whether it was this rank's own doing, and whether the user's mistake."""
+        """Write this rank's account: the cause, whether this rank failed on its own, and whether it is a user's mistake."""
         if self.store is not None:
-            # Where the rank that keeps the store is gone, the others find out alike.
+            # If the rank that keeps the store is gone, the other ranks notice this too.
             with suppress(RuntimeError):
                 self.store.set(
                     f"account/{self.rank}", f"{'mistake' if is_mistake else 'own' if is_own else 'peer'} {cause}"
                 )
 
     def announce(self, line: str) -> None:
-        """Leave a line that begins with the number of a pass: how this rank's pass differs from the one before."""
+        """Publish a line on how this rank's pass differs from its previous one; it begins with the number of the pass."""
         if self.store is not None:
             with suppress(RuntimeError):
                 self.store.set(f"route/{self.rank}", line)
 
     def _parted(self) -> str:
-        """Return a word on ranks whose last passes ran other modules, which would be why one of them is gone; else nothing."""
+        """Return a description of ranks whose last passes ran different modules, a possible cause; else an empty string."""
         assert self.store is not None
         lines = {
             r: self.store.get(f"route/{r}").decode() for r in range(self.world_size) if self.store.check([f"route/{r}"])
@@ -117,20 +117,20 @@ class RankWatch:
         return f"; {PARTED}: {listed}"
 
     def explain(self, cause: str, grace_seconds: float = GRACE_SECONDS) -> str:
-        """Return who is missing or failed by itself, after waiting for the accounts of the others.
+        """Wait for the accounts of the other ranks, and return a line on which ranks are missing or failed on their own.
 
         Args:
-            cause: what this rank's collective said.
+            cause: message of the collective that failed on this rank.
             grace_seconds: how long to wait.
         """
         cause = short_cause(cause)
         if self.store is None:
             return f"another rank is dead, hangs or cannot be reached ({cause})"
         answers: list[str] = []
-        # A store whose rank hangs, or is cut off, blocks who asks it: past the store's own timeout, in code that no
-        # exception reaches.
+        # If the rank that keeps the store hangs or is cut off, a request to the store blocks beyond its own timeout, and
+        # cannot be interrupted.
         asking = threading.Thread(target=lambda: answers.append(self._ask(cause, grace_seconds)), daemon=True)
-        # No launcher that has noticed the failure too shall end this process before it has said who is missing.
+        # A launcher that has noticed the failure too must not end this process before it has reported the missing ranks.
         with handled_by(signal.SIGTERM, signal.SIG_IGN):
             asking.start()
             asking.join(grace_seconds + 2.0)
@@ -157,7 +157,7 @@ class RankWatch:
         return f"the link between the ranks broke ({cause}){parted}"
 
     def _wait_for_accounts(self, grace_seconds: float) -> list[int]:
-        """Return the other ranks that leave no account in this time."""
+        """Return the other ranks that write no account within this time."""
         assert self.store is not None
         waiting = [rank for rank in range(self.world_size) if rank != self.rank]
         deadline = time.monotonic() + grace_seconds
@@ -168,7 +168,7 @@ class RankWatch:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Ask until a condition holds, less often in time, and return whether it came to; Ctrl-C is heard meanwhile."""
+    """Poll a condition at growing intervals, and return whether it held before the timeout; Ctrl-C can interrupt it."""
     deadline, pause = time.monotonic() + seconds, 0.001
     while not condition():
         if time.monotonic() >= deadline:
@@ -179,7 +179,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def name_ranks(ranks: list[int]) -> str:
-    """Return "rank 3", or "ranks 1, 4 to 7", for numbers in rising order."""
+    """Return text such as "rank 3" or "ranks 1, 4 to 7" for ranks in ascending order."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:
