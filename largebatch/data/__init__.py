@@ -1,4 +1,4 @@
-"""Data: which samples enter an update, and where they come from."""
+"""Data sets, and the selection of the samples of each update."""
 
 from typing import TypeAlias, get_args
 

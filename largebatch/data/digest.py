@@ -1,9 +1,9 @@
-"""What tells one data set from another in a few kilobytes: compared between ranks, and with the data of a checkpoint.
+"""A digest of a data set in a few kilobytes, which is compared between ranks, and with the digest in a checkpoint.
 
-Of a set in memory: its tensors' shapes and contents. Of a folder: the names of all files and their labels, the sizes of
-`_NUM_SIZES` of them and the contents of a few. Of any other set: the samples at `_NUM_READ` places. Whole numbers and bytes
-enter hashes. Floating-point numbers enter means that are compared with a tolerance: another processor may have rounded them
-otherwise, and another version of a library may decode a photograph with other last digits.
+The digest of a set in memory covers the shapes and contents of its tensors; that of a folder the names of all files and their
+labels, the sizes of `_NUM_SIZES` files and the contents of a few; that of any other set the samples at `_NUM_READ` indices.
+Integers and bytes are hashed. Floating-point numbers are averaged, and the means are compared with a tolerance: another
+processor may round differently, and another version of a library may decode a photograph slightly differently.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from largebatch.data.workers import LoaderConfig
 from largebatch.section import leaves
 from largebatch.task import Task
 
-# Sets whose fields say all there is to say of them; other sets may keep anything in theirs, and are read.
+# Data sets that are fully described by their fields; of any other set, samples are read.
 _BY_FIELDS = (TensorSamples, ImageSamples, TextSamples, SyntheticSamples, FolderSamples)
-_NUM_BLOCKS = 64  # evenly spaced parts that a large tensor is looked at in
-_BLOCK_BYTES = 2**20  # of each of them
-_NUM_SIZES, _CONTENT_BYTES = 1024, 2**22  # files of a folder whose size is asked for; bytes of them that are read
+_NUM_BLOCKS = 64  # number of evenly spaced blocks of a large tensor that are read
+_BLOCK_BYTES = 2**20  # most bytes of each block
+_NUM_SIZES, _CONTENT_BYTES = 1024, 2**22  # most files of a folder whose size is read; bytes of contents that are read
 _NUM_READ, _READ_SECONDS = 16, 1.0
-HASHED = "#"  # begins what means nothing to a reader
-# Relative to the root of the mean square: rounding of a mean over a block, and of a sample that was computed or decoded.
+HASHED = "#"  # prefix of hashes, which are not shown to users
+# Relative to the root mean square: for means over a block, and for means of a sample that was computed or decoded.
 _TOLERANCE, _TOLERANCE_READ = 1e-5, 1e-3
 
 
 def digest(source: Source, loader: LoaderConfig) -> dict[str, Any]:
-    """Return what tells a data set from another, as JSON holds it; its parts are ``train.samples``, ``train.files`` and so on.
+    """Return the digest of a data set as JSON-serializable values; its parts are ``train.samples``, ``train.files`` and so on.
 
     Args:
         source: the data set.
-        loader: how it is read in the run.
+        loader: the run's data loader options, with which samples are read.
 
     Raises:
-        UserError: for a sample that cannot be read.
+        UserError: if a sample cannot be read.
     """
     task = source.task
     return {
@@ -62,16 +62,16 @@ def digest(source: Source, loader: LoaderConfig) -> dict[str, Any]:
 
 
 def is_same(ours: Any, theirs: Any, part: str = "") -> bool:
-    """Return whether two values of one part say the same data.
+    """Return whether two values of one part of a digest describe the same data.
 
     Args:
-        ours: a value that JSON holds.
-        theirs: another.
-        part: its name, which says how floating-point numbers are compared.
+        ours: a JSON-serializable value.
+        theirs: the value to compare with it.
+        part: name of the part, which determines how floating-point numbers are compared.
     """
     if not (isinstance(ours, list) and isinstance(theirs, list)):
         return bool(ours == theirs)
-    if part.endswith(".samples_read"):  # as many as there was time for
+    if part.endswith(".samples_read"):  # the number of samples depends on the time that reading took
         return all(map(is_same, ours, theirs))
     if not all(isinstance(value, float) for value in (*ours, *theirs)) or len(ours) != len(theirs):
         return len(ours) == len(theirs) and all(map(is_same, ours, theirs))
@@ -82,7 +82,7 @@ def is_same(ours: Any, theirs: Any, part: str = "") -> bool:
 
 
 def changed_parts(ours: Any, theirs: Any) -> list[str]:
-    """Return the parts in which a digest differs from one that another run wrote; parts that one lacks are left out."""
+    """Return the parts in which a digest differs from that of another run; parts that only one of them has are ignored."""
     if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
         return []
     there = dict(leaves(theirs))
@@ -106,7 +106,7 @@ def _digest_of(samples: Samples, loader: LoaderConfig, task: Task) -> dict[str, 
             found[field.name] = {"shape": _shape(value), "bytes": _hashed(np.ascontiguousarray(value).view(np.uint8))}
         elif isinstance(value, bool | int | float | str):
             found[field.name] = value
-    if isinstance(samples, TextSamples):  # which are mapped, and no field
+    if isinstance(samples, TextSamples):  # the windows are a mapped file, not a field
         found["windows"] = _digest_of_tensor(samples.windows)
     return found | (_digest_of_files(samples) if isinstance(samples, FolderSamples) else {})
 
@@ -123,7 +123,7 @@ def _hashed(*contents: Any) -> str:
 
 
 def _digest_of_tensor(values: Tensor) -> dict[str, Any]:
-    """Return the shape, and a hash of whole numbers or three means of each block of others."""
+    """Return the shape, and a hash of integers or, for floating-point numbers, three means of each block."""
     rows = values.reshape(1) if values.ndim == 0 else values
     most = max(1, _BLOCK_BYTES // max(1, rows[:1].nbytes))
     starts = [len(rows) * block // _NUM_BLOCKS for block in range(_NUM_BLOCKS + 1)]
@@ -135,12 +135,12 @@ def _digest_of_tensor(values: Tensor) -> dict[str, Any]:
 
 
 def _bytes(values: Tensor) -> np.ndarray:
-    # Not contiguous(): it leaves the strides of a single row as they are.
+    # contiguous() would not do: it does not change the strides of a single row.
     return values.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy()
 
 
 def _means(values: Tensor) -> list[float]:
-    """Return the mean, the mean weighted by place, and the root of the mean square, of what is finite."""
+    """Return the mean, the mean weighted by position, and the root mean square; values that are not finite count as 0."""
     flat = values.detach().cpu().double().flatten().nan_to_num(0.0, 0.0, 0.0)
     if not len(flat):
         return [0.0, 0.0, 0.0]
@@ -149,7 +149,7 @@ def _means(values: Tensor) -> list[float]:
 
 
 def _digest_of_files(samples: FolderSamples) -> dict[str, str]:
-    """Return hashes of the sizes of evenly spaced files, and of the contents of as many as are read in no time."""
+    """Return hashes of the sizes of evenly spaced files, and of the contents of a few of them."""
     places = _spread(len(samples.files), _NUM_SIZES)
     files = [samples.root / os.fsdecode(samples.files[place]) for place in places]
     sizes = [_size(file) for file in files]
@@ -161,7 +161,7 @@ def _digest_of_files(samples: FolderSamples) -> dict[str, str]:
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
-    except OSError:  # is told of when it is to be trained on
+    except OSError:  # reported when the file is read for training
         return -1
 
 
@@ -174,16 +174,16 @@ def _contents(file: Path) -> bytes:
 
 
 def _spread(num: int, most: int) -> list[int]:
-    """Return numbers from 0 to num - 1, evenly spaced, with the first and the last; all of them where they are few."""
+    """Return at most ``most`` evenly spaced numbers from 0 to num - 1, including the first and the last."""
     if num <= most:
         return list(range(num))
     return [index * (num - 1) // (most - 1) for index in range(most)]
 
 
 def _shape_and_read(samples: Samples, loader: LoaderConfig, task: Task) -> dict[str, Any]:
-    """Return what the samples at some places are; only their shapes where the same sample is another at each reading."""
+    """Return digests of the samples at some indices; only their shapes if a sample differs each time it is read."""
     places = _spread(len(samples), _NUM_READ)
-    places = places[::4] + places[2::4] + places[1::4] + places[3::4]  # spread out, wherever the time ends
+    places = places[::4] + places[2::4] + places[1::4] + places[3::4]  # evenly spread, even if reading ends early
     deadline = time.monotonic() + _READ_SECONDS
     shapes, is_repeatable = "", True
     read: list[list[Any]] = []
@@ -205,7 +205,7 @@ def _digest_of_sample(sample: Tensor) -> list[Any]:
 
 
 def describe(value: Any) -> str | None:
-    """Return a part's value for a message; None for what means nothing to a reader."""
+    """Return a part's value as text for a message; None for values that are not readable, such as hashes."""
     if isinstance(value, str) and value.startswith(HASHED):
         return None
     if isinstance(value, list) and any(isinstance(entry, float | list) and entry for entry in value):

@@ -1,4 +1,4 @@
-"""Data sets of the user's own, by import path."""
+"""User-defined data sets, by import path."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from largebatch.task import Task
 
 @dataclass(frozen=True)
 class MapSamples:
-    """An ordinary map-style data set, asked for a batch at a time.
+    """An adapter that reads batches from an ordinary map-style data set.
 
-    Python's, NumPy's and torch's global random states are seeded from (seed, epoch, index) before each sample and put
-    back after the batch, so a transform that draws from them depends on the sample alone.
+    Python's, NumPy's and torch's global random states are seeded from (seed, epoch, index) before each sample and restored
+    after the batch, so the random numbers of a transform depend only on the sample.
 
     Args:
-        dataset: has ``__len__`` and ``__getitem__(int) -> (input, target)``.
+        dataset: object with ``__len__`` and ``__getitem__(int) -> (input, target)``.
         seed: seed of the run.
     """
 
@@ -44,7 +44,7 @@ class MapSamples:
         """Return the samples stacked by torch's default_collate.
 
         Raises:
-            UserError: if a sample is not a pair, or they cannot be stacked.
+            UserError: if a sample is not a pair, or if the samples cannot be stacked.
         """
         samples = []
         with random_states_kept():
@@ -52,7 +52,7 @@ class MapSamples:
             for index, sample_seed in zip(keys.indices.tolist(), hashes.tolist(), strict=True):
                 random.seed(sample_seed)
                 np.random.seed(sample_seed & 0xFFFFFFFF)
-                # The CPU generator alone: torch.manual_seed would reset the accelerators' generators as well.
+                # Only the CPU generator: torch.manual_seed would also seed the generators of accelerators.
                 torch.default_generator.manual_seed(sample_seed & 0x7FFFFFFFFFFFFFFF)
                 sample = self.dataset[index]
                 if not isinstance(sample, tuple | list) or len(sample) != 2:
@@ -72,7 +72,7 @@ class MapSamples:
 
 
 def as_samples(dataset: Any, seed: int) -> Samples:
-    """Return a map-style data set as Samples; two tensors in a TensorDataset stay as fast as they are.
+    """Return a map-style data set as Samples; a TensorDataset of two tensors becomes TensorSamples, which are faster.
 
     Raises:
         UserError: if it has no ``__len__`` or no ``__getitem__``.
@@ -88,22 +88,22 @@ def as_samples(dataset: Any, seed: int) -> Samples:
 class FactoryData(DataSection):
     """A data set from a function of your own.
 
-    The function is called as ``factory(**options)``, with ``seed=`` besides if it has a parameter of that name, and
-    returns either a ``largebatch.data.Source`` or ``(train, val, task)``: two map-style data sets, whose samples are
-    pairs (input, target), and a ``largebatch.task.Task``.
+    The function is called as ``factory(**options)``, with an additional ``seed=`` if it has a parameter of that name. It
+    returns either a ``largebatch.data.Source`` or ``(train, val, task)``: two map-style data sets, whose samples are pairs
+    (input, target), and a ``largebatch.task.Task``.
     """
 
     name: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
-    """Where the function is: package.module:factory."""
+    """Import path of the function: package.module:factory."""
 
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function."""
 
     def load(self, seed: int) -> Source:
-        """Return what the factory gives, with ordinary data sets adapted; Python, NumPy and torch are seeded before.
+        """Seed Python, NumPy and torch, call the factory, and return its result with map-style data sets adapted.
 
         Raises:
-            UserError: if it cannot be imported, the options do not fit it, or it returns something else.
+            UserError: if it cannot be imported, does not accept the options, or returns something else or an empty set.
         """
         seed_generators(seed)
         with process_kept():
@@ -124,6 +124,6 @@ class FactoryData(DataSection):
                 )
             if len(samples) == 0:
                 raise UserError(f"data.name: the {half} set of '{self.name}' is empty")
-            if isinstance(samples, TensorSamples):  # others are checked as they are read
+            if isinstance(samples, TensorSamples):  # other sets are checked as they are read
                 result.task.check(samples.targets, range(len(samples)), samples.inputs)
         return result

@@ -1,4 +1,4 @@
-"""Folders of photographs, one folder a class: ImageNet's layout and its usual preparation."""
+"""Folders of photographs with one folder per class: ImageNet's layout and its usual preprocessing."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CROP_ATTEMPTS = 10
-_NUM_DRAWS = 2 * _CROP_ATTEMPTS + 3  # two for each attempt's size, two for the place, one for the mirroring
+_NUM_DRAWS = 2 * _CROP_ATTEMPTS + 3  # two for the size in each attempt, two for the position, one for mirroring
 
 
 def random_resized_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
-    """Return the part of an image that Inception's training crop takes: 8 to 100 % of its area, aspect 3/4 to 4/3.
+    """Return the box of Inception's random training crop: 8 to 100 % of an image's area, aspect ratio 3/4 to 4/3.
 
-    A size that does not fit is drawn anew, ten times at most; then the largest centred part of a permitted aspect is
-    taken.
+    Up to ten sizes are drawn until one fits into the image; otherwise the box is the largest centred one with a permitted
+    aspect ratio.
 
     Args:
-        width: of the image, pixels, >= 1.
-        height: of the image, pixels, >= 1.
-        draws: uniform numbers in [0, 1): ten for the areas, ten for the aspects, one each for left and top; (22,).
+        width: width of the image, pixels, >= 1.
+        height: height of the image, pixels, >= 1.
+        draws: uniform numbers in [0, 1), (22,): ten for the areas, ten for the aspect ratios, one each for left and top.
 
     Returns:
         (left, top, right, bottom), pixels, right and bottom exclusive.
@@ -67,18 +67,18 @@ def random_resized_box(width: int, height: int, draws: np.ndarray) -> tuple[int,
 
 
 def center_box(width: int, height: int, image_size: int) -> tuple[float, float, float, float]:
-    """Return the part of an image that validation looks at.
+    """Return the box of the validation crop of an image.
 
-    The usual protocol resizes the shorter side to 256/224 of the crop and cuts out the centre. Seen from the original
-    image that is a centred square of 224/256 of the shorter side, which one resize takes straight to its final size.
+    The usual protocol resizes the shorter side to 256/224 of the crop and cuts out the centre. In the original image this is
+    a centred square of 224/256 of the shorter side, which can be resized to its final size in one step.
 
     Args:
-        width: of the image, pixels.
-        height: of the image, pixels.
-        image_size: side of the crop, pixels; with the shorter side at round(image_size * 256 / 224).
+        width: width of the image, pixels.
+        height: height of the image, pixels.
+        image_size: side of the crop, pixels, if the shorter side were resized to round(image_size * 256 / 224).
 
     Returns:
-        (left, top, right, bottom), pixels, not necessarily whole.
+        (left, top, right, bottom), pixels, not necessarily integers.
     """
     side = min(width, height) * image_size / round(image_size * 256 / 224)
     left, top = (width - side) / 2, (height - side) / 2
@@ -87,13 +87,13 @@ def center_box(width: int, height: int, image_size: int) -> tuple[float, float, 
 
 @dataclass(frozen=True)
 class FolderSamples:
-    """Photographs on disk, decoded, cropped and resized when asked for.
+    """Photographs on disk, which are decoded, cropped and resized when they are read.
 
     Args:
-        root: folder that the files are named from.
-        files: paths below it; one array of bytes, because a million Python strings would be copied into every worker.
+        root: folder that contains the files.
+        files: paths relative to ``root``, one array of bytes: a million Python strings would be copied into every worker.
         labels: int64 (N,).
-        image_size: side of the square that comes out, pixels.
+        image_size: side of the resulting square, pixels.
         augment: whether to crop and mirror at random.
         seed: seed of the augmentation.
     """
@@ -110,7 +110,7 @@ class FolderSamples:
         return len(self.files)
 
     def __getitems__(self, keys: SampleKeys) -> Batch:
-        """Return (images float32 (n, 3, s, s), labels int64 (n,)), and why a row is black where its file cannot be read."""
+        """Return (images float32 (n, 3, s, s), labels int64 (n,)), and {row: why} if a file cannot be read (input zeros)."""
         images = torch.empty(len(keys), self.image_size, self.image_size, 3, dtype=torch.uint8)
         draws = uniforms(self.seed, keys.epochs, keys.indices, _NUM_DRAWS)
         missing: dict[int, str] = {}
@@ -154,19 +154,19 @@ def class_names(folder: Path) -> list[str]:
 
 
 def list_images(folder: Path, names: list[str], classes: list[str]) -> tuple[np.ndarray, Tensor, Counter[str]]:
-    """List the images of some classes, those in subfolders too, in a fixed order, which is that of torchvision's ImageFolder.
+    """List the images of some classes, including those in subfolders, in the order of torchvision's ImageFolder.
 
     Args:
-        folder: holds a folder for each name.
+        folder: folder that contains a folder for each name.
         names: the folders to list.
-        classes: all classes; a name's place in here is its label.
+        classes: all classes; the index of a name in this list is its label.
 
     Returns:
-        Paths below ``folder`` as bytes (N,), labels int64 (N,), and how many entries named like images are left out, by what
-        they are.
+        Paths relative to ``folder`` as bytes (N,), labels int64 (N,), and the number of entries with the name of an image that
+        are left out, by kind.
 
     Raises:
-        UserError: if a class has no image, or a folder cannot be looked into.
+        UserError: if a class has no image, or if a folder cannot be listed.
     """
     files: list[bytes] = []
     labels: list[int] = []
@@ -185,12 +185,12 @@ def list_images(folder: Path, names: list[str], classes: list[str]) -> tuple[np.
 
 
 def _images_below(folder: Path, left_out: Counter[str]) -> list[str]:
-    """Return the paths of a class's images below its folder; count in ``left_out`` what is none but is named like one."""
+    """Return the paths of a class's images in its folder; count other entries with the name of an image in ``left_out``."""
     by_folder: dict[str, list[str]] = {}
 
     def visit(prefix: str, above: tuple[tuple[int, int], ...]) -> None:
         place = os.stat(folder / prefix)
-        if (place.st_dev, place.st_ino) in above:  # a link back to a folder around it
+        if (place.st_dev, place.st_ino) in above:  # a link to a parent folder
             return
         above = (*above, (place.st_dev, place.st_ino))
         images = by_folder[prefix] = []
@@ -205,7 +205,7 @@ def _images_below(folder: Path, left_out: Counter[str]) -> list[str]:
                 elif is_named and is_folder:
                     left_out["folder"] += 1
                 elif is_named and not _is_file(entry):
-                    left_out["pipe, socket or device"] += 1  # which may keep a reader waiting for good
+                    left_out["pipe, socket or device"] += 1  # reading it might block forever
                 elif is_named:
                     images.append(entry.name)
 
@@ -217,12 +217,12 @@ def _images_below(folder: Path, left_out: Counter[str]) -> list[str]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, say
+    except OSError:  # for example a link to itself
         return False
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a file, or what cannot be looked at, a link to nothing say, and is met as a broken one."""
+    """Return whether an entry is a file; True also if this is unknown (a dangling link), which counts as a broken image."""
     try:
         return entry.is_file() or stat.S_ISREG(entry.stat().st_mode)
     except OSError:
@@ -235,42 +235,42 @@ def _say_left_out(root: Path, left_out: Counter[str]) -> str:
 
 
 class ImageFolder(DataSection):
-    """Photographs in path/train/CLASS/ and path/val/CLASS/, prepared as is usual for ImageNet."""
+    """Photographs in path/train/CLASS/ and path/val/CLASS/, with the usual preprocessing for ImageNet."""
 
     name: Literal["image_folder"] = "image_folder"
     """The data set."""
 
     path: str
-    """Folder that holds train and val."""
+    """Folder that contains train and val."""
 
     image_size: Side = 224
     """Side of the images that the model sees, pixels."""
 
     augment: bool = True
-    """Train on random parts of the photographs (8 to 100 % of the area), mirrored half of the time."""
+    """Train on random crops of the photographs (8 to 100 % of the area), mirrored with probability 1/2."""
 
     corrupt: Literal["stop", "skip"] = "stop"
-    """A photograph that cannot be read: stop saves the run and ends it with its name; skip leaves it out of its update or
-    evaluation, names it once, and goes on."""
+    """Handling of a photograph that cannot be read: stop saves the run and ends it with the file's name; skip omits the
+    photograph from its update or evaluation, reports it once, and continues."""
 
     train_samples: NumSamples | None = None
-    """Photographs that train is expected to hold; with num_classes, enough to plan where the folder is not."""
+    """Expected number of photographs in train; together with num_classes, it allows planning without the folder."""
 
     num_classes: Width | None = None
-    """Classes that train is expected to hold."""
+    """Expected number of classes in train."""
 
     def declared(self) -> tuple[int, Task] | None:
-        """Return the expected number of training photographs, and the task, where the config gives them."""
+        """Return the expected number of training photographs and the task, if the config gives them; otherwise None."""
         if self.train_samples is None or self.num_classes is None:
             return None
         return self.train_samples, Task("classification", (3, self.image_size, self.image_size), self.num_classes)
 
     def load(self, seed: int) -> Source:
-        """Return the photographs; they are read when asked for, not here.
+        """Return the photographs, which are only read when batches are requested.
 
         Raises:
-            UserError: if a folder is missing or empty, a validation class is not among the training classes, or Pillow
-                is not installed.
+            UserError: if a folder is missing or empty, a validation class is not among the training classes, the photographs or
+                classes in train are not as many as expected, or Pillow is not installed.
         """
         pillow()
         root = data_path(self.path)

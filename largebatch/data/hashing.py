@@ -1,7 +1,7 @@
-"""Randomness as a function: numbers that depend on (seed, epoch, index) and on nothing else.
+"""Counter-based random numbers, which depend only on (seed, epoch, index).
 
-A generator has a state, and its numbers depend on who drew before. Here each number is a hash of its own coordinates,
-so a sample looks the same in an epoch whichever rank, worker or micro-batch it falls into.
+The numbers of a stateful generator depend on earlier draws. Here each number is a hash of its own coordinates, so a sample is
+augmented in the same way in an epoch, whichever rank, worker or micro-batch it belongs to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio: splitmix64's 
 
 
 def mix(words: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit words: a bijection under which flipping any bit flips about half of the others.
+    """Mix 64-bit words: a bijection in which flipping any input bit flips about half of the output bits.
 
     Args:
         words: uint64, any shape.
@@ -41,7 +41,7 @@ def sample_hashes(seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndar
     Returns:
         uint64 (n,).
     """
-    # The three coordinates enter one after the other, a scrambling between each, so that no sum of them can collide.
+    # The three coordinates are mixed in one after another, so that different ones with the same sum do not collide.
     start = mix(np.array([(seed + _GOLDEN) & _MASK], dtype=np.uint64))
     with_epoch = mix((start ^ epochs.astype(np.uint64)) + np.uint64(_GOLDEN))
     return mix((with_epoch ^ indices.astype(np.uint64)) + np.uint64(_GOLDEN))

@@ -1,4 +1,4 @@
-"""Images in memory: kept as bytes, augmented and normalised a batch at a time."""
+"""Images in memory, stored as bytes, and augmented and normalised batch by batch."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Augment = Literal["none", "crop", "crop_flip"]
 
 
 def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> Tensor:
-    """Return each image cut out of its zero-padded self at its own place, mirrored left to right where asked.
+    """Crop each zero-padded image at its own position, and mirror the crop horizontally if requested.
 
     Args:
         images: (n, c, h, w).
-        top: first row of the cut in the padded image, int64 (n,) in [0, 2 * padding].
-        left: first column of the cut in the padded image, int64 (n,) in [0, 2 * padding].
-        flip: whether to mirror the cut, bool (n,).
-        padding: zeros on every side, pixels, >= 0.
+        top: first row of the crop in the padded image, int64 (n,) in [0, 2 * padding].
+        left: first column of the crop in the padded image, int64 (n,) in [0, 2 * padding].
+        flip: whether to mirror the crop, bool (n,).
+        padding: width of the zero padding on every side, pixels, >= 0.
 
     Returns:
-        (n, c, h, w), of the images' dtype.
+        (n, c, h, w), with the images' dtype.
     """
     num, channels, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
     rows = top[:, None] + torch.arange(height)
     columns = torch.arange(width).expand(num, width)
     columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
-    # One gather on flattened pixels does the cut and the mirroring together.
+    # A single gather on flattened pixels crops and mirrors.
     pixels = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]
     pixels = pixels.view(num, 1, height * width).expand(num, channels, height * width)
     return padded.flatten(2).gather(2, pixels).view(num, channels, height, width)
@@ -52,8 +52,8 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
     Args:
         images: uint8 (n, c, h, w).
-        mean: of each channel, on the scale 0 to 1.
-        std: of each channel, on the scale 0 to 1, > 0.
+        mean: mean of each channel, on the scale 0 to 1.
+        std: standard deviation of each channel, on the scale 0 to 1, > 0.
     """
     scale, shift = _scale_and_shift(mean, std)
     return images.to(torch.float32).mul_(scale).add_(shift)
@@ -61,15 +61,15 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 @dataclass(frozen=True)
 class ImageSamples:
-    """Images kept as bytes, a quarter of the memory of float32, and turned into floats one batch at a time.
+    """Images stored as bytes, a quarter of the memory of float32, and converted to float32 batch by batch.
 
     Args:
         images: uint8 (N, c, h, w).
         labels: int64 (N,).
-        mean: of each channel, on the scale 0 to 1.
-        std: of each channel, on the scale 0 to 1.
-        augment: ``crop`` pads and crops at random, ``crop_flip`` mirrors half of the images besides.
-        crop_padding: zeros on every side before the crop, pixels.
+        mean: mean of each channel, on the scale 0 to 1.
+        std: standard deviation of each channel, on the scale 0 to 1.
+        augment: ``crop`` pads and crops at random, ``crop_flip`` also mirrors images with probability 1/2.
+        crop_padding: width of the zero padding on every side before the crop, pixels.
         seed: seed of the augmentation.
     """
 

@@ -1,4 +1,4 @@
-"""The stock DataLoader over a plan's micro-batches."""
+"""Loading of a plan's micro-batches with torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from largebatch.data.workers import Batches, Check, LoaderConfig, MicroBatch, No
 
 
 class TrainLoader:
-    """Hands out a run's micro-batches, update by update.
+    """Loader of a run's micro-batches, update by update.
 
-    One stock DataLoader runs through the whole plan, so its workers prefetch across updates, epochs and changes of the
-    batch size.
+    A single DataLoader iterates over the whole plan, so its workers prefetch across updates, epochs and changes of the batch
+    size.
 
     Args:
         samples: the training set.
-        config: workers and prefetch.
-        device: where batches go.
-        dtype: of floating-point inputs.
-        timeout_seconds: how long to wait for a batch of the workers.
-        check: as `Task.check`.
-        known: as `Task.known`, where samples may have no target to learn.
+        config: number of workers, and prefetching.
+        device: device to which batches are moved.
+        dtype: data type of floating-point inputs and targets.
+        timeout_seconds: how long to wait for a batch from the workers.
+        check: function like `Task.check`.
+        known: function like `Task.known`, if samples may have no target to learn.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class TrainLoader:
         self._told = False
 
     def begin(self, sampler: PlanSampler) -> None:
-        """Load from here on what a sampler says enters the micro-batches of this rank."""
+        """Load the micro-batches of a sampler from now on."""
         self.close()
         self.sampler, self._batches = sampler, self._create(sampler)
 
     def next(self, batch_size: int) -> Iterator[tuple[MicroBatch, bool]]:
-        """Yield this rank's micro-batches of the next update, and whether each is the last.
+        """Yield this rank's micro-batches of the next update, each with whether it is the last one.
 
         Args:
-            batch_size: B of this update over all ranks, as the plan says.
+            batch_size: B, the global batch size of this update in the plan.
         """
         assert self._batches is not None  # begun
         pieces = self.sampler.pieces(batch_size)
@@ -70,7 +70,7 @@ class TrainLoader:
             yield self._batches.next(piece.stop - piece.start, piece.start), number == len(pieces)
 
     def shortage(self) -> str | None:
-        """Return, once, that batches take the long way from the workers, and why; None as long as they do not."""
+        """Return, once, a warning that workers have no shared memory and send batches as bytes; otherwise None."""
         if self._told or self._batches is None or self._batches.shortage is None:
             return None
         self._told = True
@@ -96,10 +96,10 @@ def evaluation_batches(
     timeout_seconds: float,
     check: Check,
 ) -> Generator[MicroBatch]:
-    """Yield this rank's part of a data set, each sample on exactly one rank.
+    """Yield this rank's part of a data set in batches, each sample on exactly one rank.
 
-    Every rank gets equally many batches, as a sharded model's forward pass is a collective: where a rank's part runs out
-    early, a stand-in of no samples. Close the generator, or its workers stay where the caller fails.
+    Every rank gets the same number of batches, because a sharded model's forward pass is a collective. A rank whose part ends
+    early gets a placeholder that counts no samples. Close the generator, also after an exception, to end its workers.
     """
     mine, most = np.arange(len(samples))[rank::world_size], -(-len(samples) // world_size)
     parts = [mine[start : start + batch_size] for start in range(0, most, batch_size)]
@@ -107,7 +107,7 @@ def evaluation_batches(
     keys = [SampleKeys(np.zeros(len(part), dtype=np.int64), part) for part in loaded]
     try:
         batches = Batches(samples, keys, config, device, dtype, timeout_seconds, check)
-    except NoWorkersError:  # the training's take what there is
+    except NoWorkersError:  # the training workers use up the resources
         alone = config.model_copy(update={"num_workers": 0})
         batches = Batches(samples, keys, alone, device, dtype, timeout_seconds, check)
     try:
@@ -122,8 +122,8 @@ def samples_twice(
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """Yield samples one at a time, each read twice in a batch of two: (place, (inputs (2, ...), targets (2, ...))).
 
-    They are read where the run reads: in a worker where it has some, as a file that was opened before a worker is
-    forked may be of no use in it.
+    If the run uses workers, the samples are read in a worker too, because a file that was opened before a worker is forked may
+    not be usable in it.
     """
     chosen = list(places)
     keys = [SampleKeys(np.zeros(2, dtype=np.int64), np.full(2, place)) for place in chosen]

@@ -1,4 +1,4 @@
-"""A batch on its way from a worker process to its rank."""
+"""Transfer of a batch from a worker process to its rank."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from largebatch.data.source import Batch
 
 
 class Parcel:
-    """A batch on its way from a worker: in memory that it shares with the rank, or as bytes where there is none to share.
+    """A batch that a worker sends to its rank in shared memory, or as bytes if no shared memory is available.
 
-    It is packed before it is queued: what fails in the queue's own thread is dropped there, and waited for in vain.
+    It is pickled before it is queued: the queue's own thread would drop a batch that fails there, and the rank would wait for
+    it forever.
 
     Args:
         batch: the batch.
@@ -27,11 +28,11 @@ class Parcel:
             self.data, self.shortage = pickle.dumps(batch), str(error)
 
     def open(self) -> Batch:
-        """Return the batch; once, as the worker hands its memory over."""
+        """Return the batch; call it only once, because the worker's memory is handed over."""
         return pickle.loads(self.data) if self.batch is None else self.batch
 
     def pin_memory(self) -> Parcel:
-        """Open it in pinned memory, as a DataLoader's thread for that asks."""
+        """Open the batch and copy it to pinned memory; called by the DataLoader's pin_memory thread."""
         inputs, targets, *missing = self.open()
         pinned: Any = (inputs.pin_memory(), targets.pin_memory(), *missing)
         self.batch = pinned

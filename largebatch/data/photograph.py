@@ -1,4 +1,4 @@
-"""One photograph, from its file to eight bits of red, green and blue, upright, with nothing of it lost on the way."""
+"""Reading of a photograph as upright 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pillow() -> Any:
     """Import Pillow.
 
     Raises:
-        UserError: with the install command, where it is not installed.
+        UserError: if it is not installed, with the command that installs it.
     """
     try:
         import PIL.Image
@@ -34,24 +34,24 @@ def pillow() -> Any:
 
 
 def read_image(file: Path) -> Image:
-    """Return an image file as RGB, decoded completely, the first picture where it holds several.
+    """Return an image file as RGB, completely decoded; of several images in a file, the first one.
 
-    It stands upright, as its EXIF orientation says. Sixteen bits of grey are brought to eight by their own white;
-    transparent pixels come out on white; CMYK is turned into RGB by Pillow's formula, without a colour profile.
+    The image is rotated by its EXIF orientation. 16-bit grey is scaled to 8 bits such that white remains white, transparent
+    pixels are composited onto white, and CMYK is converted to RGB by Pillow's formula, without a colour profile.
 
     Raises:
-        UserError: naming the file, if it cannot be read, or has values whose white is not known: floats, 32-bit integers.
+        UserError: naming the file, if it cannot be read, or if its white level is unknown (floats, 32-bit integers).
     """
     module = pillow()
     try:
         with module.open(file) as image:
             image.load()
-            with suppress(Exception):  # broken notes do not make a broken photograph
+            with suppress(Exception):  # the photograph may be intact even if its EXIF data are broken
                 import_module("PIL.ImageOps").exif_transpose(image, in_place=True)
             return _as_rgb(image)
     except MemoryError:
         raise
-    # A broken file can raise anything: struct.error, IndexError, SyntaxError (a PNG), whatever its decoder trips over.
+    # The decoder may raise any exception for a broken file: struct.error, IndexError, SyntaxError (a PNG) and others.
     except Exception as error:
         raise UserError(
             f"image '{file}' cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
@@ -74,7 +74,7 @@ def _as_rgb(image: Image) -> Image:
 
 
 def _eight_bits(image: Image) -> Image:
-    """Return 16-bit grey (some TIFFs have fewer bits) in eight, white as white; Pillow would clip all above 255."""
+    """Scale 16-bit grey (in some TIFFs fewer bits) to 8 bits, white to white; Pillow would clip all values above 255."""
     tags = getattr(image, "tag_v2", {})
     white = 2 ** tags.get(BITS, (16,))[0] - 1
     values = np.asarray(image)

@@ -1,9 +1,9 @@
-"""Which samples enter which update: a pure function of the seed, the samples seen and the batch size.
+"""The samples of each update, a pure function of the seed, the samples seen and the batch size.
 
-One random shuffle an epoch is split over ranks (Goyal et al. 2017, remark 4). Sample number k of a run is entry
-k mod N of the permutation of epoch k // N, so an update's batch is known from (seed, samples seen, batch size) alone: the
-number of ranks, the micro-batch size and the loader's workers change who computes a sample, never which ones are used.
-A batch that reaches past the end of an epoch carries on in the next one, so every epoch uses every sample once.
+One random permutation per epoch is split over ranks (Goyal et al. 2017, remark 4). Sample number k of a run is entry k mod N
+of the permutation of epoch k // N, so (seed, samples seen, batch size) determines an update's batch: the number of ranks, the
+micro-batch size and the loader's workers change where a sample is computed, never which samples are used. A batch that extends
+past the end of an epoch continues in the next one, so every epoch uses every sample once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """The samples of one micro-batch: what a data set is asked for.
+    """The keys by which a data set is asked for the samples of one micro-batch.
 
     Args:
-        epochs: epoch each sample is drawn in, int64 (n,); with the index it fixes the sample's augmentation.
-        indices: index into the data set, int64 (n,).
+        epochs: epoch in which each sample is drawn, int64 (n,); together with the index it determines the augmentation.
+        indices: indices into the data set, int64 (n,).
     """
 
     epochs: np.ndarray
@@ -43,13 +43,13 @@ def epoch_permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 
 
 def global_batch(seed: int, num_samples: int, samples_seen: int, batch_size: int) -> SampleKeys:
-    """Return the samples of one update over all ranks, in their order.
+    """Return the keys of the samples of one update over all ranks, in order.
 
     Args:
         seed: seed of the run, >= 0.
-        num_samples: N, samples in the data set.
-        samples_seen: samples used by all earlier updates.
-        batch_size: B, samples of this update.
+        num_samples: N, number of samples in the data set.
+        samples_seen: number of samples used by all earlier updates.
+        batch_size: B, number of samples of this update.
     """
     epoch, offset = divmod(samples_seen, num_samples)
     epochs, indices = [], []
@@ -67,15 +67,15 @@ def global_batch(seed: int, num_samples: int, samples_seen: int, batch_size: int
 def rank_share(batch_size: int, rank: int, world_size: int, group_size: int = 1) -> slice:
     """Return the part of a global batch that one rank computes.
 
-    Ranks take contiguous runs of whole groups, the first ones one group more where the count is uneven, so that the
-    samples of a normalisation group (batch norm over a fixed number of samples) stay together on any number of ranks.
-    A last, smaller group belongs to the last rank that has any.
+    Each rank takes a contiguous range of whole groups, and the first ranks take one more if the groups do not divide evenly. So
+    the samples of a normalisation group (batch norm over a fixed number of samples) stay together on any number of ranks. A
+    last, smaller group belongs to the last rank that has any samples.
 
     Args:
-        batch_size: B, samples of the update over all ranks.
+        batch_size: B, number of samples of the update over all ranks.
         rank: this rank, in [0, world_size).
         world_size: number of ranks.
-        group_size: samples that must stay together.
+        group_size: number of samples that must stay together.
     """
     num_groups = -(-batch_size // group_size)
     base, extra = divmod(num_groups, world_size)
@@ -85,9 +85,9 @@ def rank_share(batch_size: int, rank: int, world_size: int, group_size: int = 1)
 
 
 def micro_batches(share: slice, micro_batch_size: int) -> list[slice]:
-    """Cut a rank's share of a batch into the pieces of one forward and backward pass each.
+    """Split a rank's share of a batch into pieces for one forward and backward pass each.
 
-    A rank without a sample in this update gets one empty piece: it still has to take part in the reduction.
+    A rank without samples in this update gets one empty piece, because it must still take part in the reduction.
     """
     starts = range(share.start, share.stop, micro_batch_size)
     return [slice(start, min(start + micro_batch_size, share.stop)) for start in starts] or [slice(0, 0)]
@@ -101,17 +101,18 @@ def pieces_of_rank(
     group_size: int = 1,
     least_units: int = 1,
 ) -> list[slice]:
-    """Cut a rank's share of a batch into its micro-batches, which are empty only where the share is.
+    """Split a rank's share of a batch into its micro-batches; one is empty only if the share is empty.
 
-    There are as many as are wanted, as even as whole groups allow; more where such pieces would be too large for one pass.
+    The rank gets the wanted number of micro-batches, as even as whole groups allow, and more if they would be too large for one
+    pass.
 
     Args:
-        batch_size: B, samples of the update over all ranks.
+        batch_size: B, number of samples of the update over all ranks.
         rank: this rank, in [0, world_size).
         world_size: number of ranks.
-        micro_batch_size: most samples of one forward pass on one rank; None for no bound.
-        group_size: samples that must stay together.
-        least_units: micro-batches wanted of the update over all ranks, where it has so many groups.
+        micro_batch_size: largest number of samples in one forward pass on one rank; None for no bound.
+        group_size: number of samples that must stay together.
+        least_units: wanted number of micro-batches of the update over all ranks, if it has as many groups.
     """
     share = rank_share(batch_size, rank, world_size, group_size)
     length, wanted = share.stop - share.start, math.ceil(least_units / world_size)
@@ -126,7 +127,7 @@ def pieces_of_rank(
 def largest_micro_batch(
     batch_size: int, world_size: int, micro_batch_size: int | None = None, group_size: int = 1, least_units: int = 1
 ) -> int:
-    """Return the most samples of one forward pass; see `pieces_of_rank`."""
+    """Return the largest number of samples in one forward pass; see `pieces_of_rank`."""
     # No rank has a larger share than the first, whose first piece is its largest.
     piece = pieces_of_rank(batch_size, 0, world_size, micro_batch_size, group_size, least_units)[0]
     return piece.stop - piece.start
@@ -135,16 +136,16 @@ def largest_micro_batch(
 def smallest_micro_batch(
     batch_size: int, world_size: int, micro_batch_size: int | None = None, group_size: int = 1, least_units: int = 1
 ) -> int:
-    """Return the fewest samples, but none, of one forward pass; see `pieces_of_rank`."""
+    """Return the smallest number of samples in one forward pass that is not empty; see `pieces_of_rank`."""
     cut = (micro_batch_size, group_size, least_units)
     pieces = (piece for rank in range(world_size) for piece in pieces_of_rank(batch_size, rank, world_size, *cut))
     return min(piece.stop - piece.start for piece in pieces if piece.stop > piece.start)
 
 
 def evenly_spaced(batch_size: int, count: int, piece: slice) -> list[int]:
-    """Return which samples of a piece of a batch, by number within it, are among `count` of the batch at even distances.
+    """Return the positions, within a piece of a batch, of those of `count` evenly spaced samples of the batch that it contains.
 
-    The order of a batch is random, so they are a random sample, and the same one however the batch is cut.
+    Because the order of a batch is random, these form a random subset, which does not depend on how the batch is split.
     """
     first = -(-(2 * piece.start * count - batch_size) // (2 * batch_size))
     chosen, number = [], max(0, first)
@@ -155,13 +156,13 @@ def evenly_spaced(batch_size: int, count: int, piece: slice) -> list[int]:
     return chosen
 
 
-@lru_cache(maxsize=64)  # asked for at every update, and as long as the job has ranks
+@lru_cache(maxsize=64)  # called at every update, with a loop over all ranks
 def effective_micro_batches(
     batch_size: int, world_size: int, micro_batch_size: int | None, group_size: int = 1, least_units: int = 1
 ) -> float:
-    """Return 1 / sum(w^2) over the micro-batches of an update on all ranks, w their shares of the samples.
+    """Return 1 / sum(w^2) over the micro-batches of an update on all ranks, where w are their shares of the samples.
 
-    It is their number where all are of one size, and what takes its place in the estimate of a variance where not.
+    This is the number of micro-batches if all have the same size, and replaces it in the estimate of a variance otherwise.
     """
     cut = (micro_batch_size, group_size, least_units)
     pieces = (piece for rank in range(world_size) for piece in pieces_of_rank(batch_size, rank, world_size, *cut))
@@ -169,11 +170,11 @@ def effective_micro_batches(
 
 
 class BatchSizes(Protocol):
-    """What the sampler needs to know of a plan."""
+    """The part of a plan that the sampler uses."""
 
     @property
     def most_samples(self) -> float:
-        """Samples that the whole run uses at most; infinite where its end is not known."""
+        """Largest number of samples that the whole run uses; infinite if its end is not known."""
         ...
 
     def batch_size(self, samples_seen: int) -> int:
@@ -183,20 +184,20 @@ class BatchSizes(Protocol):
 
 @dataclass(frozen=True)
 class PlanSampler:
-    """Batch sampler of a stock DataLoader: this rank's micro-batches of a whole run, one update after the other.
+    """Batch sampler for torch's DataLoader: this rank's micro-batches of a whole run, update by update.
 
     Because the batch sizes come from the plan, the loader's workers prefetch across a change of the batch size.
 
     Args:
-        plan: batch size as a function of samples seen, and the samples of the whole run.
-        num_samples: N, samples in the training set.
+        plan: batch size as a function of the samples seen, and the largest number of samples of the run.
+        num_samples: N, number of samples in the training set.
         seed: seed of the run.
         rank: this rank.
         world_size: number of ranks.
-        micro_batch_size: most samples of one forward pass on one rank; None for the rank's whole share.
-        group_size: samples that must stay on one rank and in one micro-batch.
-        samples_seen: where to begin.
-        units: from an update's batch size to the micro-batches wanted of it, over all ranks; None for no wish.
+        micro_batch_size: largest number of samples in one forward pass on one rank; None for no bound.
+        group_size: number of samples that must stay on one rank and in one micro-batch.
+        samples_seen: number of samples seen at the start.
+        units: function from an update's batch size to the wanted number of micro-batches over all ranks; None for one.
     """
 
     plan: BatchSizes
@@ -213,13 +214,13 @@ class PlanSampler:
         return self.micro_batch_size, self.group_size, 1 if self.units is None else self.units(batch_size)
 
     def num_units(self, batch_size: int) -> float:
-        """Return the micro-batches of an update over all ranks, as `effective_micro_batches` counts them."""
+        """Return the effective number of micro-batches of an update over all ranks; see `effective_micro_batches`."""
         return effective_micro_batches(batch_size, self.world_size, *self._options(batch_size))
 
     def pieces(self, batch_size: int) -> Sequence[slice]:
-        """Return this rank's micro-batches of an update, as slices of the global batch; equally many on every rank.
+        """Return this rank's micro-batches of an update as slices of the global batch, the same number on every rank.
 
-        A sharded model's forward and backward passes are collectives, so a rank whose share needs fewer ends with empty ones.
+        A sharded model's forward and backward passes are collectives, so a rank that needs fewer gets empty ones at the end.
         """
         cut = self._options(batch_size)
         mine = pieces_of_rank(batch_size, self.rank, self.world_size, *cut)
@@ -232,6 +233,6 @@ class PlanSampler:
             batch_size = self.plan.batch_size(samples_seen)
             keys = global_batch(self.seed, self.num_samples, samples_seen, batch_size)
             for piece in self.pieces(batch_size):
-                # An idle rank loads one sample, which the trainer gives no weight.
+                # An idle rank loads one sample, which does not count in the loss.
                 yield keys[piece] if piece.stop > piece.start else keys[0:1]
             samples_seen += batch_size

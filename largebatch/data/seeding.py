@@ -1,4 +1,4 @@
-"""The generators that code draws from without naming one: Python's, NumPy's and torch's."""
+"""The global random number generators of Python, NumPy and torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 def seed_generators(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators, those of the accelerators too.
+    """Seed Python's, NumPy's and torch's global generators, including those of accelerators.
 
     Args:
-        seed: 0 to 2**63 - 1; NumPy takes its lower 32 bits.
+        seed: 0 to 2**63 - 1; NumPy's generator is seeded with its lower 32 bits.
     """
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -23,7 +23,7 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Put Python's, NumPy's and torch's (CPU) random states back afterwards."""
+    """Restore Python's, NumPy's and torch's (CPU) random states at the end of the context."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

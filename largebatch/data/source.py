@@ -1,4 +1,4 @@
-"""What a data set is here: two sets of samples, asked for a batch at a time, and the task they pose."""
+"""The interface of a data set: training and validation samples, which are read batch by batch, and their task."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[int, str]]
 
 @runtime_checkable
 class Samples(Protocol):
-    """A set of samples that hands out whole batches.
+    """A set of samples that returns whole batches.
 
-    The stock DataLoader calls ``__getitems__`` with whatever its ``batch_sampler`` yields, so an object of this kind
-    works there with ``collate_fn`` the identity. What comes back depends on the seed and on each sample's own
-    (epoch, index) alone, never on the other samples of the batch.
+    torch's DataLoader calls ``__getitems__`` with each value of its ``batch_sampler``, so it accepts such an object if its
+    ``collate_fn`` is the identity. A sample depends only on the seed and its own (epoch, index), never on the other samples of
+    the batch.
     """
 
     def __len__(self) -> int:
@@ -35,21 +35,21 @@ class Samples(Protocol):
     def __getitems__(self, keys: SampleKeys) -> Batch:
         """Return the batch (inputs (n, ...), targets (n, ...)).
 
-        A set whose samples may turn out to be unreadable has ``may_miss = True``, and returns {row: why} besides where there
-        are such; what stands in such a row is of the samples' shape and counts for nothing.
+        A set with samples that may be unreadable has ``may_miss = True``, and then also returns {row: why} for batches with
+        unreadable samples. The values in such a row have the shape of a sample and are ignored.
         """
         ...
 
 
 def may_miss(samples: Samples) -> bool:
-    """Return whether samples of a set may turn out to be unreadable."""
+    """Return whether a set may have unreadable samples."""
     return bool(getattr(samples, "may_miss", False))
 
 
 def readable(batch: Batch) -> tuple[Tensor, Tensor, dict[int, str]]:
-    """Return a batch without the rows that could not be read, and why they are not there.
+    """Return a batch without its unreadable rows, and the reasons why they are missing.
 
-    Where none is left, the first of them stands in, so that there is something to run a model on.
+    If no row is left, the first row is kept as a placeholder, so that a model can be run.
     """
     inputs, targets = batch[:2]
     missing = _checked(batch[2], len(targets)) if len(batch) == 3 else {}
@@ -60,10 +60,10 @@ def readable(batch: Batch) -> tuple[Tensor, Tensor, dict[int, str]]:
 
 
 def _checked(missing: object, num_rows: int) -> dict[int, str]:
-    """Return what a data set says of rows that cannot be read.
+    """Validate a data set's mapping of unreadable rows, and return it as a dict of ints to strings.
 
     Raises:
-        UserError: if it is not {row: why}.
+        UserError: if it is not of the form {row: why}.
     """
     if not isinstance(missing, Mapping):
         raise UserError(
@@ -82,10 +82,10 @@ class Source:
     """A data set, ready for training.
 
     Args:
-        train: training samples; augmentation, if any, happens in here.
+        train: training samples; they apply any augmentation themselves.
         val: validation samples, never augmented.
-        task: what the samples ask of a model.
-        notes: what the user should know of them, a line each.
+        task: the task that a model learns on the samples.
+        notes: messages to the user about the data, one line each.
     """
 
     train: Samples
@@ -95,27 +95,27 @@ class Source:
 
 
 class DataSection(Section):
-    """What every section of a config that names a data set has."""
+    """Base class of the config sections for data sets."""
 
     def declared(self) -> tuple[int, Task] | None:
-        """Return the number of training samples and the task, where they are known without the data; else None."""
+        """Return the number of training samples and the task, if they are known without the data; otherwise None."""
         return None
 
     def load(self, seed: int) -> Source:
         """Return the data set.
 
         Args:
-            seed: of the run; augmentation depends on it.
+            seed: seed of the run, on which augmentation depends.
 
         Raises:
-            UserError: if it cannot be had.
+            UserError: if it cannot be loaded.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class TensorSamples:
-    """Samples that lie in memory as they go into the model.
+    """Samples in memory, in the form in which the model takes them.
 
     Args:
         inputs: (N, ...).
@@ -129,7 +129,7 @@ class TensorSamples:
         return len(self.targets)
 
     def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
-        """Return (inputs (n, ...), targets (n, ...)): two index_selects, nothing else."""
+        """Return (inputs (n, ...), targets (n, ...)), selected by two calls of index_select."""
         chosen = torch.from_numpy(keys.indices)
         return self.inputs.index_select(0, chosen), self.targets.index_select(0, chosen)
 
@@ -138,7 +138,7 @@ def data_path(path: str) -> Path:
     """Return the path of a config's ``data.path``, with ``~`` expanded.
 
     Raises:
-        UserError: if nothing lies there, or it cannot be looked at.
+        UserError: if the path does not exist or cannot be accessed.
     """
     found = user_path(path, "data.path")
     if not found.exists():
@@ -147,10 +147,10 @@ def data_path(path: str) -> Path:
 
 
 def validation_size(num_samples: int, fraction: float) -> int:
-    """Return how many of ``num_samples`` are validation samples.
+    """Return the number of validation samples among ``num_samples``.
 
     Raises:
-        UserError: if training or validation would be left without a sample.
+        UserError: if training or validation would have no sample.
     """
     num_val = round(num_samples * fraction)
     if not 0 < num_val < num_samples:
@@ -162,10 +162,10 @@ def validation_size(num_samples: int, fraction: float) -> int:
 
 
 def limited(num_samples: int, limit: int | None) -> int:
-    """Return the training samples to use when ``data.num_train`` is ``limit``.
+    """Return the number of training samples to use if ``data.num_train`` is ``limit``.
 
     Raises:
-        UserError: if the data set has fewer.
+        UserError: if the data set has fewer samples.
     """
     if limit is not None and limit > num_samples:
         raise UserError(f"data.num_train: {limit} samples asked for, the training set has {num_samples}")
@@ -173,5 +173,5 @@ def limited(num_samples: int, limit: int | None) -> int:
 
 
 def fixed_order(num_samples: int) -> np.ndarray:
-    """Return one shuffle of a data set, the same in every run whatever its seed, int64 (num_samples,)."""
+    """Return a permutation of a data set that does not depend on the run's seed, int64 (num_samples,)."""
     return np.random.default_rng(0).permutation(num_samples)

@@ -1,4 +1,4 @@
-"""Made-up images of any shape and number, for speed measurements and dry runs."""
+"""Synthetic images of any shape and number, for speed measurements and dry runs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _NUM_OFFSETS = 1 << 22
 
 @dataclass(frozen=True)
 class SyntheticSamples:
-    """A coarse pattern for each class plus noise, put together when asked for: the images exist nowhere.
+    """Images composed of a coarse pattern for each class and noise when they are read; they are not stored.
 
-    Drawing 150,000 normal numbers for one image of ImageNet's size would cost more than decoding a photograph. The
-    noise is a window of one long fixed strip of normal numbers instead, at a place given by the sample's hash.
+    Drawing 150,000 normal numbers for an image of ImageNet's size would take longer than decoding a photograph. Instead, the
+    noise is a window of one long fixed strip of normal numbers, at a position given by the sample's hash.
 
     Args:
-        patterns: what the classes look like, float32 (num_classes, c, p, q) with p and q far below the image's size.
-        noise: the strip, float32 (places + c * h * w - 1,).
+        patterns: pattern of each class, float32 (num_classes, c, p, q) with p and q at most 8.
+        noise: the strip, float32 (number of positions + c * h * w - 1,).
         image_shape: (c, h, w).
-        num_samples: samples in this half of the data set.
-        first: number of the first sample, so that training and validation do not share any.
+        num_samples: number of samples in this half of the data set.
+        first: index of the first sample in the whole data set, so that training and validation have no sample in common.
         seed: seed of the data set.
     """
 
@@ -48,7 +48,7 @@ class SyntheticSamples:
     def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
         """Return (images float32 (n, c, h, w), labels int64 (n,)); sample i is of class i modulo num_classes."""
         channels, height, width = self.image_shape
-        # The epoch stays out of the hash: a sample looks the same in every epoch.
+        # The hash does not include the epoch: a sample is the same in every epoch.
         hashes = sample_hashes(self.seed, np.zeros_like(keys.indices), keys.indices + self.first)
         num_pixels = channels * height * width
         offsets = torch.from_numpy((hashes % np.uint64(len(self.noise) - num_pixels + 1)).astype(np.int64))
@@ -59,7 +59,7 @@ class SyntheticSamples:
 
 
 class SyntheticImages(DataSection):
-    """Images made up from the seed: a pattern for each class plus noise. Takes no memory, whatever their number."""
+    """Images generated from the seed: a pattern for each class plus noise. Memory use does not depend on their number."""
 
     name: Literal["synthetic_images"] = "synthetic_images"
     """The data set."""
@@ -71,13 +71,13 @@ class SyntheticImages(DataSection):
     """Number of classes."""
 
     num_samples: NumSamples = 50_000
-    """Training images; 1281167 is ImageNet's number."""
+    """Number of training images; ImageNet has 1281167."""
 
     num_val: NumSamples = 1_000
-    """Validation images."""
+    """Number of validation images."""
 
     noise: NonNegative = 1.0
-    """Standard deviation of the noise on a pixel; that of the classes' patterns is 1."""
+    """Standard deviation of the noise of a pixel; that of the class patterns is 1."""
 
     def load(self, seed: int) -> Source:
         """Return the images; the seed of the run fixes the patterns and the noise."""

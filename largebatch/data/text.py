@@ -21,10 +21,10 @@ from largebatch.task import Task
 
 
 class MappedFile:
-    """The bytes of a file, mapped into memory: the ranks of a machine share them, and the kernel may drop what is not in use.
+    """The bytes of a file, mapped into memory: the ranks of a node share the pages, and the kernel may drop unused ones.
 
     Args:
-        file: not empty, and not to be shortened while it is mapped.
+        file: the file, which must not be empty, nor be shortened while it is mapped.
     """
 
     def __init__(self, file: Path) -> None:
@@ -32,15 +32,15 @@ class MappedFile:
         with file.open("rb") as opened:
             found = os.fstat(opened.fileno())
             self.identity = (found.st_dev, found.st_ino, found.st_size)
-            # Of pages that are written to there would be a copy, which is what torch asks of memory; nothing writes to them.
+            # torch requires writable memory. Pages would be copied on a write, but nothing writes to them.
             self._mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         self.contents = torch.frombuffer(self._mapped, dtype=torch.uint8)
 
     def __reduce__(self) -> tuple[Callable[..., MappedFile], tuple[Any, ...]]:
-        return _map_again, (self.file, self.identity)  # a worker that is not forked maps it for itself
+        return _map_again, (self.file, self.identity)  # a worker that is not forked maps the file itself
 
     def check(self) -> None:
-        """See that the file is as long as it was: the kernel kills who reads a page that is gone.
+        """Check that the file has not been shortened: the kernel kills a process that reads a page beyond its end.
 
         Raises:
             UserError: if it is shorter.
@@ -63,13 +63,13 @@ def _map_again(file: Path, identity: tuple[int, int, int]) -> MappedFile:
 
 @dataclass(frozen=True)
 class TextSamples:
-    """Windows of a text; the model reads all bytes but the last and predicts all but the first.
+    """Windows of a text: the inputs are all bytes except the last, the targets are all bytes except the first.
 
     Args:
         text: the file.
-        first: number of the first window in it.
+        first: index of the first window in the file.
         num_windows: N.
-        length: context + 1, bytes of a window.
+        length: context + 1, the number of bytes of a window.
     """
 
     text: MappedFile
@@ -82,15 +82,15 @@ class TextSamples:
 
     @property
     def windows(self) -> Tensor:
-        """The windows, uint8 (N, context + 1), where they are mapped."""
+        """The windows, uint8 (N, context + 1), as a view of the mapped file."""
         start, stop = (number * self.length for number in (self.first, self.first + self.num_windows))
         return self.text.contents[start:stop].view(self.num_windows, self.length)
 
     def __getitems__(self, keys: SampleKeys) -> tuple[Tensor, Tensor]:
-        """Return (inputs int64 (n, t), targets int64 (n, t)), the targets one byte ahead.
+        """Return (inputs int64 (n, t), targets int64 (n, t)); the targets are shifted by one byte.
 
         Raises:
-            UserError: if the file was shortened since.
+            UserError: if the file was shortened after it was mapped.
         """
         self.text.check()
         windows = self.windows.index_select(0, torch.from_numpy(keys.indices))
@@ -98,7 +98,7 @@ class TextSamples:
 
 
 class Text(DataSection):
-    """The bytes of a file, cut into windows that do not overlap; the last part of the file is for validation."""
+    """The bytes of a file in windows that do not overlap; the last part of the file is the validation set."""
 
     name: Literal["text"] = "text"
     """The data set."""
@@ -107,13 +107,13 @@ class Text(DataSection):
     """The text file."""
 
     context: Count = 128
-    """Bytes that the model sees at once; a sample is one window of context + 1 bytes."""
+    """Length of an input sequence in bytes; a sample is one window of context + 1 bytes."""
 
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the windows, at the end of the file, kept for validation."""
+    """Fraction of the windows, at the end of the file, that are used for validation."""
 
     def load(self, seed: int) -> Source:
-        """Return the windows, with the 256 bytes as vocabulary.
+        """Return the windows, with the 256 byte values as vocabulary.
 
         Raises:
             UserError: if the file is missing or too short.

@@ -1,4 +1,4 @@
-"""Image sets that fit into memory: digits, MNIST, Fashion-MNIST, CIFAR-10."""
+"""Image data sets that fit into memory: digits, MNIST, Fashion-MNIST, CIFAR-10."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from largebatch.task import Task
 
 
 class Digits(DataSection):
-    """1797 handwritten digits of 8 x 8 pixels that come with scikit-learn: needs no download."""
+    """1797 handwritten digits of 8 x 8 pixels, which are part of scikit-learn and need no download."""
 
     name: Literal["digits"] = "digits"
     """The data set."""
 
     val_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the images kept for validation; the split is the same for every seed."""
+    """Fraction of the images used for validation; the split is the same for every seed."""
 
     def load(self, seed: int) -> Source:
         """Return the images standardised by the mean and standard deviation of all pixels, shape (1, 8, 8)."""
-        from sklearn.datasets import load_digits  # takes a second to import: only for whom it is for
+        from sklearn.datasets import load_digits  # imported here because it takes a second
 
         digits = load_digits()
         pixels = torch.from_numpy(digits.images).to(torch.float32).unsqueeze(1)  # (1797, 1, 8, 8), values 0 to 16
@@ -48,7 +48,7 @@ class Digits(DataSection):
 
 
 class _ImageBytes(DataSection):
-    """What the image sets in memory have in common."""
+    """Base class of the image data sets in memory."""
 
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
@@ -60,10 +60,10 @@ class _ImageBytes(DataSection):
     """Folder with the files of the data set."""
 
     crop_padding: Annotated[int, Field(ge=0, le=2**14)] = 4
-    """Zeros on every side before a random crop, pixels."""
+    """Width of the zero padding on every side before a random crop, pixels."""
 
     num_train: Count | None = None
-    """Use only the first so many training images, for a quick study; null for all."""
+    """Number of training images to use, from the first on, for a quick study; null for all."""
 
     def _declared(self, num_train: int, image_shape: tuple[int, ...]) -> tuple[int, Task]:
         return min(num_train, self.num_train or num_train), Task("classification", image_shape, 10)
@@ -79,17 +79,17 @@ class _ImageBytes(DataSection):
 
 
 class _IdxImages(_ImageBytes):
-    """What MNIST and the sets in its file format have in common."""
+    """Base class of MNIST and the data sets in its file format."""
 
     augment: Augment = "none"
-    """Random changes of the training images: crop pads and crops, crop_flip mirrors half of them besides."""
+    """Augmentation of the training images: crop pads and crops at random, crop_flip also mirrors with probability 1/2."""
 
     def declared(self) -> tuple[int, Task]:
-        """Return the published number of training images, and the task: enough to plan where the files are not."""
+        """Return the published number of training images and the task, which allow planning without the files."""
         return self._declared(60_000, (1, 28, 28))
 
     def load(self, seed: int) -> Source:
-        """Return the training files as training set and the t10k files as validation set.
+        """Return the train files as the training set and the t10k files as the validation set.
 
         Raises:
             UserError: if a file is missing or broken.
@@ -99,7 +99,7 @@ class _IdxImages(_ImageBytes):
 
 
 class Mnist(_IdxImages):
-    """MNIST: 60,000 handwritten digits of 28 x 28 pixels, from its four IDX files, packed by gzip or not."""
+    """MNIST: 60,000 handwritten digits of 28 x 28 pixels, from its four IDX files, with or without gzip compression."""
 
     mean: ClassVar = (0.1307,)
     std: ClassVar = (0.3081,)
@@ -128,14 +128,14 @@ class Cifar10(_ImageBytes):
     """The data set."""
 
     augment: Augment = "crop_flip"
-    """Random changes of the training images: crop pads and crops, crop_flip mirrors half of them besides."""
+    """Augmentation of the training images: crop pads and crops at random, crop_flip also mirrors with probability 1/2."""
 
     def declared(self) -> tuple[int, Task]:
-        """Return the published number of training images, and the task: enough to plan where the files are not."""
+        """Return the published number of training images and the task, which allow planning without the files."""
         return self._declared(50_000, (3, 32, 32))
 
     def load(self, seed: int) -> Source:
-        """Return data_batch_1 to 5 as training set and test_batch as validation set.
+        """Return data_batch_1 to data_batch_5 as the training set and test_batch as the validation set.
 
         Raises:
             UserError: if a file is missing or broken.
@@ -152,14 +152,14 @@ def idx_pair(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
     """Read the images and labels of one half of MNIST.
 
     Args:
-        folder: where the files lie.
+        folder: folder that contains the files.
         prefix: ``train`` or ``t10k``.
 
     Returns:
         Images uint8 (N, 1, 28, 28) and labels int64 (N,) in 0 to 9.
 
     Raises:
-        UserError: naming the file, what was expected and what came.
+        UserError: naming the file, and the expected and the actual contents.
     """
     images_file, images = read_idx(folder, f"{prefix}-images-idx3-ubyte", num_dimensions=3)
     labels_file, labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", num_dimensions=1)
@@ -178,18 +178,18 @@ def idx_pair(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
 
 
 def read_idx(folder: Path, file_name: str, num_dimensions: int) -> tuple[Path, Tensor]:
-    """Read one IDX file of bytes: two zeros, type 8, the number of dimensions, each as big-endian int32, the bytes.
+    """Read one IDX file of bytes: two zero bytes, type 8, number of dimensions, their sizes as big-endian int32, and the data.
 
     Args:
-        folder: where the file lies.
-        file_name: its name, without the ``.gz`` it may carry.
-        num_dimensions: dimensions it must have.
+        folder: folder that contains the file.
+        file_name: its name, without the suffix ``.gz`` of a compressed file.
+        num_dimensions: number of dimensions that it must have.
 
     Returns:
         The file that was read, and its contents, uint8.
 
     Raises:
-        UserError: if it is missing, not an IDX file of that many dimensions, empty, cut short or too long.
+        UserError: if it is missing, not an IDX file with this number of dimensions, empty, truncated or too long.
     """
     candidates = [folder / file_name, folder / f"{file_name}.gz"]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -207,7 +207,7 @@ def read_idx(folder: Path, file_name: str, num_dimensions: int) -> tuple[Path, T
             f"data.path: '{file}' announces {' x '.join(map(str, shape))} values and should have "
             f"{header + math.prod(shape)} bytes, it has {len(contents)}; fetch it again"
         )
-    # A copy, because torch wants memory that it may write to.
+    # A copy, because torch requires writable memory.
     return file, torch.from_numpy(np.frombuffer(contents, np.uint8, offset=header).copy()).view(shape)
 
 

@@ -1,4 +1,4 @@
-"""Batches from the worker processes of a stock DataLoader: fetched, watched, and ended whatever happens."""
+"""Batches from a DataLoader, whose worker processes are monitored, and ended in any case."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from largebatch.process.own_code import folder_kept
 from largebatch.process.signals import handled_by
 from largebatch.section import Depth, Section
 
-MOST_WORKERS = 1024  # of a rank: beyond what a machine has
-# How long a process that was killed may take to go: in a system call on a dead network mount, for ever.
+MOST_WORKERS = 1024  # per rank; more than any machine can run
+# How long to wait for a killed process to end: in a system call on a dead network mount it never ends.
 KILLED_SECONDS = 3.0
 MEMORY_ADVICE = (
     "if the kernel ended it for want of memory, lower loader.num_workers or loader.prefetch, or give the job more"
 )
-PR_SET_PDEATHSIG = 1  # of prctl(2)
-# How often it is looked whether a worker that is waited for still lives.
+PR_SET_PDEATHSIG = 1  # option of prctl(2)
+# Interval at which to check, while waiting for a batch, whether the workers are alive.
 LOOK_SECONDS = 1.0
 
 
@@ -51,12 +51,12 @@ Check = Callable[[Tensor, np.ndarray, Tensor], None]
 
 
 class LoaderConfig(Section):
-    """The data loader."""
+    """Options of the data loader."""
 
     num_workers: Annotated[int, Field(ge=0, le=MOST_WORKERS)] = 0
-    """Worker processes per rank; 0 loads in the training process."""
+    """Number of worker processes per rank; 0 loads in the training process."""
     prefetch: Depth = 2
-    """Micro-batches each worker holds ready."""
+    """Number of micro-batches that each worker loads in advance."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class MicroBatch:
     Args:
         inputs: (n, ...) on the device.
         targets: (n, ...) on the device.
-        num_samples: samples that count; 0 where an idle rank holds a stand-in so that it can take part in the reduction.
-        first: place of the first of them in the update's batch.
-        missing: samples that are not among them: place among the planned ones -> what could not be read and why, empty where
+        num_samples: number of samples that count; 0 for the placeholder with which an idle rank takes part in the reduction.
+        first: position of the first planned sample in the update's batch.
+        missing: planned samples that are left out: position among the planned ones -> what could not be read and why, empty if
             the sample has no target to learn.
     """
 
@@ -80,16 +80,16 @@ class MicroBatch:
 
     @property
     def places(self) -> slice:
-        """Places in the update's batch of the samples that were planned."""
+        """Positions of the planned samples in the update's batch."""
         return slice(self.first, self.first + self.num_samples + len(self.missing))
 
     def rows(self, places: Iterable[int]) -> list[int]:
-        """Return the rows of some of the planned samples, named by place among them; none for those that are missing."""
+        """Return the rows of some planned samples, given by position among the planned ones, without the missing ones."""
         return [place - sum(gap < place for gap in self.missing) for place in places if place not in self.missing]
 
 
 class NoWorkersError(UserError):
-    """Worker processes cannot be started here."""
+    """Raised if worker processes cannot be started."""
 
 
 def _packed(batch: Any) -> Any:
@@ -97,14 +97,14 @@ def _packed(batch: Any) -> Any:
 
 
 def _bind_to_the_rank(dies_with_it: bool, _: int) -> None:
-    """Ignore, in a worker, what asks the run to stop: Slurm, Ctrl-C and a terminal that closes reach all
-    processes, and the update needs its data.
+    """Make a worker ignore signals that ask the run to stop: Slurm, Ctrl-C and a closed terminal signal all
+    processes, but the update still needs its data.
 
-    On Linux a worker dies with its rank: it holds copies of the rank's connections, which the other ranks see closed when it
-    is gone. Elsewhere it looks for its rank every five seconds.
+    On Linux a worker dies with its rank. Otherwise its copies of the rank's connections would stay open, and the other ranks
+    would not see them close. On other systems torch's worker checks every five seconds whether its rank is alive.
 
     Args:
-        dies_with_it: whether it may, as the kernel ends it with the thread that has started it.
+        dies_with_it: whether to end the worker with the thread that started it; only the main thread lives as long as the rank.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -113,20 +113,20 @@ def _bind_to_the_rank(dies_with_it: bool, _: int) -> None:
 
 
 class Batches:
-    """The batches of a stock DataLoader, whose workers end when it is closed.
+    """The batches of a DataLoader, whose workers end when `close` is called.
 
-    Closing matters after an error: its traceback keeps the DataLoader's iterator alive, workers ignore what asks the run
-    to stop, and the interpreter waits for them at its exit.
+    `close` is needed after an exception: its traceback keeps the DataLoader's iterator alive, workers ignore signals that ask
+    the run to stop, and the interpreter waits for them at exit.
 
     Args:
         samples: a data set.
-        batch_sampler: the keys of every batch.
-        config: workers and prefetch.
-        device: where batches go.
-        dtype: of floating-point inputs and targets.
-        timeout_seconds: how long to wait for a batch of the workers.
-        check: as `Task.check`.
-        known: tells from targets (n, ...) on the CPU which samples have any, bool (n,); the others are left out. None: all do.
+        batch_sampler: yields the keys of each batch.
+        config: number of workers, and prefetching.
+        device: device to which batches are moved.
+        dtype: data type of floating-point inputs and targets.
+        timeout_seconds: how long to wait for a batch from the workers.
+        check: function like `Task.check`.
+        known: returns for targets (n, ...) on the CPU which samples have a target, bool (n,); others are left out. None: all.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Batches:
             }
         self.device, self.dtype, self.timeout_seconds, self._count = device, dtype, timeout_seconds, 0
         loader: DataLoader[Any] = DataLoader(
-            _Guarded(samples, check),  # type: ignore[arg-type]  # a Samples is fetched by __getitems__, with the keys of its batch sampler
+            _Guarded(samples, check),  # type: ignore[arg-type]  # fetched by __getitems__, with the sampler's keys
             batch_sampler=batch_sampler,
             num_workers=config.num_workers,
             collate_fn=_packed,
@@ -163,24 +163,24 @@ class Batches:
             self._batches: Any = _started(loader)
         finally:
             if threading.current_thread() is threading.main_thread():
-                # Torch's own handler raises when a worker dies, wherever the rank is: in a save, in the middle of an update.
+                # Torch's handler raises when a worker dies, at any point of the rank's code: in a save, within an update.
                 signal.signal(signal.SIGCHLD, before)
         self._workers = list(getattr(self._batches, "_workers", ()))
         self._closed, self._hanging = threading.Event(), ""
         self._waits_since: float | None = None
         if self._workers:
             threading.Thread(target=self._watch, daemon=True).start()
-        atexit.register(self.close)  # before multiprocessing's own exit handler, which waits for them
+        atexit.register(self.close)  # runs before multiprocessing's exit handler, which waits for the workers
 
     def next(self, planned: int, first: int = 0) -> MicroBatch:
         """Return the next batch on the device.
 
         Args:
-            planned: its samples; 0 for a stand-in, which counts for nothing.
-            first: place of the first of them in the update's batch.
+            planned: number of planned samples; 0 for a placeholder, which is ignored.
+            first: position of the first planned sample in the update's batch.
 
         Raises:
-            UserError, LostWorkerError: as `read`.
+            UserError, LostWorkerError: see `read`.
         """
         inputs, targets, missing = readable(self.read())
         if missing and not self._may_miss:
@@ -196,11 +196,11 @@ class Batches:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None, non_blocking=True)
 
     def read(self) -> Batch:
-        """Return the next batch as it was read.
+        """Return the next batch as the data set returned it.
 
         Raises:
-            UserError: for a sample that cannot be read.
-            LostWorkerError: if a worker is gone, or gives no batch in time.
+            UserError: if a sample cannot be read.
+            LostWorkerError: if a worker has died, or sends no batch in time.
         """
         self._waits_since = time.monotonic()
         try:
@@ -212,7 +212,7 @@ class Batches:
         return batch
 
     def _next(self) -> Batch | None:
-        """Return the next batch, None where there is none yet."""
+        """Return the next batch; None if it has not arrived yet."""
         assert self._waits_since is not None
         try:
             batch = next(self._batches)
@@ -221,7 +221,7 @@ class Batches:
                 return batch.open()
             return batch
         except UserError as error:
-            # A worker's error arrives with its traceback in the message; the last line is what was raised.
+            # The message of a worker's error includes its traceback; the last line is the exception itself.
             line = str(error).strip().splitlines()[-1]
             raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
         except (RuntimeError, OSError, EOFError) as error:
@@ -229,7 +229,7 @@ class Batches:
             waited = time.monotonic() - self._waits_since
             if (
                 self._workers and not is_early
-            ):  # the connection to one that dies goes before it does, and so does its sentinel
+            ):  # the connection to a dying worker, and its sentinel, close before the process has ended
                 gone = wait([worker.sentinel for worker in self._workers], KILLED_SECONDS)
                 for worker in self._workers:
                     if worker.sentinel in gone:
@@ -257,22 +257,22 @@ class Batches:
             raise
 
     def close(self) -> None:
-        """End the workers, those that hang too."""
+        """End the workers, including those that hang."""
         atexit.unregister(self.close)
         self._closed.set()
         if not self._workers:
             return
-        # Torch's handler, where a loader of the user's own has set it, raises when a worker dies.
+        # Torch's handler, which a DataLoader in user code may have set, raises when a worker dies.
         with handled_by(signal.SIGCHLD, signal.SIG_DFL):
             for worker in self._workers:
                 worker.kill()
             for worker in self._workers:
                 worker.join(KILLED_SECONDS)
-            self._batches._shutdown_workers()  # the garbage collector would close its queues before it writes to them
+            self._batches._shutdown_workers()  # the garbage collector might close its queues before it writes to them
         self._workers = []
 
     def _watch(self) -> None:
-        """Kill the workers when the rank has waited too long: it may be receiving from one that is stopped, without a limit."""
+        """Kill the workers if the rank has waited too long: receiving from a stopped worker has no timeout."""
         while not self._closed.wait(1.0):
             since = self._waits_since
             if since is not None and time.monotonic() - since > self.timeout_seconds + 1.0:
@@ -282,22 +282,22 @@ class Batches:
                 return
 
     def _find_hanging(self) -> str:
-        """Return the ids of the workers that are stopped or wait for a disk, or of the one whose turn it is."""
+        """Return the ids of the workers that are stopped or wait for a disk; otherwise of the one that owes the next batch."""
         found = [str(worker.pid) for worker in self._workers if _state(worker.pid) in ("T", "t", "D")]
         return ", ".join(found) or str(self._workers[self._count % len(self._workers)].pid)
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Return a loader's iterator, which starts its workers.
+    """Create a loader's iterator, which starts its workers.
 
     Raises:
-        NoWorkersError: if they cannot be started; none of them is left.
-        LostWorkerError: if one dies meanwhile; likewise.
+        NoWorkersError: if they cannot be started; those already started are ended.
+        LostWorkerError: if one dies meanwhile; the others are ended.
     """
     others = active_children()
     try:
         if loader.num_workers:
-            Queue()  # an iterator that gets none complains a second time when it is thrown away
+            Queue()  # fail here: an iterator that cannot create a queue raises a second time when it is deleted
         return iter(loader)
     except (OSError, RuntimeError) as error:
         dead = re.match(r"DataLoader worker \(pid (\d+)\) (.+?)[. ]*$", str(error))
@@ -305,13 +305,11 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
             raise
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if isinstance(half_made := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
-                half_made._shutdown = (
-                    True  # or it complains when it is thrown away, as it lacks what it would shut down
-                )
+                half_made._shutdown = True  # otherwise its deletion raises, because it has nothing to shut down
         left = set(active_children()).difference(others)
-        with handled_by(signal.SIGCHLD, signal.SIG_DFL):  # torch's would raise here, in place of what is told below
+        with handled_by(signal.SIGCHLD, signal.SIG_DFL):  # torch's handler would raise here instead of the error below
             for worker in left:
-                worker.kill()  # they ignore what asks them to end
+                worker.kill()  # workers ignore SIGTERM
             for worker in left:
                 worker.join(KILLED_SECONDS)
         if dead is not None:
@@ -331,7 +329,7 @@ def _ending(code: int) -> str:
 def _with_targets(
     inputs: Tensor, targets: Tensor, missing: dict[int, str], planned: int, known: Tensor
 ) -> tuple[Tensor, Tensor, dict[int, str]]:
-    """Leave out the samples that are not known; one stands in where there would be none."""
+    """Leave out the samples without a target; if no sample is left, keep the first one as a placeholder."""
     if bool(known.all()):
         return inputs, targets, missing
     places = [place for place in range(planned) if place not in missing]
@@ -342,13 +340,14 @@ def _with_targets(
 
 @dataclass(frozen=True)
 class _Guarded:
-    """Samples whose code cannot end the process, nor raise what could not leave it, nor return what no model takes.
+    """Samples whose code cannot exit the process, raise an exception that cannot be pickled, or return invalid batches.
 
-    An exit would pass for the end of the run, and in a worker, like an exception that cannot be pickled, for a hang.
+    An exit would look like the end of the run. In a worker, an exit or an exception that cannot be pickled would look like a
+    hang.
 
     Args:
         samples: the data set.
-        check: as `Task.check`.
+        check: function like `Task.check`.
     """
 
     samples: Samples
@@ -374,7 +373,7 @@ class _Guarded:
         try:
             with (
                 nullcontext() if isinstance(self.samples, TensorSamples) else folder_kept()
-            ):  # nobody's code runs in tensors
+            ):  # tensors run no user code
                 return self.samples.__getitems__(keys)
         except SystemExit as error:
             raise UserError(f"data: the data set's own code called sys.exit({error.code!r}) for a sample") from error
@@ -386,12 +385,12 @@ class _Guarded:
             raise
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and get_worker_info() is None:
-                raise  # Ctrl-C in the rank's own process
+                raise  # Ctrl-C in the rank itself
             raise RuntimeError(f"the data set's own code raised {type(error).__name__}: {error}") from error
 
 
 def _state(process_id: int) -> str:
-    """Return the letter in which Linux says what a process does; empty elsewhere."""
+    """Return Linux's one-letter code of a process's state; an empty string elsewhere."""
     try:
         return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""Models: small reference networks, ResNets, a GPT, and anything else by name or import path."""
+"""Models: small reference networks, ResNets, a GPT, and other models by name or import path."""
 
 from typing import TypeAlias, get_args
 

@@ -1,4 +1,4 @@
-"""Models from elsewhere: torchvision's and timm's by name, and functions of the user's own."""
+"""Models from torchvision and timm by name, and from user-defined functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _library(name: str) -> ModuleType:
     """Import torchvision.models or timm.
 
     Raises:
-        UserError: if it is not installed, or does not fit the torch that is.
+        UserError: if it is not installed, or does not match the installed version of torch.
     """
     try:
         if name == "timm":
@@ -61,8 +61,8 @@ def _timm_model(name: str, task: Task, options: dict[str, Any]) -> nn.Module:
 class FactoryModel(Section):
     """A model from torchvision, from timm, or from a function of your own.
 
-    A function of your own is called as ``factory(**options)``, with ``task=`` (a ``largebatch.task.Task``) besides if
-    it has a parameter of that name. torchvision's and timm's models get the data's number of classes.
+    A function of your own is called as ``factory(**options)``, with an additional ``task=`` (a ``largebatch.task.Task``) if it
+    has a parameter of that name. Models of torchvision and timm get the data's number of classes.
     """
 
     name: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
@@ -72,17 +72,19 @@ class FactoryModel(Section):
     """Keyword arguments of the model or function."""
 
     norm_group_size: Count | None = 32
-    """Samples whose statistics the model's batch norms use, whatever the batch size; null leaves them as they are, with
-    statistics over whatever a micro-batch holds."""
+    """Number of samples over which the model's batch norms compute their statistics, independent of the batch size; null
+    leaves the batch norms unchanged, with statistics over each micro-batch."""
 
     fallback: tuple[str, ...] = ()
-    """Modules whose squares are taken by differentiating them sample by sample, exact and slow: those that tracking refuses."""
+    """Modules that tracking does not support, and that are therefore differentiated sample by sample, which is exact but
+    slow."""
 
     def build(self, task: Task) -> nn.Module:
-        """Return the model, its batch norms converted.
+        """Return the model with its batch norms converted.
 
         Raises:
-            UserError: if the library is missing, the model unknown, the options do not fit, or what comes is no model.
+            UserError: if the library is missing, the model is unknown, the options are not accepted, or the result is not a
+                module.
         """
         origin, _, name = self.name.partition(":")
         if origin in ("torchvision", "timm"):

@@ -1,9 +1,9 @@
-"""A decoder-only transformer in the manner of GPT-2.
+"""A decoder-only transformer with the architecture of GPT-2.
 
 References:
-    Radford et al., "Language Models are Unsupervised Multitask Learners", 2019: pre-norm blocks, learned positions,
-    normal initialisation with standard deviation 0.02, and projections into the residual stream scaled by 1/sqrt(2 L),
-    because 2 L of them add up.
+    Radford et al., "Language Models are Unsupervised Multitask Learners", 2019: pre-norm blocks, learned position embeddings,
+    normal initialisation with standard deviation 0.02, and projections into the residual stream initialised with a standard
+    deviation scaled by 1/sqrt(2 L), because 2 L of them are summed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PositionEmbedding(nn.Module):
     """Adds a learned vector for each position.
 
     Args:
-        context: positions.
+        context: number of positions.
         d_model: width.
     """
 
@@ -35,7 +35,7 @@ class PositionEmbedding(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return features (n, t, d) with the first t positions' vectors added.
+        """Return features (n, t, d) with the vectors of the first t positions added.
 
         Raises:
             ValueError: if t exceeds the context.
@@ -51,8 +51,8 @@ class Attention(nn.Module):
 
     Args:
         d_model: width, a multiple of n_head.
-        n_head: heads.
-        dropout: on the attention weights and on what comes out, in [0, 1).
+        n_head: number of heads.
+        dropout: dropout probability of the attention weights and of the output, in [0, 1).
     """
 
     def __init__(self, d_model: int, n_head: int, dropout: float) -> None:
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(d_model, d_model)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (n, t, d) for features (n, t, d); position t sees itself and those before it."""
+        """Return (n, t, d) for features (n, t, d); each position attends to itself and to earlier ones."""
         num, length, width = features.shape
         heads = self.qkv(features).view(num, length, 3, self.n_head, width // self.n_head)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # (n, heads, t, d / heads) each
@@ -73,11 +73,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them, four times as wide inside.
+    """Two linear layers with a GELU between them and a hidden width of 4 * d_model.
 
     Args:
         d_model: width.
-        dropout: on what comes out, in [0, 1).
+        dropout: dropout probability of the output, in [0, 1).
     """
 
     def __init__(self, d_model: int, dropout: float) -> None:
@@ -92,12 +92,12 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on the normalised stream and added back to it.
+    """Attention and feed-forward layers, each applied to the normalised residual stream and added to it.
 
     Args:
         d_model: width, a multiple of n_head.
-        n_head: heads.
-        dropout: in [0, 1).
+        n_head: number of heads.
+        dropout: dropout probability, in [0, 1).
     """
 
     def __init__(self, d_model: int, n_head: int, dropout: float) -> None:
@@ -114,15 +114,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token and position embedding, blocks, a last norm and a linear layer onto the vocabulary.
+    """Token and position embeddings, blocks, a final layer norm and a linear layer to the vocabulary.
 
     Args:
-        vocab_size: tokens.
-        context: most positions.
-        n_layer: blocks, L.
-        n_head: heads of each.
+        vocab_size: number of tokens in the vocabulary.
+        context: largest number of positions.
+        n_layer: L, number of blocks.
+        n_head: number of attention heads in each block.
         d_model: width, a multiple of n_head.
-        dropout: in [0, 1).
+        dropout: dropout probability, in [0, 1).
         tie_weights: whether the last layer shares its weight with the token embedding, as in GPT-2.
     """
 
@@ -167,22 +167,22 @@ class GPT(nn.Module):
 
 
 class GPTConfig(Section):
-    """A decoder-only transformer in the manner of GPT-2; its context is the data's."""
+    """A decoder-only transformer with the architecture of GPT-2; its context length is that of the data."""
 
     name: Literal["gpt"] = "gpt"
     """The model."""
 
     n_layer: Depth = 4
-    """Blocks."""
+    """Number of blocks."""
 
     n_head: Width = 4
-    """Attention heads of each block."""
+    """Number of attention heads in each block."""
 
     d_model: Width = 128
     """Width; a multiple of n_head."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of activations set to 0 in training."""
+    """Dropout probability in training."""
 
     tie_weights: bool = True
     """Whether the last layer shares its weight with the token embedding."""
@@ -195,7 +195,7 @@ class GPTConfig(Section):
         return self
 
     def build(self, task: Task) -> GPT:
-        """Return a freshly initialised model.
+        """Return a newly initialised model.
 
         Raises:
             UserError: if the samples are not sequences of tokens.

@@ -1,9 +1,9 @@
-"""Batch normalisation over a fixed number of samples, whatever the micro-batch and however many the ranks.
+"""Batch normalisation over a fixed number of samples, independent of the micro-batch size and the number of ranks.
 
-Goyal et al. keep the batch that normalises at 32 samples while the batch that updates grows: it is part of the model,
-and a change of it would change the loss. So the statistics are taken over consecutive groups of exactly that many
-samples and are never synchronised between devices. The running statistics are, once an update, because they are weights
-of the model in evaluation, and a saved model must not depend on which rank saved it.
+Goyal et al. keep the number of samples in the batch statistics at 32 while the global batch grows: it is part of the model,
+and changing it would change the loss. Therefore statistics are computed over consecutive groups of exactly this many samples,
+and never synchronised between devices. The running statistics are synchronised once per update, because the model uses them
+in evaluation, and a saved model must not depend on the rank that saved it.
 
 References:
     Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv:1706.02677, section 3, "Batch normalization".
@@ -28,22 +28,23 @@ NormKind = Literal["none", "batch", "group"]
 class _GhostBatchNorm(nn.Module):
     """Affine batch normalisation over groups of samples; see the module's docstring.
 
-    Training normalises each group of ``group_size`` consecutive samples by its own mean and biased variance; a last
-    group of n modulo group_size samples by its own. Evaluation uses the running statistics, as in torch.nn. They do not
-    change in ``forward``, which only adds up what the groups had; :func:`commit_batch_statistics` moves them once an
+    In training each group of ``group_size`` consecutive samples is normalised by its own mean and biased variance; so is a last
+    group of n modulo group_size samples. Evaluation uses the running statistics, as in torch.nn. ``forward`` does not change
+    them; it only accumulates the statistics of the groups, with which :func:`commit_batch_statistics` updates them once per
     update.
 
-    A group with a single value per channel, one sample without extent, has no variance: it comes out as the bias and
-    counts for nothing in the running statistics. torch.nn refuses it; here the last sample of a run may be on its own.
+    A group with a single value per channel (one sample without spatial dimensions) has no variance: its output is the bias, and
+    it does not enter the running statistics. torch.nn raises an error for it, but here the last sample of a run may be alone in
+    its group.
 
-    The pending sums are buffers: DistributedDataParallel needs ``broadcast_buffers=False``, or rank 0's would replace
-    those of the other ranks at every forward.
+    The pending sums are buffers. DistributedDataParallel needs ``broadcast_buffers=False``; otherwise rank 0's sums would
+    replace those of the other ranks in every forward pass.
 
     Args:
-        num_features: channels, the size of dimension 1 of the input.
-        group_size: samples per group, >= 1.
-        eps: added to the variance.
-        momentum: weight of one update in the running statistics, as in torch.nn (not the optimizer's).
+        num_features: number of channels, the size of dimension 1 of the input.
+        group_size: number of samples per group, >= 1.
+        eps: value added to the variance.
+        momentum: weight of one update in the running statistics, as in torch.nn (not the optimizer's momentum).
     """
 
     num_batches_tracked: Tensor
@@ -67,25 +68,25 @@ class _GhostBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
-        # Sums over samples of their group's (mean, unbiased variance), and how many samples: since the last commit.
+        # Sums over the samples since the last commit of their group's (mean, unbiased variance), and the number of samples.
         self.register_buffer("pending", torch.zeros(2, num_features), persistent=False)
         self.register_buffer("pending_samples", torch.tensor(0.0), persistent=False)
 
     def extra_repr(self) -> str:
-        """Return what repr shows between the parentheses."""
+        """Return the arguments that repr shows in parentheses."""
         return f"{self.num_features}, group_size={self.group_size}, eps={self.eps}, momentum={self.momentum}"
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the normalised inputs.
 
         Args:
-            inputs: (n, c, ...), samples first.
+            inputs: (n, c, ...).
 
         Returns:
-            Of the same shape.
+            The normalised inputs, of the same shape.
 
         Raises:
-            ValueError: if the input has another number of dimensions.
+            ValueError: if the number of dimensions of the input is not supported.
         """
         if inputs.dim() not in self._dimensions:
             expected = " or ".join(map(str, self._dimensions))
@@ -94,8 +95,8 @@ class _GhostBatchNorm(nn.Module):
             return F.batch_norm(
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
-        # One call of the library's fused kernel for each group. Folding the groups into the channels makes it a single
-        # call, but on transposed copies: 1.4 times slower contiguous and 4 times channels_last (CPU, 8 groups of 32).
+        # Call the library's fused kernel for each group. Folding the groups into the channels needs only a single call, but
+        # transposed copies: it is 1.4 times slower if contiguous and 4 times if channels_last (CPU, 8 groups of 32).
         groups = inputs.split(self.group_size) if len(inputs) > self.group_size else (inputs,)
         outputs, statistics = zip(*map(self._normalized, groups), strict=True)
         self._add(
@@ -104,11 +105,11 @@ class _GhostBatchNorm(nn.Module):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _normalized(self, group: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return a group normalised by its own statistics, and its mean and unbiased variance (2, c) if it has any."""
+        """Return a group normalised by its own statistics, and its mean and unbiased variance (2, c), or None if undefined."""
         if group.numel() <= self.num_features:
             shape = (-1,) + (1,) * (group.dim() - 2)
             return (group - group) * self.weight.view(shape) + self.bias.view(shape), None
-        # With momentum 1 the kernel leaves the batch's mean and unbiased variance in the buffers: no second pass.
+        # With momentum 1 the kernel writes the batch's mean and unbiased variance to the buffers, without a second pass.
         statistic = torch.zeros_like(self.pending)
         mean, var = statistic.unbind()
         output = F.batch_norm(group, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
@@ -116,16 +117,16 @@ class _GhostBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _add(self, counted: list[tuple[int, Tensor]]) -> None:
-        """Add the groups' statistics to the pending sums: all of them at the end of a forward, or none.
+        """Add the statistics of all groups to the pending sums at once, at the end of a forward pass.
 
-        Activation checkpointing runs a forward a second time and may stop it half-way. Counted all or none, every
-        micro-batch doubles or none does, and the average stays.
+        Activation checkpointing runs a forward pass a second time, and may stop it early. Because a pass adds all groups or
+        none, either every micro-batch is counted twice or none is, and the average is unchanged.
         """
         if not counted:
             return
         last_size, last = counted[-1]
         self.pending.add_(last, alpha=last_size)
-        if len(counted) > 1:  # all but the last are of the full size
+        if len(counted) > 1:  # all groups except the last have the full size
             self.pending.add_(
                 torch.stack([statistic for _, statistic in counted[:-1]]).sum(dim=0), alpha=self.group_size
             )
@@ -133,13 +134,13 @@ class _GhostBatchNorm(nn.Module):
 
 
 class GhostBatchNorm1d(_GhostBatchNorm):
-    """Batch normalisation of (n, c) or (n, c, l) over groups of samples; arguments as for GhostBatchNorm2d."""
+    """Batch normalisation of (n, c) or (n, c, l) over groups of samples, with the arguments of GhostBatchNorm2d."""
 
     _dimensions = (2, 3)
 
 
 class GhostBatchNorm3d(_GhostBatchNorm):
-    """Batch normalisation of (n, c, d, h, w) over groups of samples; arguments as for GhostBatchNorm2d."""
+    """Batch normalisation of (n, c, d, h, w) over groups of samples, with the arguments of GhostBatchNorm2d."""
 
     _dimensions = (5,)
 
@@ -147,13 +148,13 @@ class GhostBatchNorm3d(_GhostBatchNorm):
 class GhostBatchNorm2d(_GhostBatchNorm):
     """Batch normalisation of (n, c, h, w) over groups of samples.
 
-    Drop-in for nn.BatchNorm2d, with the same names in the state dict, if :func:`commit_batch_statistics` is called once
-    an update.
+    A drop-in replacement for nn.BatchNorm2d, with the same names in the state dict, if :func:`commit_batch_statistics` is
+    called once per update.
 
     Args:
         num_features: c.
-        group_size: samples per group, >= 1.
-        eps: added to the variance.
+        group_size: number of samples per group, >= 1.
+        eps: value added to the variance.
         momentum: weight of one update in the running statistics.
     """
 
@@ -161,26 +162,26 @@ class GhostBatchNorm2d(_GhostBatchNorm):
 
 
 def batch_norms(model: nn.Module) -> list[_GhostBatchNorm]:
-    """Return the grouped batch norms of a model, in its own order."""
+    """Return the grouped batch norms of a model, in the order of ``model.modules()``."""
     return [module for module in model.modules() if isinstance(module, _GhostBatchNorm)]
 
 
 def norm_group_size(model: nn.Module) -> int:
-    """Return how many samples have to stay in one micro-batch: the least common multiple of the group sizes, or 1."""
+    """Return the number of samples that must stay in one micro-batch: the least common multiple of the group sizes, or 1."""
     return math.lcm(*(module.group_size for module in batch_norms(model)))
 
 
 @torch.no_grad()
 def commit_batch_statistics(modules: list[_GhostBatchNorm], all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-    """Move the running statistics by one update, and start the sums of the next one.
+    """Update the running statistics, and reset the pending sums.
 
         running <- (1 - momentum) * running + momentum * (sum over samples of their group's statistic) / samples
 
-    The sums go over all ranks and micro-batches, so the result does not depend on how many there were. All modules
-    travel in one flat float64 tensor. Every rank must call this once an update, in step with the others.
+    The sums are over all ranks and micro-batches, so the result does not depend on their number. The sums of all modules are
+    reduced in one flat float64 tensor. This is a collective, which every rank must call once per update.
 
     Args:
-        modules: what :func:`batch_norms` returned; nothing happens if there are none.
+        modules: the modules that :func:`batch_norms` returned; an empty list has no effect.
         all_reduce_sum: returns a flat float64 tensor's sum over ranks, in place or not; the identity on one rank.
     """
     if not modules:
@@ -190,7 +191,7 @@ def commit_batch_statistics(modules: list[_GhostBatchNorm], all_reduce_sum: Call
     )
     flat = all_reduce_sum(flat)
     for module, sums in zip(modules, flat.split([2 * module.num_features + 1 for module in modules]), strict=True):
-        # Where no group had a variance, 0/0: keep the old statistics. A mask, because asking the GPU would wait for it.
+        # Keep the old statistics if no group had a variance (0/0). A mask avoids a synchronisation with the GPU.
         averages = sums[:-1].view(2, -1) / sums[-1]
         for running, average in zip((module.running_mean, module.running_var), averages, strict=True):
             moved = torch.lerp(running.double(), average, module.momentum)
@@ -201,7 +202,7 @@ def commit_batch_statistics(modules: list[_GhostBatchNorm], all_reduce_sum: Call
 
 
 def discard_batch_statistics(modules: list[_GhostBatchNorm]) -> None:
-    """Forget the sums since the last commit: of an update that was not taken."""
+    """Reset the sums since the last commit, after an update that was not applied."""
     for module in modules:
         module.pending.zero_()
         module.pending_samples.zero_()
@@ -210,19 +211,19 @@ def discard_batch_statistics(modules: list[_GhostBatchNorm]) -> None:
 def convert_batch_norm(model: nn.Module, group_size: int) -> nn.Module:
     """Replace every nn.BatchNorm1d, 2d and 3d of a model, in place, keeping parameters and buffers.
 
-    In a training loop of your own, call :func:`commit_batch_statistics` once an update, or the running statistics stay as
-    they were.
+    In a training loop of your own, call :func:`commit_batch_statistics` once per update; otherwise the running statistics do
+    not change.
 
     Args:
-        model: converted in place, unless it is a batch norm itself.
-        group_size: samples per group, >= 1.
+        model: the model, which is converted in place, unless it is itself a batch norm.
+        group_size: number of samples per group, >= 1.
 
     Returns:
-        The model.
+        The model; if ``model`` is itself a batch norm, its replacement.
 
     Raises:
-        UserError: if a batch norm is of a kind that cannot be converted: a subclass with a forward of its own, without affine
-            parameters or running statistics.
+        UserError: if a batch norm cannot be converted: a subclass (such as SyncBatchNorm), or one without affine parameters,
+            running statistics or momentum.
     """
     converted: dict[nn.Module, nn.Module] = {}
 
@@ -233,7 +234,7 @@ def convert_batch_norm(model: nn.Module, group_size: int) -> nn.Module:
                 if replacement is not child:
                     setattr(module, child_name, replacement)
             return module
-        if module not in converted:  # a module may occur in two places, and must remain one
+        if module not in converted:  # a module that occurs in two places must remain a single module
             converted[module] = _converted(module, group_size, name)
         return converted[module]
 
@@ -265,10 +266,10 @@ def make_norm(kind: NormKind, channels: int, group_size: int) -> nn.Module:
     """Return a normalisation layer for images (n, c, h, w).
 
     Args:
-        kind: ``batch`` over groups of samples, ``group`` over groups of 16 channels of each sample (Wu & He 2018,
-            arXiv:1803.08494, table 3), ``none``.
+        kind: ``batch``, over groups of samples; ``group``, over groups of gcd(c, 16) channels of each sample (Wu & He 2018,
+            arXiv:1803.08494, table 3: 16 channels); or ``none``.
         channels: c.
-        group_size: samples of a batch norm's group.
+        group_size: number of samples per group of a batch norm.
     """
     if kind == "batch":
         return GhostBatchNorm2d(channels, group_size)

@@ -1,7 +1,8 @@
-"""ResNet-18 and ResNet-50 with the names of torchvision's state dicts and the initialisation of Goyal et al.
+"""ResNet-18 and ResNet-50 with the parameter names of torchvision and the initialisation of Goyal et al.
 
-Convolutions: normal with variance 2/fan_out (He et al. 2015). Norms: gamma 1, but 0 for the last one of every residual
-block, so that each block begins as the identity. Last layer: weights normal with standard deviation 0.01, bias 0.
+Convolution weights are normal with variance 2/fan_out (He et al. 2015). Normalisation layers have gamma 1, except the last one
+of every residual block, which has gamma 0, so that the residual branch is initially 0. The last linear layer has normal
+weights with standard deviation 0.01 and bias 0.
 
 References:
     He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385.
@@ -25,7 +26,7 @@ Stem = Literal["cifar", "imagenet"]
 
 
 def conv3x3(fan_in: int, fan_out: int, stride: int = 1) -> nn.Conv2d:
-    """Return a 3 x 3 convolution that keeps the image's size up to the stride, without bias."""
+    """Return a 3 x 3 convolution without bias, padded so that only the stride changes the image's size."""
     return nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1, bias=False)
 
 
@@ -35,14 +36,14 @@ def conv1x1(fan_in: int, fan_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut.
+    """Two 3 x 3 convolutions with a shortcut connection.
 
     Args:
-        fan_in: channels that come in.
-        width: channels of both convolutions.
-        stride: of the first convolution.
+        fan_in: number of input channels.
+        width: number of output channels of both convolutions.
+        stride: stride of the first convolution.
         norm: kind of normalisation.
-        norm_group_size: samples of a batch norm's group.
+        norm_group_size: number of samples per group of a batch norm.
     """
 
     expansion = 1
@@ -68,14 +69,14 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut, the stride in the 3 x 3 one (as Goyal and torchvision).
+    """1 x 1, 3 x 3 and 1 x 1 convolutions with a shortcut; the 3 x 3 one is strided, as in Goyal et al. and torchvision.
 
     Args:
-        fan_in: channels that come in.
-        width: channels of the first two convolutions; four times as many go out.
-        stride: of the 3 x 3 convolution.
+        fan_in: number of input channels.
+        width: number of output channels of the first two convolutions; the block has four times as many.
+        stride: stride of the 3 x 3 convolution.
         norm: kind of normalisation.
-        norm_group_size: samples of a batch norm's group.
+        norm_group_size: number of samples per group of a batch norm.
     """
 
     expansion = 4
@@ -105,24 +106,24 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(fan_in: int, fan_out: int, stride: int, norm: ResNetNorm, norm_group_size: int) -> nn.Module | None:
-    """Return the projection beside a block that changes the shape, or None where the identity will do."""
+    """Return the projection shortcut of a block that changes the shape; None for an identity shortcut."""
     if stride == 1 and fan_in == fan_out:
         return None
     return nn.Sequential(conv1x1(fan_in, fan_out, stride), make_norm(norm, fan_out, norm_group_size))
 
 
 class ResNet(nn.Module):
-    """A residual network of four stages, 64 to 512 channels wide.
+    """A residual network of four stages, whose blocks have widths of 64, 128, 256 and 512 channels.
 
     Args:
-        block: kind of residual block.
-        depths: blocks of each stage.
-        num_outputs: numbers that come out.
-        in_channels: channels of the images.
-        stem: ``imagenet``, a 7 x 7 convolution and a max pool that make the image four times smaller, or ``cifar``, one
-            3 x 3 convolution.
+        block: type of residual block.
+        depths: number of blocks in each stage.
+        num_outputs: number of outputs.
+        in_channels: number of channels of the images.
+        stem: ``imagenet``, a 7 x 7 convolution and a max pooling layer that reduce height and width by a factor of 4, or
+            ``cifar``, one 3 x 3 convolution.
         norm: kind of normalisation.
-        norm_group_size: samples whose statistics ``norm="batch"`` uses.
+        norm_group_size: number of samples per group if ``norm`` is ``batch``.
     """
 
     def __init__(
@@ -176,42 +177,42 @@ class ResNet(nn.Module):
 
 
 def resnet18(num_outputs: int, in_channels: int = 3, stem: Stem = "cifar", **norm: int | str) -> ResNet:
-    """Return a ResNet-18, for small images unless told otherwise; ``norm`` and ``norm_group_size`` as for ResNet."""
+    """Return a ResNet-18, by default for small images; ``norm`` and ``norm_group_size`` are those of ResNet."""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_outputs, in_channels, stem, **norm)  # type: ignore[arg-type]
 
 
 def resnet50(num_outputs: int, in_channels: int = 3, stem: Stem = "imagenet", **norm: int | str) -> ResNet:
-    """Return a ResNet-50, for large images unless told otherwise; ``norm`` and ``norm_group_size`` as for ResNet."""
+    """Return a ResNet-50, by default for large images; ``norm`` and ``norm_group_size`` are those of ResNet."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_outputs, in_channels, stem, **norm)  # type: ignore[arg-type]
 
 
 class _ResNetConfig(Section):
-    """What the two residual networks have in common."""
+    """Base class of the config sections of the two residual networks."""
 
     name: str
     """The model."""
 
     stem: Stem
-    """First layers: cifar keeps the image's size, imagenet makes it four times smaller."""
+    """First layers: cifar keeps the image's size, imagenet reduces height and width by a factor of 4."""
 
     norm: ResNetNorm = "batch"
     """Normalisation: batch over norm_group_size samples, or group over 16 channels of each sample."""
 
     norm_group_size: Count = 32
-    """Samples whose statistics batch normalisation uses, whatever the batch size."""
+    """Number of samples over which batch normalisation computes its statistics, independent of the batch size."""
 
 
 class ResNet18Config(_ResNetConfig):
-    """ResNet-18 for images of 32 x 32 pixels: first layer 3 x 3 without stride, no max pool."""
+    """ResNet-18 for images of 32 x 32 pixels: the first layer is a 3 x 3 convolution with stride 1, without max pooling."""
 
     name: Literal["resnet18"] = "resnet18"
     """The model."""
 
     stem: Stem = "cifar"
-    """First layers: cifar keeps the image's size, imagenet makes it four times smaller."""
+    """First layers: cifar keeps the image's size, imagenet reduces height and width by a factor of 4."""
 
     def build(self, task: Task) -> ResNet:
-        """Return a freshly initialised model.
+        """Return a newly initialised model.
 
         Raises:
             UserError: if the samples are not images.
@@ -221,16 +222,16 @@ class ResNet18Config(_ResNetConfig):
 
 
 class ResNet50Config(_ResNetConfig):
-    """ResNet-50 for images of 224 x 224 pixels, as Goyal et al. trained it."""
+    """ResNet-50 for images of 224 x 224 pixels, as trained by Goyal et al."""
 
     name: Literal["resnet50"] = "resnet50"
     """The model."""
 
     stem: Stem = "imagenet"
-    """First layers: cifar keeps the image's size, imagenet makes it four times smaller."""
+    """First layers: cifar keeps the image's size, imagenet reduces height and width by a factor of 4."""
 
     def build(self, task: Task) -> ResNet:
-        """Return a freshly initialised model.
+        """Return a newly initialised model.
 
         Raises:
             UserError: if the samples are not images.

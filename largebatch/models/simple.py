@@ -21,13 +21,13 @@ _ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.G
 
 
 class MLP(nn.Sequential):
-    """Linear layers with an activation between them, on flattened inputs; torch's own initialisation.
+    """Linear layers with activations between them, applied to flattened inputs, with torch's default initialisation.
 
     Args:
-        num_inputs: numbers in one input, whatever its shape.
-        hidden: widths of the hidden layers; none make it a linear model.
-        num_outputs: numbers that come out.
-        activation: between the layers.
+        num_inputs: number of elements of one input, of any shape.
+        hidden: widths of the hidden layers; an empty list makes a linear model.
+        num_outputs: number of outputs.
+        activation: activation function between the layers.
     """
 
     def __init__(self, num_inputs: int, hidden: list[int], num_outputs: int, activation: Activation = "relu") -> None:
@@ -38,14 +38,14 @@ class MLP(nn.Sequential):
 
 
 class CNN(nn.Module):
-    """3 x 3 convolutions that each halve the image, and a linear layer on what is left; torch's own initialisation.
+    """3 x 3 convolutions that each halve height and width, and a linear layer, with torch's default initialisation.
 
     Args:
         image_shape: (c, h, w).
-        channels: of each convolution.
-        num_outputs: numbers that come out.
-        norm: after each convolution.
-        norm_group_size: samples whose statistics ``norm="batch"`` uses.
+        channels: number of output channels of each convolution.
+        num_outputs: number of outputs.
+        norm: kind of normalisation after each convolution.
+        norm_group_size: number of samples per group if ``norm`` is ``batch``.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CNN(nn.Module):
         self.convs = nn.ModuleList()
         self.norms = nn.ModuleList()
         for fan_out in channels:
-            # A normalisation brings a bias of its own.
+            # A normalisation layer has its own bias.
             self.convs.append(nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1, bias=norm == "none"))
             self.norms.append(make_norm(norm, fan_out, norm_group_size))
             fan_in, height, width = fan_out, math.ceil(height / 2), math.ceil(width / 2)
@@ -100,13 +100,13 @@ class MLPConfig(Section):
     """Widths of the hidden layers; an empty list makes a linear model."""
 
     activation: Activation = "relu"
-    """Function between the layers."""
+    """Activation function between the layers."""
 
     def build(self, task: Task) -> MLP:
-        """Return a freshly initialised model.
+        """Return a newly initialised model.
 
         Raises:
-            UserError: for sequences of tokens.
+            UserError: if the samples are sequences of tokens.
         """
         if task.kind == "language_modeling":
             raise UserError("model.name: mlp does not take sequences of tokens; gpt does")
@@ -120,16 +120,16 @@ class CNNConfig(Section):
     """The model."""
 
     channels: list[Width] = Field(default=[32, 64, 64], min_length=1)
-    """Channels of each 3 x 3 convolution; each halves the image."""
+    """Number of output channels of each 3 x 3 convolution; each convolution halves height and width."""
 
     norm: NormKind = "none"
     """Normalisation after each convolution."""
 
     norm_group_size: Count = 32
-    """Samples whose statistics batch normalisation uses, whatever the batch size."""
+    """Number of samples over which batch normalisation computes its statistics, independent of the batch size."""
 
     def build(self, task: Task) -> CNN:
-        """Return a freshly initialised model.
+        """Return a newly initialised model.
 
         Raises:
             UserError: if the samples are not images.

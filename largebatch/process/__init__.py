@@ -1,1 +1,1 @@
-"""What surrounds a process: its launcher, its signals, its output, its temporary files."""
+"""The environment of a process: its launcher, signals, output and temporary files."""

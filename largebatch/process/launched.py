@@ -1,4 +1,4 @@
-"""Which process of a run this one is, as its launcher's environment says; a shell may still hold another job's."""
+"""Rank of this process, from its launcher's environment variables; a shell may still have those of another job."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 from largebatch.errors import UserError
 
-# Where launch/torchrun.sh wants to find how its processes ended: torchrun makes 1 of every code.
+# Variable with the file from which launch/torchrun.sh reads the exit codes of its processes: torchrun replaces all by 1.
 EXIT_CODES = "LARGEBATCH_EXIT_CODES"
-# Codes of what another start would meet again: the user's mistake, a divergence.
+# Exit codes of failures that a restart would repeat: a user's mistake, a divergence.
 FINAL_CODES = (2, 3)
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Place of this process among the processes of its run.
+    """Rank of this process in its run.
 
     Args:
-        rank: its number, from 0.
-        local_rank: its number on its node.
-        world_size: processes of the run.
+        rank: its rank, from 0.
+        local_rank: its rank on its node.
+        world_size: number of processes of the run.
     """
 
     rank: int = 0
@@ -31,13 +31,13 @@ class Place:
 
 
 def launched_place(needs_address: bool = True) -> Place:
-    """Read the place that torchrun sets. Without WORLD_SIZE there is one process, whatever else is set.
+    """Read rank and world size from torchrun's environment variables; without WORLD_SIZE, return those of a single process.
 
     Args:
-        needs_address: whether several processes have yet to meet, at MASTER_ADDR and MASTER_PORT.
+        needs_address: whether several processes still have to connect to each other, at MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: if the variables name no place in a run, or fewer nodes have come together than were asked for.
+        UserError: if the variables are not valid, or if fewer nodes have joined than were requested.
     """
     given = {name: os.environ.get(name, "").strip() for name in NAMES}
     if not given["WORLD_SIZE"]:
@@ -62,12 +62,12 @@ def launched_place(needs_address: bool = True) -> Place:
 
 
 def _check_nodes() -> None:
-    """See that as many nodes have come together as torchrun was told of, where its environment says how many.
+    """Check that as many nodes have joined as torchrun was started for, if its environment variables give the number.
 
-    Torchrun takes a node whose clock is behind for dead and goes on without it, however many it was to wait for.
+    torchrun regards a node whose clock is slow as dead, and continues without it, whatever the requested number of nodes.
 
     Raises:
-        UserError: if there are fewer.
+        UserError: if fewer nodes have joined.
     """
     asked, came = (os.environ.get(name, "") for name in ("PET_NNODES", "GROUP_WORLD_SIZE"))
     fewest = asked.partition(":")[0]
@@ -79,18 +79,18 @@ def _check_nodes() -> None:
 
 
 def tell_begun() -> None:
-    """Let launch/torchrun.sh know that this process has begun, so that the nodes have come together."""
+    """Tell launch/torchrun.sh that this process has started, and therefore that the nodes have joined."""
     _tell("begun")
 
 
 def hand_over(code: int, is_final: bool = False) -> int:
-    """Tell launch/torchrun.sh with which exit code this process ends; return the one that torchrun is to see.
+    """Tell launch/torchrun.sh the exit code of this process, and return the exit code for torchrun.
 
-    Torchrun starts again whatever ends with another code than 0.
+    torchrun restarts the processes if one exits with another code than 0.
 
     Args:
         code: the exit code.
-        is_final: whether the run shall not be started again by torchrun; so it is for `FINAL_CODES`.
+        is_final: whether torchrun must not restart the run; it never does for `FINAL_CODES`.
     """
     return 0 if _tell(str(code)) and (is_final or code in FINAL_CODES) else code
 
@@ -108,5 +108,5 @@ def _tell(word: str) -> bool:
 
 
 def is_under_torchrun() -> bool:
-    """Return whether torchrun started this process: one variable alone may be left of another job."""
+    """Return whether torchrun started this process; two variables are checked, as one may be left from another job."""
     return all(os.environ.get(name) for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"))

@@ -1,4 +1,4 @@
-"""Limits of the operating system on a process, and what to do about them."""
+"""Limits of the operating system on a process, and advice for users."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ OPEN_FILES_ADVICE = "raise the limit of open files (ulimit -n)"
 
 
 def is_out_of_files(error: BaseException) -> bool:
-    """Return whether a process, or the machine, has as many open files as it may."""
+    """Return whether the process or the machine has reached its limit of open files."""
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)

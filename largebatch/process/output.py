@@ -1,4 +1,4 @@
-"""Standard output and standard error that a run outlives: whoever reads them may go away, be full, or fall asleep."""
+"""Standard output and standard error that cannot end a run if their reader disappears, runs out of space or stops reading."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import select
 import sys
 from typing import Any, TextIO
 
-# A reader that takes nothing for so long (a stopped pager, a terminal under Ctrl-S) is no longer waited for.
+# How long to wait for a reader that reads nothing (a stopped pager, a terminal after Ctrl-S).
 PATIENCE_SECONDS = 30.0
 LEFT_OUT = b"\n[output was left out here: nobody was reading]\n"
-# What an encoding may lack, in its letters; names of files appear with the bytes that they have.
+# Replacements for characters that an encoding may lack; bytes of file names that are not text are escaped.
 PLAIN = {"→": "->", "–": "-", "±": "+-", "·": "-", "∞": "inf", "…": "..."}
 
 
@@ -24,7 +24,7 @@ def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
 
 
 def _escaped(letter: str) -> str:
-    if "\udc80" <= letter <= "\udcff":  # a byte of a file name that is no text
+    if "\udc80" <= letter <= "\udcff":  # a byte of a file name that is not text
         return f"\\x{ord(letter) - 0xDC00:02x}"
     return letter.encode("ascii", "backslashreplace").decode()
 
@@ -33,9 +33,9 @@ codecs.register_error("largebatch.plain", _in_plain_letters)
 
 
 class Outlived(io.RawIOBase):
-    """A file descriptor of which a failure to write is noted, never raised.
+    """A file descriptor whose write errors are recorded, never raised.
 
-    It is tried again at every write: a disk that was full may have room later.
+    Each write tries again after a failure, because a disk that was full may have space later.
 
     Args:
         descriptor: an open file descriptor; it stays open.
@@ -52,15 +52,15 @@ class Outlived(io.RawIOBase):
         return self.descriptor
 
     def isatty(self) -> bool:
-        """Return whether it is a terminal that is still there."""
+        """Return whether the descriptor is a terminal that still exists."""
         return os.isatty(self.descriptor)
 
     def writable(self) -> bool:
-        """Return that it is."""
+        """Return True."""
         return True
 
     def write(self, data: Any) -> int:
-        """Write bytes, or leave them out where that fails; return how many there were."""
+        """Write bytes, or drop them if this fails; return their number in both cases."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
@@ -72,12 +72,12 @@ class Outlived(io.RawIOBase):
 
     def _put(self, data: Any) -> int:
         try:
-            return os.write(self.descriptor, data[: select.PIPE_BUF])  # so much goes in without waiting
+            return os.write(self.descriptor, data[: select.PIPE_BUF])  # a pipe takes this much without blocking
         except BlockingIOError:
-            return 0  # somebody else has filled it meanwhile
+            return 0  # another process has filled it meanwhile
 
     def _has_room(self) -> bool:
-        """Wait for room, and return whether there is any; a reader that slept is told at waking up what it has missed."""
+        """Wait until the descriptor is writable, and return whether it is; after a gap, first write that output is missing."""
         if not select.select([], [self.descriptor], [], 0.0 if self.is_asleep else PATIENCE_SECONDS)[1]:
             self.is_asleep = True
             return False
@@ -88,32 +88,32 @@ class Outlived(io.RawIOBase):
 
 
 class Stream(io.TextIOWrapper):
-    """A text stream over `Outlived` that nobody closes: it is asked to by code that does not own it."""
+    """A text stream over `Outlived` that cannot be closed, because code that does not own it may try to."""
 
     def close(self) -> None:
-        """Hand on what is waiting."""
+        """Flush the stream, without closing it."""
         self.flush()
 
 
 def outlive_output() -> None:
-    """Let nothing that happens to standard output and standard error end this process, or change its exit code.
+    """Prevent errors of standard output and standard error from ending this process or changing its exit code.
 
-    A descriptor that is closed is opened on the null device, so that no file of the run gets its number, and with it what
-    libraries print. Streams that somebody else has put there stay.
+    A closed standard descriptor is opened on the null device; otherwise a file of the run could get its number, and the output
+    of libraries would be written into that file. Streams that have been replaced by other code are kept.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             null = os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(null, True)  # the lowest free number: this very descriptor
+            os.set_inheritable(null, True)  # open() returned the lowest free number, which is this descriptor
     sys.stdout = _outlived(sys.stdout, sys.__stdout__)
     sys.stderr = _outlived(sys.stderr, sys.__stderr__)
 
 
 def _outlived(stream: TextIO | None, original: TextIO | None) -> TextIO:
     if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")  # for the life of the process
+        return open(os.devnull, "w", encoding="utf-8")  # stays open until the process ends
     if stream is not original:
         return stream
     return _stream(stream.fileno(), stream.encoding)
@@ -125,12 +125,12 @@ def _stream(descriptor: int, encoding: str) -> Stream:
 
 
 def to_be_spoilt(stream: TextIO | None) -> TextIO | None:
-    """Return a stream for code that may close it, detach it or wrap its buffer, like one of `outlive_output`; others as are."""
+    """Return a separate stream for code that may close or detach it, in place of one of `outlive_output`; others unchanged."""
     return _stream(stream.fileno(), stream.encoding) if isinstance(stream, Stream) else stream
 
 
 def output_failure() -> str | None:
-    """Return why standard output could not be written; None where it was, or where its reader had seen enough."""
+    """Return why standard output could not be written; None without an error, or if its reader closed it."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     failure = raw.failure if isinstance(raw, Outlived) else None
     return None if failure is None or failure.errno in (errno.EPIPE, errno.EIO) else failure.strerror

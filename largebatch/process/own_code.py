@@ -1,4 +1,4 @@
-"""Code of the user's that runs in the run's own process: what it may leave behind there."""
+"""Protection of the run's process against side effects of user code that runs in it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from largebatch.process.output import to_be_spoilt
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Put back what a run needs as it was: standard output and error, the working directory, torch's default device.
+    """Restore standard output and error, the working directory and torch's default device at the end of the context.
 
-    Code that closes or replaces the first would end the run or silence it; a run folder is relative to the second; and
-    the run's own tensors are made on the third.
+    Code that closes or replaces the standard streams would end or silence the run. The run folder may be relative to the
+    working directory, and the run's own tensors are created on the default device.
     """
     streams, device = (sys.stdout, sys.stderr), _default_device()
     descriptors = {number: os.dup(number) for number in (1, 2) if _is_open(number)}
@@ -36,12 +36,12 @@ def process_kept() -> Iterator[None]:
 
 @contextmanager
 def folder_kept() -> Iterator[None]:
-    """Come back to the working directory, to which a run folder may be relative."""
+    """Restore the working directory, to which a run folder may be relative, at the end of the context."""
     folder = os.open(".", os.O_RDONLY)
     try:
         yield
     finally:
-        with suppress(OSError):  # it is gone
+        with suppress(OSError):  # the directory has been removed
             os.fchdir(folder)
         os.close(folder)
 
@@ -55,6 +55,6 @@ def _is_open(descriptor: int) -> bool:
 
 
 def _default_device() -> torch.device | None:
-    """Return what torch.set_default_device has set, whatever device a context chooses; None for nothing."""
+    """Return the device set by torch.set_default_device, regardless of device contexts; None if none is set."""
     context = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
     return None if context is None else context.device

@@ -1,4 +1,4 @@
-"""A signal's handler for a while."""
+"""Temporary signal handlers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def handled_by(number: signal.Signals, handler: signal.Handlers) -> Iterator[None]:
-    """Leave a signal to another handler within; as it is in threads other than the main one, which cannot set any."""
+    """Set a signal's handler within the context; do nothing in threads other than the main one, which cannot set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What libraries take for granted and a container may lack: a place for temporary files, a name of the user."""
+"""Settings that libraries require and a container may lack: a folder for temporary files, a user name, a home directory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def settle(out: Path | None) -> None:
-    """See that libraries find what they ask for at import, before the first of them is imported.
+    """Provide the settings that libraries read when they are imported; call it before the first of them is imported.
 
     Args:
-        out: the run folder, in or above which temporary files may lie where the system has no room for them.
+        out: the run folder; it, or a parent of it, is used for temporary files if the system has no folder for them.
     """
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # a user id without an entry, as containers are given
+    except (KeyError, OSError):  # the user id has no password entry, as in containers
         os.environ["LOGNAME"] = f"uid{os.getuid()}"
     if "HOME" not in os.environ:
         try:
@@ -25,8 +25,8 @@ def settle(out: Path | None) -> None:
             os.environ["HOME"] = "/"
     try:
         tempfile.gettempdir()
-    except FileNotFoundError:  # a file system that is read-only but for one folder
+    except FileNotFoundError:  # the file system is read-only except for one folder
         places = [] if out is None else [out.absolute(), *out.absolute().parents]
         found = next((place for place in places if os.access(place, os.W_OK | os.X_OK)), None)
-        tempfile.tempdir = str(found or Path("/tmp"))  # where there is none, the run folder's own line says so
-        os.environ["TMPDIR"] = tempfile.tempdir  # for processes that are started
+        tempfile.tempdir = str(found or Path("/tmp"))  # without one, the check of the run folder reports the error
+        os.environ["TMPDIR"] = tempfile.tempdir  # for child processes
