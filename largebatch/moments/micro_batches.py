@@ -35,7 +35,7 @@ class Units:
 
     Args:
         num_units: n; 1/sum(w^2) where the units' sizes, and so their weights w in the mean, differ.
-        size: number of samples in the update, divided by the announced micro-batch size.
+        size: the update's samples in micro-batches of the announced size (2.5 if the third one was half full).
         equal: whether all units have the same size.
         world_size: W.
         factor: factor by which gradients were multiplied between the backward passes and the update.

@@ -45,7 +45,7 @@ def track(
 
     With per="sample" an error names a parameter that is used in an operation through which samples cannot be followed, or after
     one that may have mixed them. Call the tracked model once for each backward pass. Terms of the loss that use a parameter
-    without any sample, such as a penalty on its norm, are no part of the statistic.
+    without any sample, such as a penalty on its norm, are not squared.
 
     Cast the model first (`model.bfloat16()` would cast the shadows too). Call `track` before wrapping the model (DDP, FSDP2,
     DeepSpeed) and before building the optimizer; call it again after parameters were added or unfrozen. Parameters with
@@ -141,7 +141,7 @@ def _forget_missing_shadows(module: nn.Module, incompatible_keys: Any) -> None:
 
 
 def untrack(model: ModelT) -> ModelT:
-    """Undo `track` on the model that was given to it, which DDP or another engine must not wrap; return the model."""
+    """Undo `track` and return the model: the one that was given to `track`, not its wrapper by DDP or another engine."""
     for module in model.modules():
         if not hasattr(module, "_largebatch"):
             continue
@@ -196,7 +196,7 @@ def statistic_scale(num_units: int, world_size: int = 1) -> float:
 
     where the gradients of n units (samples, or micro-batches under per="micro_batch") were each weighted 1/n in the
     global mean, and the engine averages gradients over W ranks (as DDP, FSDP2 and ZeRO do): each rank's loss is then
-    a sum over its units divided by n / W, and the average of the squares is W times too large.
+    the sum over its units divided by n / W, and shadow.grad is W times the sum of (g_u / n)^2.
 
     Args:
         num_units: n, over all ranks and accumulation steps.

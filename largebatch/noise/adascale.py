@@ -46,7 +46,7 @@ class AdaScale:
 
     An update at B with the learning rate r * lr(tau) stands for r updates at B_ref. The schedule is read at tau, and the
     run ends when tau reaches the number of updates that it would have had at B_ref. tr(Sigma) and |G|^2 are averaged
-    over the paper's 1000 * B_ref samples, with weights 1/min(t, N) from the start. The paper estimates both from the
+    over 1000 * B_ref samples, as in the paper; the first updates are averaged as plain means. The paper estimates both from the
     gradients of kappa ranks; here they come from tracked squares, so that kappa need not be an integer.
 
     Args:

@@ -81,7 +81,7 @@ def largest_eigenvalue(
     """Return the algebraically largest eigenvalue of a symmetric matrix, by Lanczos with thick restarts.
 
     Each new vector is orthogonalised twice against the whole basis, so that float32 is precise enough. When the basis is full,
-    the iteration restarts from the third of the Ritz vectors with the largest values (Wu and Simon 2000).
+    the iteration restarts from a third as many Ritz vectors, those of the largest Ritz values (Wu and Simon 2000).
 
     Args:
         product: returns H v for v (P,).

@@ -213,7 +213,7 @@ def ratio_band(
 ) -> tuple[float, float]:
     """Return Fieller's confidence band of a ratio X/Y of two means, known to lie in [0, inf].
 
-    The band contains every rho for which X - rho*Y, whose mean is 0 at the true ratio, is within t of its own standard
+    At the true ratio X - rho*Y has the mean 0. The band contains every rho for which it lies within t of its own standard
     deviations of 0:
 
         (X - rho*Y)^2 <= t^2 * (v_X - 2*rho*v_XY + rho^2*v_YY)

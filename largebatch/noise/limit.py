@@ -5,7 +5,7 @@ momentum mu in torch's form a = lr/(1-mu) and b = mu; for Adam a is divided by t
 curvature of the loss, V the variance of an update's mean gradient, d = (g_t - g_{t-1})^2 / 2. On a quadratic
 
     r = a h (1-b) / (2 (1+b))                   share of the largest stable step that is in use
-    E[w^2] = a V / (2 h) / (1-r)                stationary variance, which the linear rule keeps but for 1/(1-r)
+    E[w^2] = a V / (2 h) / (1-r)                stationary variance; the linear rule keeps all of it but 1/(1-r)
     extra = E[d] - V = h^2 E[dw^2]/2 + h a (1-b) V
 
 docs/limit.md derives these equations. A ``Value`` is a number, or a tensor that is computed with elementwise.
@@ -121,7 +121,7 @@ def curvature_of_steps(extra: Value, step_sq: Value, step_noise: Value) -> Value
     Args:
         extra: mean of d - V; a negative value counts as 0.
         step_sq: mean of dw^2, the squared step between the two gradients.
-        step_noise: mean of a (1-b) V at the earlier gradient: minus the covariance of its noise with the step that follows.
+        step_noise: mean of a (1-b) V at the earlier gradient; minus the covariance of that noise with the step after it.
 
     Returns:
         h >= 0; 0 where both the step and the noise are zero.

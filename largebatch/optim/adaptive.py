@@ -67,7 +67,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         return self.state_names
 
     def set_batch(self, batch_size: int, num_units: float | None = None, world_size: int | None = None) -> None:
-        """Set the sizes of the means that the coming step's gradients are; required where squares are tracked.
+        """Set of how many samples and units the coming step's gradients are means; required where squares are tracked.
 
         Args:
             batch_size: B, number of samples in the update over all ranks.

@@ -67,7 +67,7 @@ class Around(torch.optim.Optimizer):
 
 
 def second_moment_name(optimizer: torch.optim.Optimizer) -> str | None:
-    """Return the name of the second moment to shift in an optimizer's state; None if it has none, or takes a `Moment`.
+    """Return the name of the second moment to shift in an optimizer's state; None if there is nothing to shift.
 
     Raises:
         UserError: for an optimizer that cannot be wrapped.

@@ -50,7 +50,7 @@ def smallest_ratio(beta1: float, beta2: float) -> float:
 
 
 def smallest_with_mean(kept: Tensor, mean: Tensor, newest: Tensor, weight: float, share: float) -> Tensor:
-    """Return the smallest s for which the variance s - m^2 is ``share`` times that of the batch's own gradients.
+    """Return a lower bound of s: there the variance s - m^2 is ``share`` times that of the batch's own gradients.
 
     Rounding cannot make the variance negative.
 

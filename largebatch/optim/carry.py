@@ -4,13 +4,13 @@ Adam divides an average of gradients m by the root of an average of squares s. A
 stands for kappa updates at the reference, each of which divides its newest gradient by its own denominator. With beta2**kappa
 the average s spans the number of samples that it was tuned for; m, whose beta1 is kept, spans kappa times as many samples as at
 the reference, and more than s. Where large gradients are still in m and no longer in s, an element would take far too large a
-step. Where a few gradients are large, an element would be divided by the root of the mean square, while most updates of the
-reference divide it by a smaller root. So m is rescaled, or *carried*, before the new gradient is added to it:
+step. If only a few gradients are large, the root of their mean square exceeds most denominators of the reference, and the steps
+would be smaller than its own. So m is rescaled, or *carried*, before the new gradient is added to it:
 
     m *= w + (1 - w) * d_t / d_{t-1},   d = sqrt(s/c2) + eps,   w = (r**(1 - 1/kappa) - r) / (1 - r),   r = beta2**(kappa/2)
 
-r is the ratio of successive denominators while gradients are zero. m/d then grows by beta2**-0.5 in an update, before beta1
-shrinks m, just as in an update at the reference. At the reference w is 1 and this is Adam; w is about 1/kappa while
+r is the ratio of successive denominators while gradients are zero. With this w, m/d then grows by beta2**-0.5 before beta1
+shrinks m, as in an update at the reference. At the reference w is 1 and this is Adam; w is about 1/kappa while
 kappa (1 - beta2) is small. Far above the reference m/d is an average of gradients, each divided by the denominator of the
 update that computed it, as in RMSProp with momentum; no such quotient is larger than 1 / sqrt(1 - beta2**kappa). If s spans 50
 updates or more (beta2**kappa >= 0.98), it spans the gradients in m, and m is not carried. docs/results.md has measurements.

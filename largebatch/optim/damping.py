@@ -14,7 +14,7 @@ State of each element, beside the optimizer's own, in the parameter's type:
     previous_grad   g of the last update, before clipping
     grad_change     average of (g_t - g_{t-1})^2 / 2 - V
     step_sq         average of the squared step
-    step_noise      average of A V: the step's own share of the noise in the next change of the gradient
+    step_noise      average of A V: what this update's noise contributes, through its step, to the next change of the gradient
 """
 
 from __future__ import annotations

@@ -39,9 +39,9 @@ def undecayed(model: nn.Module) -> dict[str, str]:
     """Return the trained parameters that are exempt from weight decay, each with its role.
 
     They are: every bias; every parameter of a normalisation layer, by its class; class tokens and other tokens; position
-    embeddings; scales and other vectors, which have at most one dimension larger than 1 and are no weight (a layer scale
-    (c, 1, 1), a slope); and parameters that a method ``no_weight_decay()`` of the model or of a submodule names, as in timm's
-    models. A parameter with several names is exempt if one of them is.
+    embeddings; parameters of at most one dimension; others with at most one dimension larger than 1 that are no weight (a
+    layer scale (c, 1, 1), a slope); and parameters that a method ``no_weight_decay()`` of the model or of a submodule names,
+    as in timm's models. A parameter with several names is exempt if one of them is.
 
     Args:
         model: the model, tracked or not.

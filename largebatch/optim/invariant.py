@@ -65,8 +65,8 @@ def batch_size_invariant(
             number times the backward passes since the last update, over all ranks; for batches that cannot be counted in this
             way see `BatchSizeInvariant.micro_batch` and `set_batch`. A smaller last batch counts as full unless announced.
         loss: ``mean`` if the gradients at the update are the mean over all samples of the batch, so that each micro-batch's
-            loss is a mean, divided by the number of micro-batches; ``sum`` if losses are sums over samples, in the reference
-            too. With ``sum``, `step` first scales the gradients in place to the sum over a reference batch.
+            loss is a mean, divided by the number of micro-batches; ``sum`` if losses are sums over samples, and were when
+            the optimizer was tuned. With ``sum``, `step` first scales the gradients in place to the sum over a reference batch.
         process_group: process group of the ranks over which gradients are averaged; None for all ranks.
         damping: whether to divide each element's step by 1 + (1 - 1/kappa) x, where x is the undamped step as a share of the
             largest stable one, measured from the change of the gradient (`largebatch.optim.damping`). It needs Adam, AdamW,

@@ -1,8 +1,8 @@
 """LARS and LAMB: the norm of a layer's step is proportional to the norm of its weights.
 
 Norms, biases and other parameters that are exempt from weight decay keep a trust ratio of 1, as in both papers' experiments.
-The key ``adapted`` marks the groups of `param_groups` accordingly; in other groups these are the parameters of at most one
-dimension. With the group key ``adapt_norm_and_bias`` they have a trust ratio too. A layer is one parameter tensor, so engines
+The key ``adapted`` says so in the groups of `param_groups`; in other groups it is every parameter of at most one dimension
+that does. With the group key ``adapt_norm_and_bias`` they have a trust ratio too. A layer is one parameter tensor, so engines
 that flatten parameters (DeepSpeed ZeRO) are not supported. Sharded DTensors are: their norms are those of the whole parameter.
 """
 

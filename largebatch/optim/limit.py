@@ -1,7 +1,7 @@
 """How far an optimizer's steps are from the largest stable ones, measured at intervals from two successive gradients.
 
-With A the immediate step of an element per unit of gradient (`response`), the immediate step in the coordinates w / sqrt(A) is
-the gradient itself. There the three sums over a layer, or over the model,
+A is the immediate step of an element per unit of gradient (`response`). In the coordinates u = w / sqrt(A) the immediate step
+is the gradient with respect to u. There the three sums over a layer, or over the model,
 
     E = sum A ((g_{t+1} - g_t)^2/2 - V),   U = sum dw^2 / A,   N = sum A V
 

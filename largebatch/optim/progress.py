@@ -31,7 +31,7 @@ class Progress:
         previous_batch_size: B of the gradient that is kept, if updates have a single unit.
         loss_scale: factor by which losses are multiplied, as inferred from the gradients.
         knows_scale: whether the gradients of any update have determined the loss scale.
-        is_told: whether the last update's gradients, which were then not clipped, determined it.
+        is_told: whether it was read off the last update's gradients, which is possible only if they were not clipped.
         announced: B of the coming update, if it was announced.
         renewed: whether B was announced a second time, after a backward pass.
         warned: whether the user was warned that the batch size is above the critical one.
@@ -57,8 +57,8 @@ class Progress:
         """Split a factor on the gradients into clipping and the loss scale that was divided out; return the factor of clipping.
 
         A factor that is a power of two is taken for a loss scale alone. While gradients are clipped, the last known scale is
-        assumed, at first 1. The second return value is the factor by which to correct the gradients that were kept since, once
-        the scale is known and differs.
+        assumed, at first 1. The second return value corrects the gradients that were kept since the scale was last known;
+        it is 1 if they need no correction.
         """
         mantissa, _ = math.frexp(factor)
         if abs(mantissa - 0.5) < 1e-6 or abs(mantissa - 1.0) < 1e-6:

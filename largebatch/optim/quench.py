@@ -92,8 +92,8 @@ class Quench(AdaptiveOptimizer):
         lambda_eta: coefficient of the rate, 1/(32*L) in the theory; > 0. It is the group's ``lr``, which a schedule can set.
         K: number of samples at the start during which only averages are taken, several times B.
         lambda_B: coefficient of Bstar, 16 in the theory; > 0.
-        eps: added to g^2 in Bstar, > 0. An element whose average passes through 0 does not move for the length of its average,
-            up to lambda_B * sigma2 / eps samples.
+        eps: added to g^2 in Bstar, > 0. While an element's average gradient is near 0, Bstar is large and the element hardly
+            moves, for up to lambda_B * sigma2 / eps samples.
         sigma2: ``average`` or ``sample``.
         weight_decay: L2 coefficient, added to the gradient.
 

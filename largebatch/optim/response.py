@@ -44,7 +44,7 @@ def lookahead_of(group: dict[str, Any]) -> float:
 
 
 def gain_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    """Return A times the denominator, as it is after many updates.
+    """Return A times the denominator, without the bias correction of the first updates.
 
     Args:
         optimizer: one of `KNOWN`.

@@ -51,10 +51,10 @@ class Resumable(Around):
         return self.base
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state dict, whose first group has under ``batch_size_invariant`` all else that a resume needs.
+        """Return the base's state dict; its first group has a key ``batch_size_invariant`` with all else that a resume needs.
 
-        It is in a group because torch.distributed.checkpoint saves only groups and the state of parameters. A state saved by it
-        lacks the last gradient: if updates have a single backward pass, the first estimate after a resume is less accurate.
+        It is in a group because torch.distributed.checkpoint saves only groups and the state of parameters. What it saves lacks
+        the last gradient: if updates have a single backward pass, the first estimate after a resume is less accurate.
         """
         if self._damping is not None:
             self._damping.make_templates()

@@ -42,7 +42,7 @@ class Plan:
 
     Args:
         reference: the hyper-parameters at the batch size they were tuned at.
-        batch_size_at_start: B in samples where the factors of the schedule and of the warm-up are 1.
+        batch_size_at_start: B in samples before the schedule or a warm-up changes it.
         total_samples: number of samples in the whole run.
         samples_per_epoch: N_train, the number of training samples.
         schedule: factor of the reference temperature.

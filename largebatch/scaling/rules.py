@@ -190,7 +190,7 @@ def second_moment_coefficient(beta: float, kappa: float, shortest: float = 0.0) 
     Args:
         beta: coefficient at the reference batch size, in [0, 1): Adam's beta2 or RMSProp's alpha.
         kappa: B / B_ref, > 0.
-        shortest: coefficient of the shortest average, in [0, 1); an average that was tuned shorter keeps its own.
+        shortest: the average is not made shorter than one of this coefficient, in [0, 1); a smaller beta is kept.
 
     Example:
         >>> round(second_moment_coefficient(0.999, 16), 6), second_moment_coefficient(0.95, 16, shortest=0.9)

@@ -17,8 +17,8 @@ Realization = Literal["lr", "batch", "batch_then_lr"]
 class Schedule(Protocol):
     """A factor of the reference temperature as a function of samples seen.
 
-    ``robbins_monro`` says whether the untruncated schedule satisfies the classical conditions for convergence, eta_t > 0,
-    eta_t -> 0, sum eta_t = infinity, sum eta_t^2 < infinity (McAllester, TTIC 31230), and ``why`` names the reason.
+    ``robbins_monro`` says whether the schedule, if it never ended, would satisfy the classical conditions for convergence,
+    eta_t > 0, eta_t -> 0, sum eta_t = infinity, sum eta_t^2 < infinity (McAllester, TTIC 31230), and ``why`` explains it.
     """
 
     robbins_monro: ClassVar[bool]
@@ -219,9 +219,9 @@ def realized_batch_size(
 ) -> int:
     """Return the batch size that realises a factor of the temperature.
 
-    Where the temperature falls by a factor a, ``lr`` keeps the batch size, and the learning rate falls by a; ``batch`` and
-    ``batch_then_lr`` multiply the batch size by a, up to ``max_batch_size``, which ``batch_then_lr`` is meant for. The learning
-    rate takes the part of the factor that the batch size does not: under the linear rule
+    If the temperature is to be divided by a, ``lr`` divides the learning rate by a; ``batch`` and ``batch_then_lr`` multiply
+    the batch size by a, up to ``max_batch_size`` (meant for ``batch_then_lr``). The learning rate takes the part of the factor
+    that the batch size does not: under the linear rule
     eta = (1 - mu) * B * eta0 * factor holds for all three.
 
     Args:
