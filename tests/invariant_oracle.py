@@ -12,6 +12,16 @@ def coefficient(beta, kappa):
     return beta**kappa
 
 
+def carried(ratio, kappa, beta2):
+    """By what an average of gradients is multiplied where its denominator changes by a ratio.
+
+    Linear in it: 1 where it is 1, and where the gradients are zero what lets a step grow as one update of the reference does.
+    """
+    lowest, of_reference = beta2**0.5, beta2 ** (1 / kappa)
+    at_lowest = lowest * of_reference**-0.5
+    return 1 + (ratio - 1) * (1 - at_lowest) / (1 - lowest)
+
+
 class ByHand:
     """Takes, at every update, the mean gradient of each unit by itself: a list by parameter of tensors (n, *shape)."""
 
@@ -68,7 +78,7 @@ class ByHand:
             s.mul_(beta2).add_((1 - beta2) * (g**2 + (kappa - 1) * variance))
             newer = (s / (1 - self.decay2)).sqrt() + self.eps
             if kappa > 1 and older is not None and beta2 < 0.98:
-                m.mul_(1 / kappa + (1 - 1 / kappa) * newer / older)
+                m.mul_(carried(newer / older, kappa, beta2))
             m.mul_(beta1).add_((1 - beta1) * g)
             p.sub_(lr * (m / (1 - beta1**self.updates)) / newer)
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from damping import LIMITS, variance
+from invariant_oracle import carried
 from loops import EXACT, build, data, equal, mean_loss, weights
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -91,7 +92,7 @@ class ByHand:
         kept["s"] = beta2 * kept.get("s", 0.0) + (1 - beta2) * (g**2 + (kappa - 1) * variance)
         denominator = (kept["s"] / (1 - math.exp(kept["log"]))).sqrt() + 1e-8
         if older is not None and kappa > 1 and beta2 < 0.98:
-            kept["m"] *= 1 / kappa + (1 - 1 / kappa) * denominator / older
+            kept["m"] *= carried(denominator / older, kappa, beta2)
         kept["m"] = self.b * kept.get("m", 0.0) + (1 - self.b) * g
         c1 = 1 - self.b ** kept["t"]
         return 0.01 * kappa * kept["m"] / c1 / denominator, 0.01 * kappa * (1 - self.b) / c1 / denominator

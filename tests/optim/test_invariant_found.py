@@ -10,6 +10,7 @@ import math
 import numpy
 import pytest
 import torch
+from invariant_oracle import carried
 from loops import EXACT, MAKERS, build, data, equal, mean_loss, pieces, trained, weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -288,7 +289,7 @@ def test_amsgrad_through_a_growing_batch():
                 largest[i] = torch.maximum(largest[i], s[i])
                 newer = (largest[i] / (1 - decay)).sqrt() + 1e-8
                 if t > 1 and beta2 < 0.98:
-                    m[i].mul_(1 / kappa + (1 - 1 / kappa) * newer / older)
+                    m[i].mul_(carried(newer / older, kappa, beta2))
                 m[i].lerp_(mean, 0.1)
                 p.sub_(0.01 * kappa * m[i] / (1 - 0.9**t) / newer)
     torch.testing.assert_close(weights(model), weights(twin), **EXACT)
